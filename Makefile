@@ -1,0 +1,42 @@
+# `make demo` and `make test` do all the set-up themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LOWEST := $(VENV)/transformers-lowest
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# One thread a process: pytest runs one process per core.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: test lint unit lowest demo clean
+
+test: lint unit lowest
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: $(VENV)/.ready
+	$(BIN)/python -m pytest -n 2
+
+# The model-facing tests once more on the oldest transformers that millpond supports.
+lowest: $(LOWEST)/.ready
+	PYTHONPATH=$(LOWEST) $(BIN)/python -m pytest -n 2 tests/cache tests/families tests/session
+
+demo: $(VENV)/.ready
+	$(BIN)/python -m millpond demo
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(LOWEST)/.ready: $(VENV)/.ready
+	rm -rf $(LOWEST)
+	$(PIP) install --no-deps --target $(LOWEST) 'transformers==5.17.0'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""millpond: bounded memory for endless video."""

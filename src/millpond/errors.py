@@ -1,0 +1,42 @@
+"""What can go wrong, as one tree; every message says what to do.
+
+    MillpondError
+    ├── BudgetError     the byte budget cannot hold what was asked (names the least that works)
+    ├── SourceError     a file, camera, stream or codec
+    ├── ModelError      a model family that is not supported (lists those that are)
+    ├── PolicyError     a policy that does not exist, or whose parameters cannot work here
+    └── SnapshotError   a saved session that cannot be resumed
+"""
+
+__all__ = ["BudgetError", "MillpondError", "ModelError", "PolicyError", "SnapshotError", "SourceError"]
+
+
+class MillpondError(Exception):
+    """Base of every error that millpond raises on purpose."""
+
+
+class BudgetError(MillpondError):
+    """The byte budget cannot hold what was asked.
+
+    `least` is the smallest budget in bytes that works, where one exists.
+    """
+
+    def __init__(self, message: str, *, least: int | None = None) -> None:
+        super().__init__(message)
+        self.least = least
+
+
+class SourceError(MillpondError):
+    """A video source could not be opened, or broke while it was read."""
+
+
+class ModelError(MillpondError):
+    """The model cannot be loaded, or its family is not supported."""
+
+
+class PolicyError(MillpondError):
+    """A policy is unknown, or its parameters cannot work with this cache."""
+
+
+class SnapshotError(MillpondError):
+    """A saved session is damaged, or belongs to another model."""
