@@ -1,0 +1,93 @@
+"""Two clocks: storage slots (the cache counts those) and stream positions (counted here).
+
+The session owns a `Clock`; nothing reads `rope_deltas`, which lives on the model and would be shared by every session
+on it. `Rope` turns stored keys from old positions to new ones, so that a stream can run past the trained range.
+Knows nothing about caches, policies or files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Clock", "Rope"]
+
+
+@dataclass
+class Clock:
+    """Where the next token of the stream stands on the rotary axes.
+
+    Text takes `next`, `next + 1`, ... on every axis. A video segment fixes `base` for its height and width axes and
+    counts time on from `origin`, the temporal position of the instant `start_us`. After a segment, text goes on at
+    maximum + 1, as the weights were trained.
+
+    Attributes:
+        next: one past the largest position in use on any axis.
+        base: spatial base of the open video segment; None while no segment is open.
+        origin: temporal position of `start_us`.
+        start_us: stream time at which the open segment began, in microseconds.
+        step: positions between the last two temporal groups, at least 1.
+    """
+
+    next: int = 0
+    base: int | None = None
+    origin: int = 0
+    start_us: int = 0
+    step: int = 1
+
+    def text(self, count: int) -> Tensor:
+        """Positions of `count` text tokens, int64 [count], equal on every axis; closes an open video segment."""
+        self.base = None
+        first = self.next
+        self.next += count
+        return torch.arange(first, self.next)
+
+    def open_segment(self, start_us: int) -> int:
+        """Open a video segment at `next` unless one is open; return its spatial base."""
+        if self.base is None:
+            self.base = self.origin = self.next
+            self.start_us = start_us
+        return self.base
+
+    def shift(self, spatial: int, temporal: int) -> None:
+        """Move the clock back after a re-anchoring: `spatial` for the segment's base, `temporal` for everything later."""
+        self.next -= temporal
+        self.origin -= temporal
+        if self.base is not None:
+            self.base -= spatial
+
+
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """The rotary embedding of one model, enough to move stored keys along it.
+
+    Attributes:
+        inv_freq: float32 [D/2] inverse frequencies (RoFormer, eq. 15).
+        axis: int64 [D/2], the position axis that each frequency reads (all 0 for 1-D RoPE; M-RoPE's sections otherwise).
+        limit: positions that the weights were trained on (`max_position_embeddings`).
+
+    The layout is the "rotate half" one of the Llama and Qwen families: frequency i turns components i and i + D/2.
+    A width smaller than the head's (partial rotary) leaves the remaining components as they are.
+    """
+
+    inv_freq: Tensor
+    axis: Tensor
+    limit: int
+
+    def rotate_(self, keys: Tensor, delta: Tensor) -> None:
+        """Turn keys in place by `delta` positions; computed in float32, stored back in the keys' dtype.
+
+        Args:
+            keys: [..., n, D], already roped at some position p.
+            delta: int [..., n, axes], broadcastable to the keys; the keys end up roped at p + delta.
+        """
+        half = self.inv_freq.shape[0]
+        picked = delta.index_select(-1, self.axis.to(delta.device)).to(torch.float32)
+        angle = picked * self.inv_freq.to(keys.device, torch.float32)
+        cos, sin = angle.cos(), angle.sin()
+        low, high = keys[..., :half].to(torch.float32), keys[..., half : 2 * half].to(torch.float32)
+        turned = low * cos - high * sin
+        keys[..., half : 2 * half] = high * cos + low * sin
+        keys[..., :half] = turned
