@@ -1,11 +1,11 @@
 """What can go wrong, as one tree; every message says what to do.
 
-    MillpondError
-    ├── BudgetError     the byte budget cannot hold what was asked (names the least that works)
-    ├── SourceError     a file, camera, stream or codec
-    ├── ModelError      a model family that is not supported (lists those that are)
-    ├── PolicyError     a policy that does not exist, or whose parameters cannot work here
-    └── SnapshotError   a saved session that cannot be resumed
+MillpondError
+├── BudgetError     the byte budget cannot hold what was asked (names the least that works)
+├── SourceError     a file, camera, stream or codec
+├── ModelError      a model family that is not supported (lists those that are)
+├── PolicyError     a policy that does not exist, or whose parameters cannot work here
+└── SnapshotError   a saved session that cannot be resumed
 """
 
 __all__ = ["BudgetError", "MillpondError", "ModelError", "PolicyError", "SnapshotError", "SourceError"]
