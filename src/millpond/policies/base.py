@@ -1,0 +1,109 @@
+"""The contract of a policy: what survives when the memory is at its cap.
+
+A policy looks at one layer at a time through a `View` and returns which slots to keep. It only selects; the cache moves
+the bytes, so no policy can breach the cap. A policy never sees models, files, tokenizers or questions, and never the
+pinned prompt, which therefore survives whatever a policy does.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["SEPARATOR", "TEXT", "Policy", "View"]
+
+TEXT = -1
+"""`View.place` row and column of a token of a remembered turn."""
+SEPARATOR = -2
+"""`View.place` row and column of a frame's token that lies on no grid (a timestamp, a newline)."""
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One layer's memory behind the pinned prompt, oldest first: n tokens in each of H KV heads.
+
+    Every tensor is a view of the cache's own storage (read-only by contract) except `protected`. After the first
+    compaction the heads hold different tokens, so times and places are per head.
+
+    Attributes:
+        keys: [H, n, D] as stored, rotary embedding applied.
+        values: [H, n, D].
+        time_us: int64 [H, n], stream time of the token's frame group in microseconds, ascending. Tokens of one group, and
+            only those, share a time; a remembered turn carries the time at which it was said.
+        place: int16 [H, n, 2], row and column on the frame's merged grid; `TEXT` or `SEPARATOR` for tokens without one.
+        protected: bool [H, n], tokens that must be kept (the latest frames, recent text). Every head has equally many.
+        layer, layers: index of this layer and number of layers.
+        block: tokens of one frame group as they arrived last.
+        chunk: tokens of one head that may be worked on at once where an intermediate of width D is needed; keeps the
+            scratch of a compaction bounded.
+    """
+
+    keys: Tensor
+    values: Tensor
+    time_us: Tensor
+    place: Tensor
+    protected: Tensor
+    layer: int
+    layers: int
+    block: int
+    chunk: int
+
+    @property
+    def heads(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        return self.keys.shape[1]
+
+
+@dataclass(frozen=True)
+class Policy(ABC):
+    """Base of all policies: a frozen dataclass whose fields are the method's parameters with its published defaults."""
+
+    name: ClassVar[str]
+    """The name on the command line and in tables."""
+    source: ClassVar[str]
+    """The publication, and what of it was read."""
+    agnostic: ClassVar[bool] = True
+    """True when no question can reach the selection."""
+    capped: ClassVar[bool] = True
+    """False for the reference that keeps everything and ignores the budget."""
+
+    @abstractmethod
+    def keep(self, view: View, slots: int) -> Tensor:
+        """Choose `slots` of the view's tokens in every head (slots < view.tokens).
+
+        Returns:
+            int64 [H, slots], strictly ascending in each row, all protected tokens among them.
+        """
+
+    def recent(self, frames: int) -> int:
+        """How many of the latest frame groups are protected, of the `frames` groups that the memory holds; at least 1."""
+        return 1
+
+    def scratch(self, heads: int, tokens: int, head_dim: int, chunk: int) -> int:
+        """Upper bound in bytes of what `keep` allocates at any instant, its result included; charged to the cap."""
+        # Scores (float32), one sort key and its index, the result, and two float32 chunks of full width.
+        return heads * tokens * (4 + 4 + 8 + 8) + 2 * chunk * head_dim * 4
+
+
+def keep_top(scores: Tensor, protected: Tensor, slots: int) -> Tensor:
+    """The protected tokens and the best of the others, in stream order.
+
+    Protection is a mask that is applied to the ranking, never a large score: in bfloat16 `max + 1` is no protection.
+
+    Args:
+        scores: float [H, n]; overwritten.
+        protected: bool [H, n].
+        slots: how many to keep in each head, at least the number protected.
+
+    Returns:
+        int64 [H, slots], ascending.
+    """
+    scores.masked_fill_(protected, torch.inf)
+    return scores.topk(slots, dim=-1).indices.sort(dim=-1).values
