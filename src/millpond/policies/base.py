@@ -73,6 +73,8 @@ class Policy(ABC):
     """True when no question can reach the selection."""
     capped: ClassVar[bool] = True
     """False for the reference that keeps everything and ignores the budget."""
+    whole_frames: ClassVar[bool] = False
+    """True when `slots` must be a multiple of `View.block`; the plan rounds the memory down to it."""
 
     @abstractmethod
     def keep(self, view: View, slots: int) -> Tensor:

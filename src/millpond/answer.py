@@ -1,0 +1,97 @@
+"""What a session gives back: answers, usage, and what it remembers. Plain typed objects, no behaviour."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+__all__ = ["Answer", "LayerMemory", "Usage"]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """The state of a session in numbers. Bytes are those of the cap, not of the weights or the vision tower.
+
+    Attributes:
+        budget_bytes: the cap; None for the uncapped reference.
+        live_bytes: what the live tokens take now, metadata included.
+        allocated_bytes: storage and waiting frames held now.
+        peak_bytes: the most ever held at once, scratch included; never above the budget.
+        full_cache_bytes: what a plain cache of the same stream would take by now (keys and values alone).
+        frames_seen, frames_dropped: raw frames taken in, and dropped by a live source.
+        timestamps_kept: distinct frame times that some head of some layer still remembers.
+        memory_tokens: tokens remembered per head, the prompt not counted.
+        stream_tokens: tokens that went by, the prompt included.
+        evicted_tokens: tokens forgotten per head.
+        compactions, reanchorings: passes so far.
+        stream_seconds: time of the latest frame on the stream's own clock.
+        seconds_source, seconds_vision, seconds_decoder, seconds_compaction, seconds_answers, seconds_total: wall time spent
+            waiting for frames, in resizing and the vision tower, in the decoder on frames, in selection and compaction (and
+            re-anchoring), on questions, and in all.
+    """
+
+    budget_bytes: int | None
+    live_bytes: int
+    allocated_bytes: int
+    peak_bytes: int
+    full_cache_bytes: int
+    frames_seen: int
+    frames_dropped: int
+    timestamps_kept: int
+    memory_tokens: int
+    stream_tokens: int
+    evicted_tokens: int
+    compactions: int
+    reanchorings: int
+    stream_seconds: float
+    seconds_source: float
+    seconds_vision: float
+    seconds_decoder: float
+    seconds_compaction: float
+    seconds_answers: float
+    seconds_total: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same names as plain numbers."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer to one question.
+
+    Attributes:
+        question, text: as asked, and as generated.
+        token_ids: the generated ids, without the stop token.
+        finish_reason: "stop" (the model ended it) or "length" (`max_new_tokens`, or the turn's reserve, was used up).
+        at_seconds: time of the latest frame when the question was asked.
+        first_token_seconds: wall time from the question to its first token.
+        usage: of the session, after the answer.
+    """
+
+    question: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: Literal["stop", "length"]
+    at_seconds: float
+    first_token_seconds: float
+    usage: Usage
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, eq=False)
+class LayerMemory:
+    """What one layer remembers behind the prompt: for each of H heads and n tokens, when and where.
+
+    Attributes:
+        seconds: float64 [H, n], stream time of the token's frame group, or of the turn for text.
+        row, column: int16 [H, n] on the frame's merged grid; -1 for text, -2 for a frame's separators and timestamps.
+    """
+
+    seconds: np.ndarray
+    row: np.ndarray
+    column: np.ndarray

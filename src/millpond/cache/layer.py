@@ -1,0 +1,154 @@
+"""One decoder layer's keys, values and token metadata in storage that is allocated once.
+
+Appending copies into place, compaction moves the survivors down in place, a rollback is an integer. Knows nothing about
+budgets, policies or positions' meaning; `millpond.cache.pond` owns those.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from millpond.errors import BudgetError, ModelError
+from millpond.geometry import Geometry
+
+__all__ = ["PondLayer"]
+
+
+class PondLayer(CacheLayerMixin):
+    """A preallocated cache layer for batch 1.
+
+    Args:
+        geometry: shapes and dtype.
+        capacity: token slots to allocate.
+        device: where the storage lives.
+
+    Attributes:
+        keys, values: [1, H, capacity, D], storage; the first `length` slots are live.
+        time_us: int64 [H, capacity], stream time of each token in microseconds.
+        place: int16 [H, capacity, 2], row and column on the frame's grid (see `millpond.policies.base`).
+        positions: int32 [H, capacity, axes], rotary position of each stored key.
+        length: live slots.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, geometry: Geometry, capacity: int, device: torch.device) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.device = device
+        self.dtype = geometry.dtype
+        self.length = 0
+        self._allocate(capacity)
+        self.is_initialized = True
+
+    def _allocate(self, capacity: int) -> None:
+        heads, width = self.geometry.kv_heads, self.geometry.head_dim
+        self.keys: Tensor = torch.zeros(1, heads, capacity, width, dtype=self.dtype, device=self.device)
+        self.values: Tensor = torch.zeros(1, heads, capacity, width, dtype=self.dtype, device=self.device)
+        self.time_us = torch.zeros(heads, capacity, dtype=torch.int64, device=self.device)
+        self.place = torch.zeros(heads, capacity, 2, dtype=torch.int16, device=self.device)
+        self.positions = torch.zeros(heads, capacity, self.geometry.axes, dtype=torch.int32, device=self.device)
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[2]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor of the layer as [H, capacity, ...] views of its storage."""
+        return self.keys[0], self.values[0], self.time_us, self.place, self.positions
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, not the bytes of live tokens."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors())
+
+    # --- what transformers calls --------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the storage exists from the start."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Copy the new keys and values [1, H, n, D] in place behind the live ones; return views of all live slots.
+
+        Raises:
+            BudgetError: no room (the caller did not `admit` the block first).
+            ModelError: a batch above 1, or states of another dtype or shape than the cache was made for.
+        """
+        if key_states.shape[0] != 1:
+            raise ModelError(f"a pond cache holds one stream (batch 1), not a batch of {key_states.shape[0]}")
+        heads, width = self.geometry.kv_heads, self.geometry.head_dim
+        if key_states.shape[1] != heads or key_states.shape[3] != width or key_states.dtype != self.dtype:
+            got = f"{key_states.shape[1]} x {key_states.shape[3]} {key_states.dtype}"
+            raise ModelError(f"the cache was made for {heads} KV heads x {width} {self.dtype}, the model gives {got}")
+        start, end = self.length, self.length + key_states.shape[2]
+        if end > self.capacity:
+            raise BudgetError(
+                f"a block of {end - start} tokens does not fit into the {self.capacity - start} free slots of the cache: "
+                "feed smaller blocks (for generate: prefill_chunk_size) or raise the budget"
+            )
+        self.keys[:, :, start:end].copy_(key_states)
+        self.values[:, :, start:end].copy_(value_states)
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return self.capacity
+
+    def reset(self) -> None:
+        self.length = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise ModelError("a pond cache holds one stream: beam search is not possible")
+
+    # --- what the pond calls ------------------------------------------------------------------------------------
+
+    def describe(self, start: int, time_us: Tensor, place: Tensor, positions: Tensor) -> None:
+        """Write the metadata of n tokens into slots `start`... of every head, before or after their keys arrive.
+
+        Args:
+            time_us: int64 [n]. place: int16 [n, 2]. positions: int [n, axes].
+        """
+        end = start + time_us.shape[0]
+        self.time_us[:, start:end] = time_us
+        self.place[:, start:end] = place
+        self.positions[:, start:end] = positions
+
+    def compact(self, keep: Tensor, start: int, chunk: int) -> None:
+        """Move the kept tokens down in place, head by head; the rest is forgotten.
+
+        Because `keep` ascends, survivor j comes from slot >= j: moving chunks in ascending order never overwrites a
+        survivor that is still to be moved, so the scratch is one chunk of one head.
+
+        Args:
+            keep: int64 [H, S], ascending, relative to `start`; everything below `start` stays where it is.
+            chunk: survivors moved at a time.
+        """
+        kept = keep.shape[1]
+        order = torch.arange(kept, device=keep.device)
+        for head in range(keep.shape[0]):
+            # The head's unmoved prefix: keep[j] == j there, and nowhere after it.
+            unmoved = int((keep[head] == order).sum())
+            for tensor in self.tensors():
+                live = tensor[head, start : self.length]
+                for first in range(unmoved, kept, chunk):
+                    last = min(first + chunk, kept)
+                    live[first:last] = live.index_select(0, keep[head, first:last])
+        self.length = start + kept
+
+    def adopt(self, other: PondLayer) -> None:
+        """Copy the live tokens of a layer of the same geometry into this one's storage."""
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine[:, : other.length].copy_(theirs[:, : other.length])
+        self.length = other.length

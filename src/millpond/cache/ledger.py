@@ -1,0 +1,64 @@
+"""The books: who holds how many bytes of the cap at this instant, and the most there ever was.
+
+Every holder (storage, frames in waiting, compaction scratch) has an account. An entry that would overrun the cap is
+refused before it is made. Knows numbers only; tests measure the same bytes independently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from millpond.budget import format_bytes
+from millpond.errors import BudgetError
+
+__all__ = ["Ledger"]
+
+
+class Ledger:
+    """Accounts under one cap.
+
+    Args:
+        limit: the cap in bytes; None for the uncapped reference.
+
+    Attributes:
+        peak: the largest total so far, in bytes.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+        self.peak = 0
+        self._accounts: dict[str, int] = {}
+
+    @property
+    def held(self) -> int:
+        """Bytes held now, over all accounts."""
+        return sum(self._accounts.values())
+
+    def account(self, name: str) -> int:
+        """Bytes held now in one account."""
+        return self._accounts.get(name, 0)
+
+    def hold(self, name: str, size: int) -> None:
+        """Set an account to `size` bytes.
+
+        Raises:
+            BudgetError: the total would pass the cap; the books stay as they were.
+        """
+        total = self.held - self.account(name) + size
+        if self.limit is not None and total > self.limit:
+            raise BudgetError(
+                f"{name} would need {format_bytes(size)}, which makes {total} bytes in all, over the budget of {self.limit}",
+                least=total,
+            )
+        self._accounts[name] = size
+        self.peak = max(self.peak, total)
+
+    @contextmanager
+    def borrow(self, name: str, size: int) -> Iterator[None]:
+        """Hold `size` bytes more in an account for the duration of a `with` block."""
+        self.hold(name, self.account(name) + size)
+        try:
+            yield
+        finally:
+            self._accounts[name] -= size

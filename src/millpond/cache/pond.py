@@ -1,0 +1,284 @@
+"""The pond: all layers of one stream's memory, under one cap.
+
+Appending needs room that `admit` makes *before* a block runs; a policy chooses what survives, the pond moves the bytes.
+Every allocation goes through the ledger. The pond never sees frames, questions or tokenizers.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from millpond.cache.layer import PondLayer
+from millpond.cache.ledger import Ledger
+from millpond.cache.resize import resize_pond
+from millpond.errors import BudgetError, PolicyError
+from millpond.geometry import Geometry
+from millpond.plan import Plan
+from millpond.policies.base import TEXT, Policy, View, keep_top
+
+__all__ = ["Pond"]
+
+# The newest text of remembered turns is protected up to this share of the memory; older text competes like everything
+# else, so that a long conversation cannot crowd out the video.
+_TEXT_SHARE = 4
+
+
+class Pond(Cache):
+    """A `transformers.Cache` of preallocated layers with a hard cap in bytes.
+
+    Args:
+        geometry: shapes and dtype of the model's cache.
+        plan: the split budget.
+        policy: chooses what survives a compaction.
+        device: of the storage.
+        ledger: the books; made from the plan's budget when not given.
+
+    Attributes:
+        compactions: passes so far.
+        evicted: tokens forgotten so far (per head; all heads forget equally many).
+    """
+
+    def __init__(
+        self, geometry: Geometry, plan: Plan, policy: Policy, device: torch.device, ledger: Ledger | None = None
+    ) -> None:
+        self.geometry = geometry
+        self.plan = plan
+        self.policy = policy
+        self.device = device
+        self.ledger = ledger if ledger is not None else Ledger(plan.budget if policy.capped else None)
+        self.ledger.hold("storage", plan.slots * geometry.bytes_per_token)
+        super().__init__(layers=[PondLayer(geometry, plan.slots, device) for _ in range(geometry.layers)])
+        self.compactions = 0
+        self.evicted = 0
+        self._text: int | None = None  # newest text tokens that are whole in every head; None while there was no text
+        self._recent: deque[tuple[int, int]] = deque()  # (time_us, tokens) of the latest groups, newest last
+
+    @property
+    def length(self) -> int:
+        """Live slots, the same in every layer between forwards."""
+        length: int = self.layers[0].length
+        return length
+
+    @property
+    def capacity(self) -> int:
+        """Slots allocated."""
+        return self.plan.slots
+
+    @property
+    def free(self) -> int:
+        """Slots not in use."""
+        return self.capacity - self.length
+
+    @property
+    def memory_tokens(self) -> int:
+        """Live tokens behind the pinned prompt."""
+        return max(0, self.length - self.plan.prompt_tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated by all layers, metadata included."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes that the live tokens take."""
+        return self.length * self.geometry.bytes_per_token
+
+    # --- growing ------------------------------------------------------------------------------------------------
+
+    def admit(self, tokens: int) -> None:
+        """Make room for a block of `tokens` stream tokens beside the turn's reserve: the cap holds before it runs.
+
+        Raises:
+            BudgetError: the block cannot fit even into an empty memory; nothing was forgotten.
+        """
+        overrun = self.length + tokens + self.plan.reserve_tokens - self.capacity
+        if overrun <= 0:
+            return
+        if not self.policy.capped:
+            self.resize(replace(self.plan, slots=self.capacity + max(overrun, self.capacity // 2)))
+            return
+        slots = min(self.plan.memory_tokens, self.memory_tokens - overrun)
+        if slots < 1:
+            self._refuse(f"a block of {tokens} tokens", tokens + self.plan.prompt_tokens + self.plan.group_tokens)
+        self.compact(slots)
+
+    def admit_turn(self, tokens: int) -> None:
+        """Make sure that `tokens` tokens of a question and its answer fit; the stream's memory stays as it is.
+
+        Raises:
+            BudgetError: they do not fit into the free slots.
+        """
+        if tokens <= self.free:
+            return
+        if not self.policy.capped:
+            self.resize(replace(self.plan, slots=self.length + tokens + self.plan.reserve_tokens))
+            return
+        self._refuse(f"a turn of {tokens} tokens ({self.free} slots are free)", self.length + tokens)
+
+    def _refuse(self, what: str, slots: int) -> None:
+        # An estimate from above: a plan with that many more slots in its reserve.
+        plan = self.plan
+        least = (plan.budget or 0) + max(1, slots + plan.reserve_tokens - self.capacity) * plan.bytes_per_token
+        raise BudgetError(
+            f"{what} does not fit into the budget of {plan.budget} bytes: about {least} would do", least=least
+        )
+
+    def announce(self, time_us: Tensor, place: Tensor, positions: Tensor) -> None:
+        """Write the metadata of the block that the next forward appends.
+
+        Args:
+            time_us: int64 [n], stream time of each token; tokens of one frame group share theirs.
+            place: int16 [n, 2], see `millpond.policies.base`.
+            positions: int [axes, n] rotary positions.
+        """
+        count = time_us.shape[0]
+        if count > self.free:
+            raise BudgetError(f"a block of {count} tokens was not admitted: {self.free} slots are free")
+        time_us, place = time_us.to(self.device), place.to(self.device)
+        by_token = positions.T.to(self.device, torch.int32)
+        for layer in self.layers:
+            layer.describe(layer.length, time_us, place, by_token)
+
+    def commit(self, time_us: Tensor, place: Tensor) -> None:
+        """Count a block that has run as part of the stream: its groups become the latest, its text protected.
+
+        Args:
+            time_us: int64 [n]. place: int16 [n, 2]. On the CPU; as announced.
+        """
+        text = place[:, 0] == TEXT
+        if bool(text.any()):
+            self._text = (self._text or 0) + int(text.sum())
+        times, counts = time_us[~text].unique_consecutive(return_counts=True)
+        for time, count in zip(times.tolist(), counts.tolist(), strict=True):
+            if self._recent and self._recent[-1][0] == time:
+                count += self._recent.pop()[1]
+            self._recent.append((time, count))
+        # Groups beyond what the memory could hold can never be protected again.
+        held = sum(count for _, count in self._recent)
+        while len(self._recent) > 1 and held - self._recent[0][1] >= self.plan.slots:
+            held -= self._recent.popleft()[1]
+
+    def truncate(self, length: int) -> None:
+        """Forget everything from slot `length` on: the end of a turn that is not remembered, or a failed block."""
+        for layer in self.layers:
+            layer.length = min(layer.length, length)
+
+    # --- shrinking ----------------------------------------------------------------------------------------------
+
+    def compact(self, slots: int) -> None:
+        """Keep `slots` tokens behind the prompt in every head of every layer, chosen by the policy, in place.
+
+        Raises:
+            PolicyError: the policy failed or broke its contract. The memory stays whole: nothing has moved, or, where other
+                layers had, the pass was finished by recency.
+        """
+        tokens, start, plan = self.memory_tokens, self.plan.prompt_tokens, self.plan
+        if self.policy.whole_frames and self._recent:
+            slots -= slots % self._recent[-1][1]
+        if slots >= tokens:
+            return
+        if slots < 1:
+            raise BudgetError(f"the policy {self.policy.name!r} keeps whole frames, and not one fits")
+        since, text = self._protect(slots)
+        fault: Exception | None = None
+        with self.ledger.borrow("scratch", plan.scratch_bytes):
+            for index, layer in enumerate(self.layers):
+                view = self._view(index, layer, since, text)
+                try:
+                    keep = self.policy.keep(view, slots) if fault is None else self._newest(view, slots)
+                    self._check(keep, view, slots)
+                except Exception as error:
+                    if index == 0:
+                        raise
+                    # Some layers have moved already: finish the pass by recency, so that the memory stays whole.
+                    fault, keep = error, self._newest(view, slots)
+                del view
+                layer.compact(keep, start, plan.chunk)
+        self.compactions += 1
+        self.evicted += tokens - slots
+        # What was not protected is no longer whole in every head, and can never be protected again.
+        self._recent = deque(group for group in self._recent if group[0] >= since)
+        self._text = text
+        if fault is not None:
+            raise fault
+
+    def _protect(self, slots: int) -> tuple[int, int]:
+        """The stream time from which frames are protected, and how many of the newest text tokens are."""
+        text = min(self._text or 0, slots // _TEXT_SHARE)
+        if not self._recent:
+            return torch.iinfo(torch.int64).max, text
+        frames = max(1, self.memory_tokens // self._recent[-1][1])
+        held, since = 0, self._recent[-1][0] + 1
+        for time, count in list(self._recent)[: -max(1, self.policy.recent(frames)) - 1 : -1]:
+            if held + count + text > slots:
+                break
+            held += count
+            since = time
+        return since, text
+
+    def _view(self, index: int, layer: PondLayer, since: int, text: int) -> View:
+        start, end = self.plan.prompt_tokens, layer.length
+        keys, values, time_us, place, _ = (tensor[:, start:end] for tensor in layer.tensors())
+        protected = time_us >= since
+        if self._text is not None:
+            for head in range(protected.shape[0]):
+                said = place[head, :, 0] == TEXT
+                # Text is protected by its rank from the end, not by time: a whole turn shares one time.
+                after = said.sum() - said.cumsum(0)
+                protected[head] &= ~said
+                protected[head] |= said & (after < text)
+        block = self._recent[-1][1] if self._recent else 1
+        return View(keys, values, time_us, place, protected, index, len(self.layers), block, self.plan.chunk)
+
+    @staticmethod
+    def _newest(view: View, slots: int) -> Tensor:
+        newest = torch.arange(view.tokens, dtype=torch.float32, device=view.keys.device)
+        return keep_top(newest.repeat(view.heads, 1), view.protected, slots)
+
+    def _check(self, keep: Tensor, view: View, slots: int) -> None:
+        """Hold the policy to its contract before a byte moves."""
+        name = self.policy.name
+        if keep.shape != (view.heads, slots) or keep.dtype != torch.int64:
+            raise PolicyError(
+                f"policy {name!r} returned {tuple(keep.shape)} {keep.dtype}, not ({view.heads}, {slots}) int64"
+            )
+        inside = bool((keep[:, 0] >= 0).all()) and bool((keep[:, -1] < view.tokens).all())
+        if not inside or (slots > 1 and not bool((keep[:, 1:] > keep[:, :-1]).all())):
+            raise PolicyError(f"policy {name!r} must return ascending token indices below {view.tokens}")
+        kept = view.protected.gather(1, keep).sum(dim=1)
+        if not bool((kept == view.protected.sum(dim=1)).all()):
+            raise PolicyError(f"policy {name!r} dropped a protected token")
+
+    def kept(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each layer, stream times int64 [H, n] and places int16 [H, n, 2] of the live tokens behind the prompt."""
+        start, end = self.plan.prompt_tokens, self.length
+        for layer in self.layers:
+            yield layer.time_us[:, start:end], layer.place[:, start:end]
+
+    # --- storage ------------------------------------------------------------------------------------------------
+
+    def resize(self, plan: Plan) -> None:
+        """Move to the storage of another plan while the stream runs; shrinking compacts at once.
+
+        While it moves, the larger of the two budgets is the cap; afterwards the new one.
+
+        Raises:
+            BudgetError: the new plan cannot hold what must survive; the pond stays as it was.
+        """
+        resize_pond(self, plan)
+
+    def fork(self) -> Pond:
+        """A second pond with a copy of the memory and books of its own."""
+        other = Pond(self.geometry, self.plan, self.policy, self.device)
+        for mine, copy in zip(self.layers, other.layers, strict=True):
+            copy.adopt(mine)
+        other.compactions, other.evicted, other._text = self.compactions, self.evicted, self._text
+        other._recent = self._recent.copy()
+        return other

@@ -1,0 +1,110 @@
+"""Turning stored keys to new rotary positions, so that a stream can run past the range that the weights were trained on.
+
+Positions are stored per token and head as integers, and each re-anchoring turns a key once, by the exact integer
+difference, in float32: nothing accumulates but one rounding per re-anchoring, and those are rare (once per trained range).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from millpond.cache.layer import PondLayer
+from millpond.cache.pond import Pond
+from millpond.policies.base import TEXT
+from millpond.positions import Clock, Rope
+
+__all__ = ["close_gaps", "shift_uniformly"]
+
+
+def shift_uniformly(pond: Pond, rope: Rope, clock: Clock, by: int) -> None:
+    """Move every stored token, the prompt included, and the clock back by `by` positions on every axis.
+
+    Only differences of positions enter attention, so the logits stay what they were; what it buys is that position
+    numbers stay small enough for float32.
+    """
+    with pond.ledger.borrow("scratch", pond.plan.scratch_bytes):
+        for layer in pond.layers:
+            for head in range(layer.positions.shape[0]):
+                shift = torch.full((1, rope_axes(layer)), by, dtype=torch.int64, device=layer.device)
+                _turn(layer, head, rope, shift.expand(layer.length, -1), pond.plan.chunk)
+    clock.shift(spatial=by, temporal=by)
+
+
+def close_gaps(pond: Pond, rope: Rope, clock: Clock) -> int:
+    """Close the gaps that evictions left, so that the memory spans no more positions than its tokens need.
+
+    Each head keeps different tokens, so each has gaps of its own. All heads must agree on where the stream goes on, so
+    every head closes the same total before the open segment's base and the same after it: the least that any head
+    can close there. Within a head the oldest gaps close first, down to the clock's native step; order and grids stay.
+
+    Returns:
+        By how many positions the end of the stream moved back.
+    """
+    base = clock.base if clock.base is not None else clock.next
+    with pond.ledger.borrow("scratch", pond.plan.scratch_bytes):
+        before, after = _closable(pond, clock, base)
+        if before + after:
+            for layer in pond.layers:
+                for head in range(layer.positions.shape[0]):
+                    shift = _shifts(layer, head, clock, base, before, after)
+                    _turn(layer, head, rope, shift, pond.plan.chunk)
+    clock.shift(spatial=before, temporal=before + after)
+    return before + after
+
+
+def rope_axes(layer: PondLayer) -> int:
+    """Rotary axes of the layer's stored positions."""
+    return layer.positions.shape[2]
+
+
+def _extent(layer: PondLayer, head: int) -> Tensor:
+    """int64 [n], the largest position on any axis up to each token: where text after it would have gone on."""
+    return layer.positions[head, : layer.length].amax(dim=1).to(torch.int64).cummax(0).values
+
+
+def _gaps(extent: Tensor, clock: Clock, base: int) -> tuple[Tensor, Tensor]:
+    """Closable positions in front of each token, int64 [n] each: below the open segment's base, and above it.
+
+    The base itself counts as taken in every head, because new frames are placed by it.
+    """
+    previous = torch.cat([extent.new_full((1,), -1), extent[:-1]])
+    below = extent.clamp(max=base) - previous.clamp(max=base) - clock.step
+    above = extent.clamp(min=base) - previous.clamp(min=base) - clock.step
+    return below.clamp_(min=0), above.clamp_(min=0)
+
+
+def _closable(pond: Pond, clock: Clock, base: int) -> tuple[int, int]:
+    before = after = clock.next
+    for layer in pond.layers:
+        for head in range(layer.positions.shape[0]):
+            below, above = _gaps(_extent(layer, head), clock, base)
+            before, after = min(before, int(below.sum())), min(after, int(above.sum()))
+    return before, after
+
+
+def _shifts(layer: PondLayer, head: int, clock: Clock, base: int, before: int, after: int) -> Tensor:
+    """int64 [n, axes], how far each token of a head moves back on each axis."""
+    extent = _extent(layer, head)
+    below, above = _gaps(extent, clock, base)
+    along = below.cumsum(0).clamp_(max=before) + above.cumsum(0).clamp_(max=after)
+    axes = rope_axes(layer)
+    shift = along[:, None].expand(-1, axes).clone()
+    if axes == 3:
+        # A vision token's height and width count from the base of its segment, which moved with the text before it.
+        place = layer.place[head, : layer.length]
+        visual = place[:, 0] > TEXT
+        origin = layer.positions[head, : layer.length, 1].to(torch.int64) - place[:, 0]
+        at = torch.searchsorted(extent, origin, right=True) - 1
+        anchored = torch.where(at < 0, 0, along[at.clamp(min=0)])
+        anchored = torch.where(origin >= base, before, anchored)
+        shift[visual, 1:] = anchored[visual, None]
+    return shift
+
+
+def _turn(layer: PondLayer, head: int, rope: Rope, shift: Tensor, chunk: int) -> None:
+    """Turn one head's live keys back by `shift` [n, axes] and write the new positions down."""
+    for first in range(0, layer.length, chunk):
+        last = min(first + chunk, layer.length)
+        rope.rotate_(layer.keys[0, head, first:last], -shift[first:last])
+        layer.positions[head, first:last] -= shift[first:last].to(torch.int32)

@@ -1,0 +1,126 @@
+"""Moving a pond into larger or smaller storage, one tensor at a time, without ever passing the cap.
+
+A tensor is replaced by allocating its successor beside it where the cap has room for both. Where it has not, its live
+rows wait in the unused tails of the other layers' tensors while the old storage is freed first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from millpond.errors import BudgetError
+
+if TYPE_CHECKING:
+    from millpond.cache.layer import PondLayer
+    from millpond.cache.pond import Pond
+    from millpond.plan import Plan
+
+__all__ = ["resize_pond"]
+
+_VECTORS = ("keys", "values")
+_METADATA = ("time_us", "place", "positions")
+
+
+def resize_pond(pond: Pond, plan: Plan) -> None:
+    """See `Pond.resize`."""
+    old, ledger = pond.plan, pond.ledger
+    shrinking = plan.slots < old.slots
+    if pond.policy.capped:
+        assert plan.budget is not None
+        limit = max(old.budget or 0, plan.budget)
+    else:
+        limit = None
+    if shrinking:
+        most = plan.slots - plan.reserve_tokens
+        if limit is not None and ledger.held + _tensor_bytes(pond, plan.slots) > limit:
+            # No room for a copy of one tensor: its live rows must fit into the tails of the others.
+            most = min(most, plan.slots - -(-plan.slots // (2 * pond.geometry.layers)))
+        target = min(plan.memory_tokens, most - plan.prompt_tokens)
+        if target < 1:
+            raise BudgetError(f"the pond cannot shrink to {plan.slots} slots", least=old.budget)
+        pond.compact(target)
+    elif not _can_grow(pond, plan.slots, limit):
+        # Too small a step to be worth a second copy of a tensor, which the cap has no room for: keep the storage.
+        spare = plan.slots - old.slots
+        plan = replace(plan, slots=old.slots, memory_tokens=max(plan.group_tokens, plan.memory_tokens - spare))
+    ledger.limit = limit
+    if plan.slots != old.slots:
+        # The small tensors move while there is most room: last when shrinking, first when growing.
+        for names in (_VECTORS, _METADATA) if shrinking else (_METADATA, _VECTORS):
+            for layer in pond.layers:
+                for name in names:
+                    _move(pond, layer, name, plan.slots, limit)
+    ledger.limit = plan.budget if pond.policy.capped else None
+    pond.plan = plan
+
+
+def _tensor_bytes(pond: Pond, slots: int) -> int:
+    return pond.geometry.kv_heads * slots * pond.geometry.vector_bytes
+
+
+def _can_grow(pond: Pond, slots: int, limit: int | None) -> bool:
+    """Whether every tensor in turn finds room: beside the old one, or for its live rows in the others' tails."""
+    if limit is None:
+        return True
+    count, held = 2 * pond.geometry.layers, pond.ledger.held
+    held += (slots - pond.capacity) * (pond.geometry.bytes_per_token - pond.geometry.kv_bytes_per_token)
+    small, large = _tensor_bytes(pond, pond.capacity), _tensor_bytes(pond, slots)
+    for moved in range(count):
+        tails = moved * (slots - pond.length) + (count - 1 - moved) * (pond.capacity - pond.length)
+        if held + large > limit and tails < pond.length:
+            return False
+        held += large - small
+    return True
+
+
+def _move(pond: Pond, layer: PondLayer, name: str, slots: int, limit: int | None) -> None:
+    """Replace one tensor of a layer by one of `slots` slots that holds the same live rows."""
+    old: Tensor = getattr(layer, name)
+    length, axis = layer.length, 2 if name in _VECTORS else 1
+    shape = list(old.shape)
+    shape[axis] = slots
+    size, ledger = old.element_size() * torch.Size(shape).numel(), pond.ledger
+    old_size = old.untyped_storage().nbytes()
+    if limit is None or ledger.held + size <= limit or name in _METADATA:
+        ledger.hold("storage", ledger.account("storage") + size)
+        new = torch.zeros(shape, dtype=old.dtype, device=old.device)
+        new.narrow(axis, 0, length).copy_(old.narrow(axis, 0, length))
+        setattr(layer, name, new)
+        del old
+        ledger.hold("storage", ledger.account("storage") - old_size)
+        return
+    tails = _stash(pond, old)
+    setattr(layer, name, old.new_empty(0))
+    del old
+    ledger.hold("storage", ledger.account("storage") - old_size + size)
+    new = torch.zeros(shape, dtype=layer.dtype, device=layer.device)
+    first = 0
+    for tail in tails:
+        new[:, :, first : first + tail.shape[2]].copy_(tail)
+        first += tail.shape[2]
+    setattr(layer, name, new)
+
+
+def _stash(pond: Pond, tensor: Tensor) -> list[Tensor]:
+    """Copy a tensor's live rows into the unused tails of the others; return the pieces in order."""
+    pieces: list[Tensor] = []
+    first = 0
+    for layer in pond.layers:
+        for name in _VECTORS:
+            other: Tensor = getattr(layer, name)
+            if other is tensor or other.numel() == 0:
+                continue
+            count = min(other.shape[2] - layer.length, layer.length - first)
+            if count <= 0:
+                continue
+            tail = other[:, :, layer.length : layer.length + count]
+            tail.copy_(tensor[:, :, first : first + count])
+            pieces.append(tail)
+            first += count
+    if first < pond.length:
+        raise RuntimeError("the tails cannot hold a tensor's live rows")  # resize_pond made sure that they can
+    return pieces

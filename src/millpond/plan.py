@@ -1,0 +1,180 @@
+"""How a budget in bytes is split: prompt, memory, room for the incoming block, reserve for the turn, scratch.
+
+    slots = prompt + memory |C| + room + reserve
+    bytes = slots x bytes_per_token + frames in waiting + scratch  <=  budget
+
+Arithmetic only; nothing is allocated here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from millpond.budget import format_bytes
+from millpond.errors import BudgetError
+from millpond.geometry import Geometry
+from millpond.policies.base import Policy
+
+__all__ = ["Plan", "make_plan"]
+
+# Compaction runs when the room is used up, so a larger room means fewer passes and a smaller memory. An eighth keeps
+# selection below half a per cent of ingest at a 7B model's shapes (bench/overhead.py) and memory at 7/8 of what it could be.
+_ROOM_SHARE = 8
+# A turn (question and answer) gets an eighth of the slots, within what real questions and answers need.
+_RESERVE_SHARE, _RESERVE_LEAST, _RESERVE_MOST = 8, 32, 512
+# Groups that run through the model together: large blocks feed the matrix units, small ones cost less room.
+_BLOCK_GROUPS = (4, 2, 1)
+_CHUNK_LEAST, _CHUNK_MOST = 16, 512
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A budget, split.
+
+    Attributes:
+        budget: the cap in bytes; None for the uncapped reference, whose storage grows.
+        bytes_per_token: keys, values and metadata of one token over all layers.
+        slots: token slots allocated (prompt + memory + room + reserve).
+        prompt_tokens: pinned at the start, in every layer and head.
+        memory_tokens: |C|, what a compaction keeps beside the prompt.
+        room_tokens: free after a compaction for the frames to come.
+        block_tokens, block_groups: what runs through the model at once.
+        reserve_tokens: kept free for a question and its answer.
+        group_tokens, frames_per_group: size of one frame group.
+        frames_in_full: raw frames that the memory holds when it keeps every one of their tokens.
+        waiting_bytes: frames at model resolution that wait for their block to fill.
+        scratch_bytes: the most that compaction or re-anchoring takes at any instant.
+        chunk: tokens of one head worked on at a time.
+    """
+
+    budget: int | None
+    bytes_per_token: int
+    slots: int
+    prompt_tokens: int
+    memory_tokens: int
+    room_tokens: int
+    block_tokens: int
+    block_groups: int
+    reserve_tokens: int
+    group_tokens: int
+    frames_per_group: int
+    frames_in_full: int
+    waiting_bytes: int
+    scratch_bytes: int
+    chunk: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything the plan may hold at once; at most the budget."""
+        return self.slots * self.bytes_per_token + self.waiting_bytes + self.scratch_bytes
+
+    def seconds_in_full(self, fps: float) -> float:
+        """Seconds of video at `fps` that fit into the memory in full detail."""
+        return self.frames_in_full / fps
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain numbers, for `--json`."""
+        return {**asdict(self), "total_bytes": self.total_bytes}
+
+
+def make_plan(
+    budget: int | None,
+    geometry: Geometry,
+    policy: Policy,
+    *,
+    prompt_tokens: int,
+    group_tokens: int = 1,
+    frames_per_group: int = 1,
+    frame_bytes: int = 0,
+    reserve_tokens: int | None = None,
+    what: str = "this model",
+) -> Plan:
+    """Split `budget` bytes for a model and a frame size.
+
+    Args:
+        budget: bytes; None only for a policy that ignores the cap.
+        prompt_tokens: pinned tokens.
+        group_tokens, frames_per_group, frame_bytes: one frame group in tokens and raw frames, one waiting frame in bytes.
+        reserve_tokens: slots kept free for a turn; by default an eighth of all, between 32 and 512.
+        what: named in errors.
+
+    Raises:
+        BudgetError: too small; names the least that works.
+    """
+
+    def split(slots: int) -> Plan:
+        reserve = reserve_tokens
+        if reserve is None:
+            reserve = max(_RESERVE_LEAST, min(_RESERVE_MOST, slots // _RESERVE_SHARE))
+        behind_prompt = slots - prompt_tokens - reserve
+        groups = next((g for g in _BLOCK_GROUPS if g * group_tokens <= behind_prompt // 4), 1)
+        room = max(groups * group_tokens, behind_prompt // _ROOM_SHARE)
+        memory = behind_prompt - room
+        if policy.whole_frames:
+            memory -= memory % group_tokens
+            room = behind_prompt - memory
+        chunk = max(_CHUNK_LEAST, min(_CHUNK_MOST, slots // 16))
+        return Plan(
+            budget=budget,
+            bytes_per_token=geometry.bytes_per_token,
+            slots=slots,
+            prompt_tokens=prompt_tokens,
+            memory_tokens=memory,
+            room_tokens=room,
+            block_tokens=groups * group_tokens,
+            block_groups=groups,
+            reserve_tokens=reserve,
+            group_tokens=group_tokens,
+            frames_per_group=frames_per_group,
+            frames_in_full=memory // group_tokens * frames_per_group,
+            waiting_bytes=groups * frames_per_group * frame_bytes,
+            scratch_bytes=scratch_bytes(policy, geometry, slots - prompt_tokens, chunk),
+            chunk=chunk,
+        )
+
+    if not policy.capped:
+        return split(prompt_tokens + (reserve_tokens or _RESERVE_MOST) + 8 * group_tokens)
+    if budget is None:
+        raise BudgetError(f"the policy {policy.name!r} needs a budget; only 'full' runs without one")
+    # The least that works: one group remembered, one coming in, and room for a turn.
+    fewest = prompt_tokens + 2 * group_tokens + (_RESERVE_LEAST if reserve_tokens is None else reserve_tokens)
+    fewest = _first(lambda slots: split(slots).memory_tokens >= group_tokens, fewest)
+    least = split(fewest).total_bytes
+    if budget < least:
+        raise BudgetError(
+            f"a budget of {format_bytes(budget)} is too small for {what}: the least that works is {least} bytes "
+            f"({format_bytes(least)}; {prompt_tokens} prompt tokens, {group_tokens} tokens a frame group, "
+            f"{geometry.bytes_per_token} bytes a token)",
+            least=least,
+        )
+    most = _first(lambda slots: split(slots).total_bytes > budget, fewest + 1) - 1
+    return split(most)
+
+
+def scratch_bytes(policy: Policy, geometry: Geometry, tokens: int, chunk: int) -> int:
+    """The most that compacting or re-anchoring `tokens` tokens of a layer allocates at any instant, in bytes."""
+    heads, width = geometry.kv_heads, geometry.head_dim
+    # Protection: two masks [H, n] and, while text is counted from the end, one int64 [n] twice.
+    protection = 2 * heads * tokens + 16 * tokens
+    # Moving: `keep` is counted by the policy; the comparison of one head and one chunk of one tensor.
+    moving = 9 * tokens + chunk * max(geometry.vector_bytes, 8)
+    # Re-anchoring: one head's gaps (four int64 [n]) and one chunk's angles and halves (seven float32 [chunk, D/2]).
+    turning = 32 * tokens + chunk * (7 * 4 * width // 2 + 8 * geometry.axes)
+    return max(policy.scratch(heads, tokens, width, chunk) + protection + moving, turning)
+
+
+def _first(holds: Callable[[int], bool], start: int) -> int:
+    """The least integer >= start for which a monotone condition holds."""
+    step = 1
+    while not holds(start + step - 1):
+        step *= 2
+    low, high = start, start + step - 1
+    while low < high:
+        middle = (low + high) // 2
+        if holds(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low
