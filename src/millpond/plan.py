@@ -160,8 +160,9 @@ def scratch_bytes(policy: Policy, geometry: Geometry, tokens: int, chunk: int) -
     protection = 2 * heads * tokens + 16 * tokens
     # Moving: `keep` is counted by the policy; the comparison of one head and one chunk of one tensor.
     moving = 9 * tokens + chunk * max(geometry.vector_bytes, 8)
-    # Re-anchoring: one head's gaps (four int64 [n]) and one chunk's angles and halves (seven float32 [chunk, D/2]).
-    turning = 32 * tokens + chunk * (7 * 4 * width // 2 + 8 * geometry.axes)
+    # Re-anchoring: one head's gaps and shifts (int64 [n], five and one an axis), and one chunk's angles (float64 [chunk, D/2],
+    # three) and halves (float32, seven).
+    turning = (40 + 8 * geometry.axes) * tokens + chunk * (3 * 8 + 7 * 4) * width // 2
     return max(policy.scratch(heads, tokens, width, chunk) + protection + moving, turning)
 
 

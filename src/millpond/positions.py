@@ -77,16 +77,17 @@ class Rope:
     limit: int
 
     def rotate_(self, keys: Tensor, delta: Tensor) -> None:
-        """Turn keys in place by `delta` positions; computed in float32, stored back in the keys' dtype.
+        """Turn keys in place by `delta` positions; turned in float32, stored back in the keys' dtype.
 
         Args:
             keys: [..., n, D], already roped at some position p.
             delta: int [..., n, axes], broadcastable to the keys; the keys end up roped at p + delta.
         """
         half = self.inv_freq.shape[0]
-        picked = delta.index_select(-1, self.axis.to(delta.device)).to(torch.float32)
-        angle = picked * self.inv_freq.to(keys.device, torch.float32)
-        cos, sin = angle.cos(), angle.sin()
+        # Angles in float64: hundreds of radians in float32 are off by 1e-5, which would add up over re-anchorings.
+        picked = delta.index_select(-1, self.axis.to(delta.device)).to(keys.device, torch.float64)
+        angle = picked * self.inv_freq.to(keys.device, torch.float64)
+        cos, sin = angle.cos().to(torch.float32), angle.sin().to(torch.float32)
         low, high = keys[..., :half].to(torch.float32), keys[..., half : 2 * half].to(torch.float32)
         turned = low * cos - high * sin
         keys[..., half : 2 * half] = high * cos + low * sin
