@@ -1,0 +1,152 @@
+"""`bptt`: a recurrent module over a sequence, with backpropagation inside an activation budget.
+
+One autograd function stands for the whole sequence; its backward carries out the rest of a plan. Knows how the caller's
+tensors enter and leave it; the plan, its execution and the measuring of a step are in modules of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from millpond.recompute.ambient import Generators
+from millpond.recompute.errors import RecomputeError
+from millpond.recompute.machine import Machine
+from millpond.recompute.plans import Strategy, plan
+from millpond.recompute.probe import Cell, probe
+from millpond.recompute.sequence import Collector, Inputs, flatten, unflatten
+
+__all__ = ["bptt"]
+
+
+def bptt(
+    step: Callable[..., Any],
+    inputs: Any,
+    state: Any,
+    *,
+    budget: str | int | None = None,
+    slots: int | None = None,
+    strategy: Strategy = "auto",
+    loss: Callable[[Any, int], Tensor] | None = None,
+    parameters: Iterable[Tensor] = (),
+) -> tuple[Any, Any]:
+    """Run `step` over a sequence; backpropagating through the result stays inside an activation budget.
+
+    Gradients are those of plain backpropagation through time. After Gruslys et al., "Memory-Efficient Backpropagation
+    Through Time" (NIPS 2016).
+
+    Args:
+        step: `step(x, state) -> (output, state)`; or an nn.LSTMCell, GRUCell or RNNCell as it is. The state must keep
+            its shapes. It runs several times for the same x, so it must not count, log or change buffers.
+        inputs: a pytree of tensors [T, ...], or a list with one pytree per step.
+        state: the initial state, a pytree.
+        budget: the most bytes of stored activations between and during forward and backward, as a number or for example
+            "64MiB". Parameters, inputs, outputs and gradients are not counted. Or:
+        slots: stored states beside the initial one and the step at work (see `millpond.recompute.plan`).
+        strategy: "auto", "mixed", "hidden" or "internal".
+        loss: `loss(output, t) -> scalar`, t from 0, summed over the steps, so that outputs need not be kept.
+        parameters: tensors needing gradients that the step uses, where the first step does not show them all or
+            something else computed them. Modules' parameters and leaves that the first step uses are found.
+
+    Returns:
+        (outputs, final state). Outputs are stacked tensors [T, ...], or a list if `inputs` is one, or the sum of the
+        losses if `loss` is given. Both are copies of what the steps returned.
+
+    Raises:
+        BudgetError: the budget is below one step; names the least that works.
+        RecomputeError: the step cannot be recomputed; the message names the cause.
+    """
+    cell, sequence = Cell(step, loss), Inputs(inputs)
+    collector = Collector(sequence.length, "sum" if loss is not None else "stack" if sequence.stacked else "list")
+    explicit = tuple(tensor for tensor in parameters if tensor.requires_grad)
+    if not torch.is_grad_enabled():
+        return _plain(cell, sequence, state, collector)
+    largest = sequence.largest()
+    leaves, spec = sequence.at(largest)
+    seen = probe(cell, unflatten(leaves, spec), state, largest, explicit)
+    own = {id(leaf): leaf for module in cell.modules() for leaf in module.parameters() if leaf.requires_grad}
+    found = {id(leaf): leaf for leaf in (*explicit, *own.values(), *seen.parameters)}
+    _refuse_nested(tuple(found.values()))
+    state_leaves, state_spec = flatten(state)
+    for leaf in (*state_leaves, *sequence.leaves):
+        found.pop(id(leaf), None)
+    tensors = [*state_leaves, *sequence.leaves, *found.values()]
+    if not any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors):
+        return _plain(cell, sequence, state, collector)
+    planned = plan(
+        length=sequence.length,
+        hidden_bytes=seen.size.hidden_bytes,
+        internal_bytes=seen.size.internal_bytes,
+        budget=budget,
+        slots=slots,
+        strategy=strategy,
+    )
+    trusted = isinstance(step, nn.Module) and loss is None and found.keys() <= own.keys()
+    machine = Machine(cell, sequence, state, planned, tuple(found.values()), Generators(tensors), seen.random, trusted)
+    results = _Bptt.apply(machine, collector, *tensors)
+    count = len(results) - len(state_leaves)
+    return collector.finish(list(results[:count])), unflatten(list(results[count:]), state_spec)
+
+
+class _Bptt(torch.autograd.Function):
+    """Inputs: the leaves of the initial state, of the inputs, and the parameters. Outputs: leaves of outputs and state."""
+
+    @staticmethod
+    def forward(ctx: Any, machine: Machine, collector: Collector, *tensors: Any) -> tuple[Any, ...]:
+        ctx.set_materialize_grads(False)
+        final, _ = flatten(machine.forward(collector))
+        outputs = collector.take()
+        ctx.machine, ctx.collector = machine, collector
+        ctx.outputs = len(outputs)
+        # Saved for their version counters: a parameter changed before backward must be an error, as in plain autograd.
+        ctx.save_for_backward(*(tensor for tensor in tensors if isinstance(tensor, Tensor)))
+        results = (*outputs, *final)
+        ctx.mark_non_differentiable(
+            *(t for t in results if isinstance(t, Tensor) and not (t.is_floating_point() or t.is_complex()))
+        )
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        _ = ctx.saved_tensors  # raises if freed, or changed in place
+        machine: Machine = ctx.machine
+        initial, inputs, parameters = machine.backward(
+            list(grads[: ctx.outputs]), ctx.collector, list(grads[ctx.outputs :]), list(ctx.needs_input_grad[2:])
+        )
+        return (None, None, *initial, *inputs, *parameters)
+
+
+def _plain(cell: Cell, sequence: Inputs, state: Any, collector: Collector) -> tuple[Any, Any]:
+    """The loop itself, where nothing needs gradients."""
+    with torch.no_grad():
+        for step in range(1, sequence.length + 1):
+            leaves, spec = sequence.at(step)
+            output, state = cell(unflatten(leaves, spec), state, step)
+            collector.put(step, output)
+    return collector.finish(list(collector.take())), state
+
+
+def _refuse_nested(parameters: tuple[Tensor, ...]) -> None:
+    """Refuse parameters of which one was computed from another: its gradient would be counted twice."""
+    nodes = {tensor.grad_fn: tensor for tensor in parameters if tensor.grad_fn is not None}
+    leaves = {id(tensor) for tensor in parameters}
+    for start in nodes:
+        todo, visited = [start], set()
+        while todo:
+            node = todo.pop()
+            for following, _ in node.next_functions:
+                if following is None or following in visited:
+                    continue
+                visited.add(following)
+                variable = getattr(following, "variable", None)
+                if following in nodes or (variable is not None and id(variable) in leaves):
+                    raise RecomputeError(
+                        "one of `parameters` was computed from another, so its gradient would be counted twice: "
+                        "pass the computed tensor in the inputs or in the state"
+                    )
+                todo.append(following)
