@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from millpond import native
 from millpond.errors import BudgetError, ModelError
 from millpond.geometry import Geometry
 
@@ -135,20 +136,26 @@ class PondLayer(CacheLayerMixin):
             keep: int64 [H, S], ascending, relative to `start`; everything below `start` stays where it is.
             chunk: survivors moved at a time.
         """
-        kept = keep.shape[1]
-        order = torch.arange(kept, device=keep.device)
-        for head in range(keep.shape[0]):
-            # The head's unmoved prefix: keep[j] == j there, and nowhere after it.
-            unmoved = int((keep[head] == order).sum())
-            for tensor in self.tensors():
-                live = tensor[head, start : self.length]
-                for first in range(unmoved, kept, chunk):
-                    last = min(first + chunk, kept)
-                    live[first:last] = live.index_select(0, keep[head, first:last])
-        self.length = start + kept
+        for tensor in self.tensors():
+            live = tensor[:, start : self.length]
+            if not native.move_rows(live, keep):
+                _move_rows(live, keep, chunk)
+        self.length = start + keep.shape[1]
 
     def adopt(self, other: PondLayer) -> None:
         """Copy the live tokens of a layer of the same geometry into this one's storage."""
         for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
             mine[:, : other.length].copy_(theirs[:, : other.length])
         self.length = other.length
+
+
+def _move_rows(live: Tensor, keep: Tensor, chunk: int) -> None:
+    """What the compiled kernel does, in torch: [H, n, ...] rows to the front of each head, `chunk` at a time."""
+    kept = keep.shape[1]
+    order = torch.arange(kept, device=keep.device)
+    for head in range(keep.shape[0]):
+        # The head's unmoved prefix: keep[j] == j there, and nowhere after it.
+        unmoved = int((keep[head] == order).sum())
+        for first in range(unmoved, kept, chunk):
+            last = min(first + chunk, kept)
+            live[head, first:last] = live[head].index_select(0, keep[head, first:last])

@@ -1,0 +1,145 @@
+"""The compiled inner loops of selection and compaction, built on first use where there is a C++ compiler.
+
+`kernels.cpp` is compiled once into the user's cache folder. Where that is not possible (no compiler, another device, a
+dtype without a kernel, or MILLPOND_NATIVE=0) the functions here return None or False and the caller's torch code runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["best", "cosines", "move_rows", "norms", "status"]
+
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+_FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-std=c++17", "-shared", "-fPIC")
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+@cache
+def _library() -> tuple[ctypes.CDLL | None, str]:
+    """The loaded library, or None and why not."""
+    if os.environ.get("MILLPOND_NATIVE", "1") == "0":
+        return None, "switched off by MILLPOND_NATIVE=0"
+    compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+    if compiler is None:
+        return None, "no C++ compiler"
+    # The processor is part of the key: a home folder may be shared between machines.
+    key = hashlib.sha256(_SOURCE.read_bytes() + "".join((*_FLAGS, compiler, platform.processor(), _cpu())).encode())
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "millpond"
+    target = folder / f"kernels-{key.hexdigest()[:16]}.so"
+    try:
+        if not target.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                built = Path(scratch) / target.name
+                command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(built)]
+                subprocess.run(command, check=True, capture_output=True, timeout=120)
+                built.replace(target)  # atomic: two processes may build at once
+        return ctypes.CDLL(str(target)), str(target)
+    except (OSError, subprocess.SubprocessError) as error:
+        return None, f"could not be built: {type(error).__name__}"
+
+
+def _cpu() -> str:
+    """What `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line for line in lines if line.startswith("flags")), platform.machine())
+
+
+def status() -> str:
+    """One line for people: where the library is, or why there is none."""
+    return _library()[1]
+
+
+def _ready(*tensors: Tensor) -> ctypes.CDLL | None:
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        return None
+    return _library()[0]
+
+
+def _rows(tensor: Tensor) -> bool:
+    """Whether the rows of a [..., D] tensor lie one behind the other."""
+    return tensor.stride(-1) == 1 and tensor.stride(-2) == tensor.shape[-1]
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def norms(rows: Tensor) -> Tensor | None:
+    """Euclidean norms of the last axis of [H, n, D]: float32 [H, n]."""
+    library = _ready(rows)
+    if library is None or rows.dtype not in _SUFFIX or not _rows(rows):
+        return None
+    heads, tokens, width = rows.shape
+    out = torch.empty(heads, tokens, dtype=torch.float32)
+    size = (ctypes.c_int64(rows.stride(0)), ctypes.c_int64(heads), ctypes.c_int64(tokens), ctypes.c_int64(width))
+    getattr(library, f"millpond_norms_{_SUFFIX[rows.dtype]}")(_pointer(rows), *size, _pointer(out))
+    return out
+
+
+def cosines(rows: Tensor, table: Tensor, index: Tensor, floor: float, out: Tensor) -> bool:
+    """Dot product of each unit row with the row of `table` that `index` names, 0 where it names none.
+
+    Args:
+        rows: [n, D]. table: float32 [p, D]. index: int32 [n], below 0 for none. floor: added to each norm.
+        out: float32 [n], written.
+
+    Returns:
+        False where there is no kernel; `out` is untouched then.
+    """
+    library = _ready(rows, table, index, out)
+    if library is None or rows.dtype not in _SUFFIX or not _rows(rows):
+        return False
+    tokens, width = rows.shape
+    run = getattr(library, f"millpond_cosines_{_SUFFIX[rows.dtype]}")
+    sizes = ctypes.c_int64(tokens), ctypes.c_int64(width)
+    run(_pointer(rows), *sizes, _pointer(table), _pointer(index), ctypes.c_float(floor), _pointer(out))
+    return True
+
+
+def best(scores: Tensor, slots: int) -> Tensor | None:
+    """Indices of the `slots` largest scores in each row, ascending: float32 [H, n] -> int64 [H, slots]."""
+    library = _ready(scores)
+    if library is None or scores.dtype != torch.float32 or not scores.is_contiguous():
+        return None
+    heads, tokens = scores.shape
+    keep = torch.empty(heads, slots, dtype=torch.int64)
+    work = torch.empty(tokens, dtype=torch.float32)
+    sizes = ctypes.c_int64(heads), ctypes.c_int64(tokens), ctypes.c_int64(slots)
+    library.millpond_best(_pointer(scores), *sizes, _pointer(work), _pointer(keep))
+    return keep
+
+
+def move_rows(tensor: Tensor, keep: Tensor) -> bool:
+    """Move the rows that `keep` names to the front of each head, in place.
+
+    Args:
+        tensor: [H, n, ...], rows contiguous. keep: int64 [H, S], ascending.
+
+    Returns:
+        False where there is no kernel; nothing has moved then.
+    """
+    library = _ready(tensor, keep)
+    row = tensor[0, 0].numel()
+    if library is None or not keep.is_contiguous() or not tensor[0].is_contiguous():
+        return False
+    size = tensor.element_size()
+    sizes = ctypes.c_int64(tensor.stride(0) * size), ctypes.c_int64(row * size)
+    heads, slots = keep.shape
+    library.millpond_move_rows(_pointer(tensor), *sizes, _pointer(keep), ctypes.c_int64(heads), ctypes.c_int64(slots))
+    return True
