@@ -1,0 +1,204 @@
+"""Verbs that look and run nothing: `plan`, `doctor`, `models`, `policies`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from millpond.cli.errors import FAILED, announce
+from millpond.cli.options import (
+    DEFAULT_MODEL,
+    DEFAULT_POLICY,
+    BudgetOption,
+    DeviceOption,
+    DtypeOption,
+    FpsOption,
+    FrameSize,
+    JsonFlag,
+    ModelOption,
+    PolicyOption,
+    QuietFlag,
+    SystemOption,
+    budget_for,
+    read_size,
+)
+from millpond.errors import BudgetError
+
+if TYPE_CHECKING:
+    from millpond.families.base import Family
+    from millpond.plan import Plan
+
+__all__ = ["doctor", "models", "plan", "policies"]
+
+
+def plan(
+    context: typer.Context,
+    model: ModelOption = DEFAULT_MODEL,
+    budget: BudgetOption = None,
+    size: Annotated[
+        FrameSize,
+        typer.Option(
+            "--size", "-s", envvar="MILLPOND_SIZE", parser=read_size, metavar="WIDTHxHEIGHT", help="Pixels of a frame."
+        ),
+    ] = "640x480",  # type: ignore[assignment]
+    fps: FpsOption = 2.0,
+    policy: PolicyOption = DEFAULT_POLICY,
+    system: SystemOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Show how a budget is split for a model and a frame size; too small a one names the least that works."""
+    announce(context, as_json=as_json, quiet=quiet)
+    from millpond import families
+    from millpond.cli.watch import silence
+
+    silence()
+    family = families.load(model, dtype=dtype, device=device)
+    split = _split(family, budget_for(budget, policy), policy, system, size)
+    if as_json:
+        seconds = {"fps": fps, "seconds_in_full": split.seconds_in_full(fps)}
+        frame = {"width": size.width, "height": size.height}
+        print(json.dumps({"model": model, "policy": policy, **frame, **seconds, **split.to_dict()}))
+    else:
+        _print_plan(split, f"{model}, {policy}, frames of {size.width} x {size.height} at {fps:g} a second", fps)
+
+
+def _split(family: Family, budget: int | None, policy: str, system: str | None, size: FrameSize) -> Plan:
+    """The plan; where the budget cannot hold even the prompt, the error still names the least for these frames."""
+    from millpond.budget import format_bytes
+    from millpond.session import Session
+
+    try:
+        return Session(family, budget=budget, policy=policy, system=system).plan_for(size.height, size.width)
+    except BudgetError as error:
+        if budget is None or error.least is None:
+            raise
+        least = error.least
+        try:
+            Session(family, budget=least, policy=policy, system=system).plan_for(size.height, size.width)
+        except BudgetError as second:
+            least = second.least or least
+        raise BudgetError(
+            f"a budget of {format_bytes(budget)} is too small for frames of {size.width} x {size.height}: "
+            f"the least that works is {least} bytes ({format_bytes(least)})",
+            least=least,
+        ) from error
+
+
+def _print_plan(split: Plan, title: str, fps: float) -> None:
+    from millpond.budget import format_bytes
+
+    each = split.bytes_per_token
+    rows: list[tuple[str, int | None, int | None, str]] = [
+        ("prompt", split.prompt_tokens, split.prompt_tokens * each, "pinned"),
+        (
+            "memory |C|",
+            split.memory_tokens,
+            split.memory_tokens * each,
+            f"{split.frames_in_full} frames = {split.seconds_in_full(fps):g} s in full detail, more when thinned",
+        ),
+        (
+            "room for blocks",
+            split.room_tokens,
+            split.room_tokens * each,
+            f"blocks of {split.block_tokens} tokens ({split.block_groups * split.frames_per_group} frames)",
+        ),
+        ("reserve", split.reserve_tokens, split.reserve_tokens * each, "a question and its answer"),
+        ("waiting frames", None, split.waiting_bytes, "until their block is full"),
+        ("scratch", None, split.scratch_bytes, "compaction and re-anchoring"),
+        ("total", split.slots, split.total_bytes, _of_budget(split)),
+    ]
+    table = Table(title=Text(title), title_justify="left")
+    for name, justify in (("", "left"), ("tokens", "right"), ("bytes", "right"), ("", "right"), ("what for", "left")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name, tokens, size, note in rows:
+        table.add_row(name, "" if tokens is None else str(tokens), str(size), format_bytes(size or 0), note)
+    console = Console()
+    console.print(table)
+    console.print(f"{each} bytes per token, metadata included", highlight=False)
+
+
+def _of_budget(split: Plan) -> str:
+    return "no cap: it grows" if split.budget is None else f"of {split.budget} bytes"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of `millpond doctor`. `good` is None for what is merely told, False for what is missing."""
+
+    what: str
+    found: str
+    good: bool | None = None
+    needed: bool = False
+
+
+def doctor(context: typer.Context, as_json: JsonFlag = False, quiet: QuietFlag = False) -> None:
+    """Tell what is installed, which devices and codecs are there, and what would work; exit code 1 if watching would not."""
+    announce(context, as_json=as_json, quiet=quiet)
+    from millpond.cli.health import checks
+
+    found = checks()
+    if as_json:
+        print(json.dumps({"checks": [asdict(check) for check in found]}))
+    else:
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for check in found:
+            mark = {None: "", True: "[green]ok[/]", False: "[red]missing[/]" if check.needed else "[yellow]absent[/]"}
+            table.add_row(check.what, mark[check.good], Text(check.found))  # not markup: extras are in brackets
+        Console().print(table)
+    if any(check.needed and check.good is False for check in found):
+        raise typer.Exit(FAILED)
+
+
+def policies(context: typer.Context, as_json: JsonFlag = False, quiet: QuietFlag = False) -> None:
+    """List the policies: what each forgets, where it comes from, and its parameters."""
+    announce(context, as_json=as_json, quiet=quiet)
+    from millpond import policies as registry
+
+    rows: list[dict[str, Any]] = []
+    for name in registry.available():
+        policy = registry.get(name)
+        rows.append(
+            {
+                "name": name,
+                "capped": policy.capped,
+                "question_agnostic": policy.agnostic,
+                "parameters": {field.name: getattr(policy, field.name) for field in fields(policy)},
+                "source": policy.source,
+            }
+        )
+    if as_json:
+        print(json.dumps({"policies": rows}, default=str))
+        return
+    table = Table("policy", "cap", "sees questions", "parameters", "source")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            "kept" if row["capped"] else "none",
+            "no" if row["question_agnostic"] else "yes",
+            Text(", ".join(f"{name}={value}" for name, value in row["parameters"].items())),
+            Text(row["source"]),
+        )
+    Console().print(table)
+
+
+def models(context: typer.Context, as_json: JsonFlag = False, quiet: QuietFlag = False) -> None:
+    """List the model families that can be loaded from a folder or by hub id."""
+    announce(context, as_json=as_json, quiet=quiet)
+    from millpond import families
+
+    supported = sorted(families.supported())
+    if as_json:
+        print(json.dumps({"models": [DEFAULT_MODEL], "model_types": supported}))
+        return
+    print(f"{DEFAULT_MODEL}  (ships with millpond)")
+    for name in supported:
+        print(name)

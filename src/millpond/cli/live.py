@@ -1,0 +1,109 @@
+"""The line that shows a stream coming in: frames, frame/s, stream time, bytes of the cap, evictions.
+
+On stderr, and only where a person sees it. Knows how to draw numbers, not where they come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import monotonic
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from millpond.answer import Usage
+from millpond.budget import format_bytes
+
+__all__ = ["LiveLine", "clock", "summary"]
+
+# Often enough to look alive; reading a session's usage walks its kept times, which is not free.
+_REFRESH_SECONDS = 0.25
+
+
+def clock(seconds: float) -> str:
+    """`3725.5` as `"1:02:05.5"`, `65.5` as `"01:05.5"`."""
+    tenths = int(seconds * 10 + 1e-6)
+    minutes, rest = divmod(tenths, 600)
+    hours, minutes = divmod(minutes, 60)
+    head = f"{hours}:{minutes:02d}" if hours else f"{minutes:02d}"
+    return f"{head}:{rest // 10:02d}.{rest % 10}"
+
+
+def summary(usage: Usage) -> str:
+    """What a watch came to, in two lines."""
+    spent = usage.seconds_total
+    rate = f" ({usage.frames_seen / spent:.1f} frame/s)" if spent > 0 and usage.frames_seen else ""
+    dropped = f", {usage.frames_dropped} dropped" if usage.frames_dropped else ""
+    cap = "no cap" if usage.budget_bytes is None else f"cap {format_bytes(usage.budget_bytes)}"
+    return (
+        f"watched {clock(usage.stream_seconds)}: {usage.frames_seen} frames{dropped} in {spent:.1f} s{rate}\n"
+        f"memory {format_bytes(usage.live_bytes)}, peak {format_bytes(usage.peak_bytes)}, {cap}; a full cache would take "
+        f"{format_bytes(usage.full_cache_bytes)}; {usage.memory_tokens} tokens remembered, {usage.evicted_tokens} "
+        f"forgotten in {usage.compactions} compactions"
+    )
+
+
+class LiveLine:
+    """Draws itself over and over in one line while it is entered and `shown`.
+
+    Args:
+        usage: asked for the numbers, at most four times a second.
+        shown: False draws nothing (quiet, not a terminal, or a prompt has the terminal).
+    """
+
+    def __init__(self, usage: Callable[[], Usage], *, shown: bool) -> None:
+        self._usage = usage
+        self._console = Console(stderr=True)
+        self._shown = shown and self._console.is_terminal
+        self._live: Live | None = None
+        self._drawn = 0.0
+        self._last = (monotonic(), 0)
+
+    def __enter__(self) -> LiveLine:
+        self._start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Take the line away, so that something else can be printed; `tick` brings it back."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def tick(self) -> None:
+        """Draw anew when it is time to."""
+        now = monotonic()
+        if not self._shown or now - self._drawn < _REFRESH_SECONDS:
+            return
+        self._drawn = now
+        usage = self._usage()
+        if self._live is None:
+            self._start()
+        if self._live is not None:
+            self._live.update(Text(self._line(usage, now), no_wrap=True, overflow="ellipsis"), refresh=True)
+
+    def _start(self) -> None:
+        if self._shown:
+            # stdout carries results and may be a file: it is none of this line's business.
+            self._live = Live(
+                console=self._console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
+            )
+            self._live.start()
+
+    def _line(self, usage: Usage, now: float) -> str:
+        before, frames = self._last
+        rate = (usage.frames_seen - frames) / max(now - before, 1e-6)
+        if now - before > 2:
+            self._last = (now, usage.frames_seen)
+        cap = "" if usage.budget_bytes is None else f" of {format_bytes(usage.budget_bytes)}"
+        dropped = f"  {usage.frames_dropped} dropped" if usage.frames_dropped else ""
+        return (
+            f"{clock(usage.stream_seconds)}  {usage.frames_seen} frames{dropped}  {rate:.1f} frame/s  "
+            f"{format_bytes(usage.live_bytes)}{cap}  {usage.evicted_tokens} forgotten"
+        )

@@ -1,0 +1,202 @@
+"""The options that several commands share, each with its environment variable; and how their values are read.
+
+Reading only: nothing here loads a model or opens a source.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from millpond.budget import parse_bytes
+from millpond.errors import BudgetError
+
+__all__ = [
+    "DEFAULT_BUDGET",
+    "DEFAULT_MODEL",
+    "BudgetOption",
+    "DeviceOption",
+    "DtypeOption",
+    "FpsOption",
+    "FrameSize",
+    "JsonFlag",
+    "ModelOption",
+    "Moment",
+    "PolicyOption",
+    "PositionsOption",
+    "QuietFlag",
+    "SystemOption",
+    "WatchCommand",
+    "budget_for",
+    "read_moment",
+    "read_size",
+]
+
+DEFAULT_MODEL = "minnow"
+DEFAULT_POLICY = "infinipot-v"
+DEFAULT_BUDGET = "2MiB"
+"""Some seconds of video in the memory of the model that ships with millpond."""
+
+
+class Positions(StrEnum):
+    """What happens to rotary positions near the trained limit."""
+
+    absolute = "absolute"
+    contiguous = "contiguous"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A question and the stream time in seconds at which to ask it."""
+
+    seconds: float
+    question: str
+
+
+@dataclass(frozen=True)
+class FrameSize:
+    """Pixels of a frame."""
+
+    width: int
+    height: int
+
+
+def read_moment(value: str) -> Moment:
+    """Read `"12.5 Which digit is on screen?"`."""
+    number, _, question = value.strip().partition(" ")
+    try:
+        seconds = float(number)
+    except ValueError:
+        raise typer.BadParameter(f"{value!r} does not begin with a time in seconds") from None
+    if not 0 <= seconds < float("inf"):
+        raise typer.BadParameter(f"a stream time must be 0 or more, not {number}")
+    if not question.strip():
+        raise typer.BadParameter(f"there is no question after {number}")
+    return Moment(seconds, question.strip())
+
+
+def read_size(value: str) -> FrameSize:
+    """Read `"640x480"`, width first."""
+    match = re.fullmatch(r"\s*([1-9][0-9]*)\s*[xX×]\s*([1-9][0-9]*)\s*", value)
+    if match is None:
+        raise typer.BadParameter(f"{value!r} is not a frame size: write for example 640x480 (width x height)")
+    return FrameSize(int(match.group(1)), int(match.group(2)))
+
+
+def read_budget(value: str) -> int:
+    """Read a byte size; what cannot be read is a mistake of usage, what is too small for a model is not."""
+    try:
+        return parse_bytes(value)
+    except BudgetError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def budget_for(budget: int | None, policy: str) -> int | None:
+    """The default budget, except for a policy that runs without a cap."""
+    from millpond import policies
+
+    if budget is None and policies.get(policy).capped:
+        return parse_bytes(DEFAULT_BUDGET)
+    return budget
+
+
+class WatchCommand(TyperCommand):
+    """Lets `--ask-at 12.5 "..."` take its two values as two words, which typer cannot do for a repeatable option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, join_moments(args))
+
+
+def join_moments(args: list[str]) -> list[str]:
+    """Make one word of the time and the question behind each `--ask-at`."""
+    joined: list[str] = []
+    words = iter(args)
+    for word in words:
+        if word == "--":
+            return [*joined, word, *words]
+        option, equals, time = word.partition("=")
+        if option != "--ask-at":
+            joined.append(word)
+            continue
+        if not equals:
+            time = next(words, "")
+        if _is_number(time):
+            time = f"{time} {next(words, '')}"
+        joined.append(f"--ask-at={time}")
+    return joined
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", envvar="MILLPOND_MODEL", help="minnow (ships with millpond), a local folder, or a hub id."
+    ),
+]
+BudgetOption = Annotated[
+    int | None,
+    typer.Option(
+        "--budget",
+        "-b",
+        envvar="MILLPOND_BUDGET",
+        parser=read_budget,
+        metavar="SIZE",
+        show_default=DEFAULT_BUDGET,
+        help="Bytes for everything the stream remembers: 512MiB, 2GB or a plain number.",
+    ),
+]
+PolicyOption = Annotated[
+    str,
+    typer.Option("--policy", "-p", envvar="MILLPOND_POLICY", help="What to forget; `millpond policies` lists them."),
+]
+PositionsOption = Annotated[
+    Positions,
+    typer.Option(
+        "--positions",
+        envvar="MILLPOND_POSITIONS",
+        help="Near the trained limit: keep true distances in time, or close the gaps that forgetting left.",
+    ),
+]
+FpsOption = Annotated[
+    float, typer.Option("--fps", envvar="MILLPOND_FPS", min=0.001, help="Frames taken per second of video.")
+]
+SystemOption = Annotated[
+    str | None,
+    typer.Option("--system", envvar="MILLPOND_SYSTEM", help="A system message, pinned in the memory.", metavar="TEXT"),
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        envvar="MILLPOND_DTYPE",
+        metavar="DTYPE",
+        show_default="the checkpoint's own",
+        help="float32, bfloat16 or float16.",
+    ),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        envvar="MILLPOND_DEVICE",
+        metavar="DEVICE",
+        show_default="cuda where there is one",
+        help="cpu, cuda, cuda:1, ...",
+    ),
+]
+JsonFlag = Annotated[
+    bool, typer.Option("--json", envvar="MILLPOND_JSON", help="For machines: the last line of stdout is one object.")
+]
+QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", envvar="MILLPOND_QUIET", help="Nothing on stderr.")]

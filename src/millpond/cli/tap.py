@@ -1,0 +1,143 @@
+"""A source that can be stopped, held and cut into stretches, so that a session can answer between two of them.
+
+A session belongs to `feed` until the source it was given ends. A tap stands between: it reads the real source in a thread of
+its own, one frame ahead, and ends a stretch when a moment of the stream is reached, when somebody wants to ask, or when
+it is stopped, also while the source itself is silent. Knows nothing about sessions.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+__all__ = ["Tap"]
+
+_POLL_SECONDS = 0.05
+# Stream times are kept in microseconds; a moment written with three decimals means the frame at that millisecond.
+_TOLERANCE_SECONDS = 0.0005
+
+
+class _End:
+    """What the reading thread leaves behind the last frame: nothing, or the error that ended the source."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        self.error = error
+
+
+class Tap:
+    """Iterate it to get the frames of one stretch; iterate again for the next.
+
+    Args:
+        source: an iterable of frames with `.seconds` and, where frames can be dropped, `.dropped`.
+        tick: called between frames and while waiting for one; for a progress line.
+
+    Attributes:
+        dropped: frames the source has dropped, as of the last stretch; a session adds up the differences.
+        seconds: stream time of the last frame handed out; None before the first.
+        ended: the source has no more frames.
+        stopped: `stop` was called.
+    """
+
+    def __init__(self, source: Any, *, tick: Callable[[], None] = lambda: None) -> None:
+        self._source = source
+        self._tick = tick
+        self._arrived: queue.Queue[Any] = queue.Queue(maxsize=1)
+        self._next: Any = None
+        self._limit: float | None = None
+        self._closed = threading.Event()
+        self._free = threading.Event()
+        self._free.set()
+        self._holds = 0
+        self._lock = threading.Lock()
+        self.dropped = 0
+        self.seconds: float | None = None
+        self.ended = False
+        self.stopped = False
+        self.reached = False
+        self._thread = threading.Thread(target=self._read, name="millpond-source", daemon=True)
+        self._thread.start()
+
+    def until(self, seconds: float | None) -> Tap:
+        """Let the next stretches end at a moment of the stream: after all frames up to it. None lifts the limit."""
+        self._limit, self.reached = seconds, False
+        return self
+
+    def __iter__(self) -> Iterator[Any]:
+        while not self.stopped and not self.ended and self._free.is_set():
+            self._tick()
+            if self._next is None:
+                try:
+                    self._next = self._arrived.get(timeout=_POLL_SECONDS)
+                except queue.Empty:
+                    continue
+            if isinstance(self._next, _End):
+                self.ended = True
+                self._count()
+                if self._next.error is not None:
+                    raise self._next.error
+                return
+            frame = self._next
+            if self._limit is not None and frame.seconds > self._limit + _TOLERANCE_SECONDS:
+                self.reached = True
+                return
+            self._next = None
+            self._count()
+            self.seconds = frame.seconds
+            yield frame
+            if self._limit is not None and frame.seconds >= self._limit - _TOLERANCE_SECONDS:
+                self.reached = True
+                return
+
+    def hold(self) -> None:
+        """End the running stretch soon and keep the next from beginning, until `release`."""
+        with self._lock:
+            self._holds += 1
+            self._free.clear()
+
+    def release(self) -> None:
+        """Undo one `hold`."""
+        with self._lock:
+            self._holds -= 1
+            if self._holds == 0:
+                self._free.set()
+
+    def wait(self) -> None:
+        """Return when nobody holds the tap, or it is stopped."""
+        while not self.stopped and not self._free.wait(_POLL_SECONDS):
+            continue
+
+    def stop(self) -> None:
+        """End the stretch and all further ones. Safe in a signal handler."""
+        self.stopped = True
+
+    def close(self) -> None:
+        """Stop, and let go of the source."""
+        self.stop()
+        self._closed.set()
+        # A source that is stuck in a system call is left to its own time-out; the thread does not keep the process alive.
+        self._thread.join(timeout=1.0)
+
+    def _count(self) -> None:
+        self.dropped = getattr(self._source, "dropped", 0)
+
+    def _read(self) -> None:
+        """The reading thread: hand on frame by frame, then the end."""
+        end = _End(None)
+        try:
+            for frame in self._source:
+                if not self._put(frame):
+                    return
+        except BaseException as error:
+            end = _End(error)
+        self._put(end)
+
+    def _put(self, item: Any) -> bool:
+        while not self._closed.is_set():
+            try:
+                self._arrived.put(item, timeout=_POLL_SECONDS)
+                return True
+            except queue.Full:
+                continue
+        return False

@@ -1,0 +1,130 @@
+"""`millpond plan`, `doctor`, `models`, `policies`, and what every command has in common."""
+
+import json
+from dataclasses import fields
+from importlib.metadata import PackageNotFoundError
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from millpond import Session, families, policies
+from millpond.cli import app, health
+
+
+def millpond(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "160"})
+
+
+def objects(result: Result) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def test_plan_shows_the_session_s_own_split(model: str) -> None:
+    words = ("plan", "--model", model, "--device", "cpu", "--budget", "3MiB", "--size", "112x56", "--fps", 4)
+    split = Session(families.load(model, device="cpu"), budget="3MiB").plan_for(56, 112)
+    found = objects(millpond(*words, "--json"))
+    assert {name: found[name] for name in split.to_dict()} == split.to_dict()
+    assert found["total_bytes"] <= 3 * 2**20
+    assert (found["width"], found["height"], found["fps"]) == (112, 56, 4)
+    assert found["seconds_in_full"] == found["frames_in_full"] / 4
+    shown = millpond(*words).stdout
+    numbers = (
+        split.memory_tokens,
+        split.block_tokens,
+        split.reserve_tokens,
+        split.bytes_per_token,
+        split.scratch_bytes,
+    )
+    for number in (*numbers, split.frames_in_full, split.total_bytes):
+        assert str(number) in shown
+
+
+@pytest.mark.parametrize("budget", ["1kB", "least for the prompt"])
+def test_a_budget_too_small_names_the_least_and_that_works(model: str, budget: str) -> None:
+    words = ("plan", "--model", model, "--device", "cpu", "--size", "112x112")
+    if budget != "1kB":
+        # Enough for text alone, not for frames.
+        family = families.load(model, device="cpu")
+        with pytest.raises(Exception, match="least") as refused:
+            Session(family, budget=1)
+        budget = str(refused.value.least)  # type: ignore[attr-defined]
+    result = millpond(*words, "--budget", budget)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: a budget of ")
+    least = int(result.stderr.partition("the least that works is ")[2].split()[0])
+    assert millpond(*words, "--budget", least).exit_code == 0
+    assert millpond(*words, "--budget", least - 1).exit_code == 1
+
+
+@pytest.mark.parametrize("words", [("--size", "wide"), ("--budget", "much"), ("--fps", "-1")])
+def test_plan_with_what_cannot_be_read_is_exit_code_2(model: str, words: tuple[str, str]) -> None:
+    assert millpond("plan", "--model", model, *words).exit_code == 2
+
+
+def test_policies_are_all_listed_with_their_parameters() -> None:
+    found = {row["name"]: row for row in objects(millpond("policies", "--json"))["policies"]}
+    assert sorted(found) == sorted(policies.available())
+    assert not found["full"]["capped"]
+    shown = millpond("policies").stdout
+    for name, row in found.items():
+        assert name in shown
+        assert list(row["parameters"]) == [field.name for field in fields(policies.get(name))]
+
+
+def test_models_lists_what_can_be_loaded() -> None:
+    found = objects(millpond("models", "--json"))
+    assert found["models"] == ["minnow"]
+    assert found["model_types"] == sorted(families.supported())
+    assert "qwen2_5_vl" in found["model_types"]
+    assert "minnow" in millpond("models").stdout
+
+
+def test_doctor_finds_what_is_needed_here() -> None:
+    result = millpond("doctor", "--json")
+    assert result.exit_code == 0, result.stdout
+    found = {check["what"]: check for check in objects(result)["checks"]}
+    assert found["torch"]["good"]
+    assert "h264" in found["decoders"]["found"]
+    assert "infinipot-v" in found["policies"]["found"]
+    assert found["extra plots"]["found"]
+    assert "h264" in millpond("doctor").stdout
+
+
+def test_doctor_names_what_is_missing_and_tells_an_extra_from_a_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = health.version
+
+    def version(package: str) -> str:
+        if package in lacking:
+            raise PackageNotFoundError(package)
+        return real(package)
+
+    monkeypatch.setattr(health, "version", version)
+    lacking = {"matplotlib"}
+    result = millpond("doctor")
+    assert result.exit_code == 0
+    assert "pip install 'millpond[plots]' for matplotlib" in result.stdout
+    lacking = {"accelerate"}
+    result = millpond("doctor")
+    assert result.exit_code == 1
+    assert "pip install accelerate" in result.stdout
+
+
+def test_no_command_is_a_usage_error_that_lists_them() -> None:
+    result = millpond()
+    assert result.exit_code == 2
+    assert "watch" in result.output
+
+
+@pytest.mark.parametrize("verb", ["watch", "plan", "doctor", "models", "policies", "demo"])
+def test_every_command_explains_itself(verb: str) -> None:
+    result = millpond(verb, "--help")
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"Usage: {app.info.name} {verb} ") or f" {verb} " in result.stdout.splitlines()[0]
+
+
+def test_shell_completion_is_offered() -> None:
+    assert "--install-completion" in millpond("--help").stdout

@@ -1,0 +1,307 @@
+"""`millpond watch` in this process: answers, moments, JSON, exit codes, faults of the source."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from millpond.answer import Usage
+from millpond.cli import app
+
+ANSWER_KEYS = {"question", "text", "at_seconds", "first_token_seconds"}
+USAGE_KEYS = set(Usage.__dataclass_fields__)
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MODEL", "BUDGET", "FPS", "POLICY", "JSON", "QUIET", "DEVICE"):
+        monkeypatch.delenv(f"MILLPOND_{name}", raising=False)
+
+
+def millpond(*words: object, env: dict[str, str] | None = None) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words], env=env)
+
+
+def watch(source: object, model: str, *words: object, env: dict[str, str] | None = None) -> Result:
+    short = () if "--max-new-tokens" in words else ("--max-new-tokens", 6)
+    return millpond("watch", source, "--model", model, "--device", "cpu", *short, *words, env=env)
+
+
+def last_object(result: Result) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def test_answers_on_stdout_and_the_summary_on_stderr(clip: Path, model: str) -> None:
+    result = watch(clip, model, "--ask", "what is there", "--ask", "and before")
+    assert result.exit_code == 0, result.stderr
+    assert "what is there" in result.stdout
+    assert "and before" in result.stdout
+    assert result.stdout.index("what is there") < result.stdout.index("and before")
+    assert "20 frames" in result.stderr
+    assert "cap 2.00 MiB" in result.stderr
+
+
+def test_json_is_one_object_on_the_last_line_with_the_session_s_own_names(clip: Path, model: str) -> None:
+    result = watch(clip, model, "--json", "--ask", "what is there")
+    assert result.exit_code == 0, result.stderr
+    found = last_object(result)
+    assert set(found) == {"model", "policy", "answers", "usage"}
+    assert found["model"] == model
+    assert found["policy"] == "infinipot-v"
+    assert set(found["usage"]) == USAGE_KEYS
+    (answer,) = found["answers"]
+    assert set(answer) == ANSWER_KEYS
+    assert answer["question"] == "what is there"
+    assert answer["at_seconds"] == 9.5
+    usage = found["usage"]
+    assert usage["frames_seen"] == 20
+    assert usage["frames_dropped"] == 0
+    assert 0 < usage["live_bytes"] <= usage["peak_bytes"] <= usage["budget_bytes"] == 2 * 2**20
+
+
+def test_a_moment_sees_the_frames_up_to_it_and_no_others(clip: Path, model: str) -> None:
+    """The same question of a session that was fed exactly those frames gets the same answer."""
+    from millpond import Session, families, frames
+
+    question = "what is there"
+    result = watch(
+        clip,
+        model,
+        "--json",
+        "--ask-at",
+        6.2,
+        question,
+        "--ask-at",
+        "2",
+        question,
+        "--ask",
+        question,
+        "--ask-at",
+        99,
+        question,
+    )
+    assert result.exit_code == 0, result.stderr
+    answers = last_object(result)["answers"]
+    assert [answer["at_seconds"] for answer in answers] == [2.0, 6.0, 9.5, 9.5]
+    family = families.load(model, device="cpu")
+    for answer in answers:
+        session = Session(family, budget="2MiB")
+        session.feed([frame for frame in frames.open(str(clip), fps=2) if frame.seconds <= answer["at_seconds"]])
+        assert session.ask(question, max_new_tokens=6).text == answer["text"]
+
+
+def test_stopping_to_ask_leaves_the_stream_as_it_is(clip: Path, model: str) -> None:
+    plain = last_object(watch(clip, model, "--json", "--ask", "what is there"))
+    asked = last_object(
+        watch(clip, model, "--json", "--ask-at", 1.3, "who", "--ask-at", 5, "what now", "--ask", "what is there")
+    )
+    assert asked["answers"][-1]["text"] == plain["answers"][0]["text"]
+    for name in ("frames_seen", "stream_tokens", "memory_tokens", "live_bytes"):
+        assert asked["usage"][name] == plain["usage"][name], name
+
+
+def test_quiet_says_nothing_on_stderr(clip: Path, model: str) -> None:
+    result = watch(clip, model, "--quiet", "--ask", "what is there")
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    assert "what is there" in result.stdout
+
+
+def test_no_question_is_a_summary(clip: Path, model: str) -> None:
+    result = watch(clip, model)
+    assert result.exit_code == 0
+    assert result.stdout == ""
+    assert "20 frames" in result.stderr
+
+
+def test_options_reach_the_session(clip: Path, model: str) -> None:
+    result = watch(
+        clip, model, "--json", "--fps", 1, "--policy", "recent", "--budget", "3MB", "--positions", "contiguous",
+        "--system", "be brief", "--remember", "--dtype", "bfloat16", "--max-new-tokens", 1, "--ask", "what", "--ask", "what",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    found = last_object(result)
+    assert found["policy"] == "recent"
+    assert found["usage"]["budget_bytes"] == 3_000_000
+    assert found["usage"]["frames_seen"] == 10
+    other = last_object(
+        watch(clip, model, "--json", "--fps", 1, "--max-new-tokens", 1, "--ask", "what", "--ask", "what")
+    )
+    # Remembered turns and a longer prompt are part of the stream.
+    assert found["usage"]["stream_tokens"] > other["usage"]["stream_tokens"]
+    # Half the bytes a number, beside the same metadata.
+    assert found["usage"]["full_cache_bytes"] < other["usage"]["full_cache_bytes"]
+
+
+def test_environment_variables_stand_for_options_and_options_win(clip: Path, model: str) -> None:
+    variables = {
+        "MILLPOND_MODEL": model,
+        "MILLPOND_DEVICE": "cpu",
+        "MILLPOND_BUDGET": "3MiB",
+        "MILLPOND_POLICY": "recent",
+        "MILLPOND_FPS": "1",
+        "MILLPOND_JSON": "1",
+        "MILLPOND_QUIET": "1",
+    }
+    result = millpond("watch", clip, "--fps", 4, env=variables)
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    found = last_object(result)
+    assert found["model"] == model
+    assert found["policy"] == "recent"
+    assert found["usage"]["budget_bytes"] == 3 * 2**20
+    assert found["usage"]["frames_seen"] == 40
+
+
+def test_the_policy_full_needs_no_budget(clip: Path, model: str) -> None:
+    result = watch(clip, model, "--policy", "full", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert last_object(result)["usage"]["budget_bytes"] is None
+    assert last_object(result)["usage"]["evicted_tokens"] == 0
+
+
+def test_what_was_seen_before_a_file_breaks_off_is_answered(clip: Path, model: str, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.mkv"
+    _remux(clip, broken)
+    content = broken.read_bytes()
+    broken.write_bytes(content[: len(content) * 2 // 3])
+    result = watch(broken, model, "--json", "--ask", "what is there", "--ask-at", 1, "what")
+    found = last_object(result)
+    assert [answer["question"] for answer in found["answers"]] == ["what", "what is there"]
+    assert 2 <= found["usage"]["frames_seen"] < 20
+
+
+def test_an_error_in_mid_stream_is_reported_and_the_questions_are_asked(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from millpond import SourceError, frames
+    from tests.session.frames import moving
+
+    class Breaking:
+        dropped = 3
+
+        def __iter__(self) -> Any:
+            yield from moving(6)
+            raise SourceError("the cable\nis out")
+
+    monkeypatch.setattr(frames, "open", lambda *_, **__: Breaking())
+    result = watch("camera", model, "--json", "--ask", "what is there", "--ask-at", 50, "and then")
+    assert result.exit_code == 1
+    assert "error: the cable is out\n" in result.stderr
+    found = last_object(result)
+    assert found["error"] == "the cable is out"
+    assert [answer["at_seconds"] for answer in found["answers"]] == [2.5, 2.5]
+    assert found["usage"]["frames_seen"] == 6
+    assert found["usage"]["frames_dropped"] == 3
+
+
+def test_a_second_ctrl_c_gives_up(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from millpond import Session, frames
+    from tests.session.frames import moving
+
+    def endless() -> Iterator[Any]:
+        yield from moving(6)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    def slow(*_: object, **__: object) -> Iterator[str]:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+        yield "never"
+
+    monkeypatch.setattr(frames, "open", lambda *_, **__: endless())
+    monkeypatch.setattr(Session, "stream", slow)
+    before = signal.getsignal(signal.SIGINT)
+    result = watch("camera", model, "--ask", "what is there")
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "interrupted"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--policy", "no-such"), "no-such"),
+        (("--model", "./no/such/folder"), "no/such/folder"),
+        (("--budget", "9kB"), "the least that works is"),
+        (("--ask", " "), "empty"),
+    ],
+)
+def test_what_cannot_work_is_one_line_and_exit_code_1(
+    clip: Path, model: str, words: tuple[str, ...], told: str
+) -> None:
+    result = watch(clip, model, *words)
+    assert result.exit_code == 1
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert told in line
+    assert "Traceback" not in result.stderr
+
+
+def test_a_missing_file_is_one_line_and_exit_code_1(model: str) -> None:
+    result = watch("no-such.mp4", model, "--ask", "what")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert "no-such.mp4" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_failure_with_json_is_an_object_too_and_with_quiet_silent(model: str) -> None:
+    result = watch("no-such.mp4", model, "--json", "--quiet")
+    assert result.exit_code == 1
+    assert result.stderr == ""
+    assert "no-such.mp4" in last_object(result)["error"]
+
+
+def test_a_question_that_does_not_fit_keeps_the_other_answers(clip: Path, model: str) -> None:
+    result = watch(clip, model, "--json", "--ask", "what", "--ask", "what " * 30_000)
+    assert result.exit_code == 1
+    found = last_object(result)
+    assert [answer["question"] for answer in found["answers"]] == ["what"]
+    assert "error" in found
+    assert found["usage"]["frames_seen"] == 20
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--budget", "lots"),
+        ("--budget", "-3"),
+        ("--fps", "0"),
+        ("--positions", "sideways"),
+        ("--ask-at", "soon", "what"),
+        ("--ask-at", "3"),
+        ("--max-new-tokens", "0"),
+        ("--no-such-option",),
+    ],
+)
+def test_what_is_not_understood_is_exit_code_2(clip: Path, model: str, words: tuple[str, ...]) -> None:
+    result = watch(clip, model, *words)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert words[0] in result.stderr
+
+
+def test_stdin_cannot_be_video_and_prompt_at_once(model: str) -> None:
+    assert watch("-", model, "--interactive").exit_code == 2
+
+
+def _remux(source: Path, target: Path) -> None:
+    """Into Matroska, which can be read up to where it breaks off."""
+    import av
+
+    with av.open(str(source)) as read, av.open(str(target), "w") as write:
+        taken = read.streams.video[0]
+        given = write.add_stream_from_template(taken)
+        for packet in read.demux(taken):
+            if packet.dts is not None:
+                packet.stream = given
+                write.mux(packet)
+    assert target.stat().st_size > 1000
