@@ -8,6 +8,7 @@ from torch import nn
 
 from millpond import recompute
 from millpond.recompute.sequence import flatten
+
 from .models import Chunk, Stack, leaves_needing_grad, plain, weigh
 
 LENGTH = 17

@@ -15,9 +15,18 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from millpond.recompute.ambient import Autocast, Generators, RngState
 from millpond.recompute.errors import RecomputeError
 from millpond.recompute.plans import Plan
-from millpond.recompute.probe import Cell, check_state, compact, copy_state, graph_parameters, leaf_of
+from millpond.recompute.probe import Cell, check_state, graph_parameters, leaf_of
 from millpond.recompute.schedule import Action, Op
-from millpond.recompute.sequence import Collector, InputGrads, Inputs, flatten, map_tensors, tensor_bytes, unflatten
+from millpond.recompute.sequence import (
+    Collector,
+    InputGrads,
+    Inputs,
+    copy_state,
+    flatten,
+    map_tensors,
+    tensor_bytes,
+    unflatten,
+)
 
 __all__ = ["Machine"]
 
@@ -154,7 +163,7 @@ class Machine:
         elif action.op is Op.RUN:
             self._run(action.to, collector)
         elif action.op is Op.STORE:
-            self._hidden[action.at] = self._hold(copy_state(self._state))
+            self._hidden[action.at] = self._hold(self._state)
         elif action.op is Op.DROP:
             del self._hidden[action.at]
         else:
@@ -170,7 +179,7 @@ class Machine:
         if collector is not None:
             self._check(step, state)
             collector.put(step, map_tensors(torch.detach, output))
-        self._state = map_tensors(torch.detach, state) if self._autocast.active else state
+        self._state = copy_state(state)
 
     def _run(self, step: int, collector: Collector | None) -> None:
         """Run a step and keep its graph."""
@@ -178,7 +187,7 @@ class Machine:
         input_leaves, input_spec = self._inputs.at(step)
         with torch.enable_grad():
             state_leaves = [
-                leaf_of(compact(leaf), step > 1 or needed) if isinstance(leaf, Tensor) else leaf
+                leaf_of(leaf, step > 1 or needed) if isinstance(leaf, Tensor) else leaf
                 for leaf, needed in zip(state_leaves, self.initial_needs_grad, strict=True)
             ]
             input_leaves = [
@@ -192,7 +201,7 @@ class Machine:
         if collector is not None:
             self._check(step, state)
             collector.put(step, map_tensors(torch.detach, output))
-        self._state = map_tensors(torch.detach, state)
+        self._state = copy_state(state)
         self._graphs[step] = _Graph(
             state_leaves,
             input_leaves,

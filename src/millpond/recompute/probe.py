@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from millpond.recompute.ambient import Generators
 from millpond.recompute.errors import RecomputeError
-from millpond.recompute.sequence import flatten, map_tensors, tensor_bytes, unflatten
+from millpond.recompute.sequence import compact, flatten, tensor_bytes, unflatten
 
 __all__ = ["Cell", "Probe", "StepSize", "graph_parameters", "measure", "probe"]
 
@@ -136,7 +136,7 @@ def probe(cell: Cell, x: Any, state: Any, index: int, parameters: Iterable[Tenso
     found = [tensor for tensor in found if id(tensor) not in own]
     for tensor in [*fresh, *new_leaves]:
         if isinstance(tensor, Tensor):
-            see(tensor)
+            see(compact(tensor))
     hidden = max(tensor_bytes(leaves), tensor_bytes(new_leaves))
     del output, new, new_leaves, fresh, tensor
     internal = sum(nbytes for storage, nbytes in seen.items() if storage.expired())
@@ -200,7 +200,7 @@ def graph_parameters(outputs: Iterable[Any], known: Iterable[Tensor], first_node
             found[id(variable)] = variable
             continue
         if first_node is not None:
-            if node._sequence_nr() < first_node:  # type: ignore[attr-defined]
+            if node._sequence_nr() < first_node and not _casts_a_leaf(node):  # type: ignore[attr-defined]
                 raise RecomputeError(
                     f"the step uses a tensor that needs gradients and was computed outside it (by {node.name()}): "
                     "pass it in `parameters`, in the inputs or in the state"
@@ -209,6 +209,12 @@ def graph_parameters(outputs: Iterable[Any], known: Iterable[Tensor], first_node
                 raise RecomputeError(_STATEFUL.format(what="a batch normalisation"))
         todo += [following for following, _ in node.next_functions]
     return list(found.values())
+
+
+def _casts_a_leaf(node: Node) -> bool:
+    """A cast saves nothing, so any number of steps may backpropagate through it; autocast shares its casts of weights."""
+    following = [behind for behind, _ in node.next_functions]
+    return node.name() == "ToCopyBackward0" and len(following) == 1 and hasattr(following[0], "variable")
 
 
 _STATEFUL = (
@@ -250,16 +256,3 @@ def _parts(value: Any) -> Iterator[Any]:
                 yield cell.cell_contents
             except ValueError:  # a name that is not bound yet
                 continue
-
-
-def copy_state(state: Any) -> Any:
-    """A state with storage of its own wherever a leaf is a view into something larger, so that it keeps only itself."""
-    return map_tensors(compact, state)
-
-
-def compact(tensor: Tensor) -> Tensor:
-    """The tensor, detached; copied if its storage holds more than its own elements."""
-    tensor = tensor.detach()
-    if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size():
-        return tensor.clone()
-    return tensor

@@ -15,7 +15,17 @@ from torch.utils import _pytree as pytree
 
 from millpond.recompute.errors import RecomputeError
 
-__all__ = ["Collector", "InputGrads", "Inputs", "flatten", "map_tensors", "tensor_bytes", "unflatten"]
+__all__ = [
+    "Collector",
+    "InputGrads",
+    "Inputs",
+    "compact",
+    "copy_state",
+    "flatten",
+    "map_tensors",
+    "tensor_bytes",
+    "unflatten",
+]
 
 unflatten = pytree.tree_unflatten
 
@@ -37,6 +47,19 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 def tensor_bytes(leaves: list[Any]) -> int:
     """Bytes of the elements of every tensor among the leaves."""
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
+
+
+def copy_state(state: Any) -> Any:
+    """A state with storage of its own wherever a leaf is a view into something larger, so that it keeps only itself."""
+    return map_tensors(compact, state)
+
+
+def compact(tensor: Tensor) -> Tensor:
+    """The tensor, detached; copied if its storage holds more than its own elements."""
+    tensor = tensor.detach()
+    if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size():
+        return tensor.clone()
+    return tensor
 
 
 class Inputs:
