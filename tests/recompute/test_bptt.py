@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from millpond import recompute
-from millpond.recompute.sequence import flatten
+from millpond.recompute.sequence import flatten, unflatten
 
 from .models import Chunk, Stack, leaves_needing_grad, plain, weigh
 
@@ -51,7 +51,7 @@ def both(step, inputs, state, parameters, **how):
 
 def unstack(outputs):
     leaves, spec = flatten(outputs)
-    return [torch.utils._pytree.tree_unflatten(list(step), spec) for step in zip(*leaves, strict=True)]
+    return [unflatten(list(step), spec) for step in zip(*leaves, strict=True)]
 
 
 @pytest.mark.parametrize("how", PLANS, ids=str)

@@ -44,13 +44,13 @@ class _Held:
 class _Graph:
     """The graph of one step, and the state behind it.
 
-    Outputs are held as edges of the graph, not as tensors, so that they take no memory unless autograd saved them.
+    Outputs and the state behind are held as edges of the graph, where gradients enter, not as tensors: outputs take no
+    memory unless autograd saved them.
     """
 
     state_leaves: list[Any]
     input_leaves: list[Any]
-    output_edges: list[GradientEdge | None]
-    state_edges: list[GradientEdge | None]
+    edges: list[GradientEdge | None]
     behind: _Held
 
 
@@ -205,8 +205,7 @@ class Machine:
         self._graphs[step] = _Graph(
             state_leaves,
             input_leaves,
-            [_edge(leaf) for leaf in outputs],
-            [_edge(leaf) for leaf in states],
+            [_edge(leaf) for leaf in (*outputs, *states)],
             self._hold(self._state),
         )
 
@@ -222,12 +221,11 @@ class Machine:
         """Backpropagate through a step; returns the gradients of the state before it."""
         graph = self._graphs.pop(step)
         self._state = None
-        edges = [*graph.output_edges, *graph.state_edges]
-        roots = [
-            (edge, grad)
-            for edge, grad in zip(edges, [*output_grads, *state_grads], strict=True)
-            if edge is not None and grad is not None
-        ]
+        # An output that is part of the state too is one root: autograd checks every root it is given.
+        roots: dict[GradientEdge, Tensor] = {}
+        for edge, grad in zip(graph.edges, [*output_grads, *state_grads], strict=True):
+            if edge is not None and grad is not None:
+                roots[edge] = roots[edge] + grad if edge in roots else grad
         before: list[Tensor | None] = [None] * len(graph.state_leaves)
         if not roots:
             return before
@@ -240,9 +238,7 @@ class Machine:
         ]
         if not targets:
             return before
-        grads = list(
-            torch.autograd.grad([edge for edge, _ in roots], targets, [grad for _, grad in roots], allow_unused=True)
-        )
+        grads = list(torch.autograd.grad(list(roots), targets, list(roots.values()), allow_unused=True))
         for i in at_state:
             before[i] = grads.pop(0)
         for i in at_input:

@@ -163,19 +163,21 @@ def leaf_of(tensor: Tensor, needs_grad: bool) -> Tensor:
 def check_state(index: int, old: tuple[list[Any], Any], new: tuple[list[Any], Any]) -> None:
     """Refuse a state whose structure or shapes a step changes."""
 
-    def shapes(leaves: list[Any]) -> list[Any]:
-        return [tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in leaves]
-
     if old[1] != new[1]:
         raise RecomputeError(
             f"step {index} changes the structure of the state: it was given {old[1]} and returned {new[1]}; "
             "a step must return (output, state) with a state like the one it was given"
         )
-    if shapes(old[0]) != shapes(new[0]):
+    if _shapes(old[0]) != _shapes(new[0]):
+        before, after = ([s if s is None else tuple(s) for s in _shapes(leaves)] for leaves in (old[0], new[0]))
         raise RecomputeError(
-            f"step {index} changes the shapes of the state from {shapes(old[0])} to {shapes(new[0])}: a state that grows "
+            f"step {index} changes the shapes of the state from {before} to {after}: a state that grows "
             "(a KV cache, a list of past outputs) has no fixed size to plan with; give it its full size from the start"
         )
+
+
+def _shapes(leaves: list[Any]) -> list[torch.Size | None]:
+    return [leaf.shape if isinstance(leaf, Tensor) else None for leaf in leaves]
 
 
 def graph_parameters(outputs: Iterable[Any], known: Iterable[Tensor], first_node: int | None = None) -> list[Tensor]:

@@ -6,6 +6,7 @@ in the same form. Knows shapes; nothing about plans, graphs or budgets.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,21 +28,41 @@ __all__ = [
     "unflatten",
 ]
 
-unflatten = pytree.tree_unflatten
+# Structures of the usual trees, one tensor and flat tuples of tensors, which must not cost a walk at every step.
+_TENSOR = "a tensor"
+
+
+@functools.cache
+def _tuple_of(count: int) -> str:
+    return f"a tuple of {count} tensors"
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
-    """The leaves of a pytree and its structure."""
+    """The leaves of a pytree and its structure, which can be compared and printed."""
+    if isinstance(tree, Tensor):
+        return [tree], _TENSOR
+    if type(tree) is tuple:
+        for leaf in tree:
+            if not isinstance(leaf, Tensor):
+                break
+        else:
+            return list(tree), _tuple_of(len(tree))
     return pytree.tree_flatten(tree)
 
 
+def unflatten(leaves: list[Any], spec: Any) -> Any:
+    """The pytree of a structure that `flatten` gave, with other leaves."""
+    if spec is _TENSOR:
+        return leaves[0]
+    if isinstance(spec, str):
+        return tuple(leaves)
+    return pytree.tree_unflatten(leaves, spec)
+
+
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """The same pytree with a function applied to every tensor. One tensor and flat tuples, the usual states, go fast."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if type(tree) is tuple and all(isinstance(leaf, Tensor) for leaf in tree):
-        return tuple([function(leaf) for leaf in tree])
-    return pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+    """The same pytree with a function applied to every tensor."""
+    leaves, spec = flatten(tree)
+    return unflatten([function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
 
 
 def tensor_bytes(leaves: list[Any]) -> int:
@@ -150,10 +171,11 @@ class Collector:
                     buffer += leaf
 
     def _check(self, step: int, leaves: list[Tensor], spec: Any) -> None:
-        shapes = [tuple(buffer.shape[self.mode == "stack" :]) for buffer in self.leaves]
-        if spec != self._specs[0] or shapes != [tuple(leaf.shape) for leaf in leaves]:
+        shapes = [buffer.shape[self.mode == "stack" :] for buffer in self.leaves]
+        if spec != self._specs[0] or shapes != [leaf.shape for leaf in leaves]:
             raise RecomputeError(
-                f"the output of step {step} has shapes {[tuple(leaf.shape) for leaf in leaves]}, that of step 1 {shapes}: "
+                f"the output of step {step} has shapes {[tuple(leaf.shape) for leaf in leaves]}, that of step 1 "
+                f"{[tuple(shape) for shape in shapes]}: "
                 "to stack outputs all steps must agree; pass inputs as a list to get a list of outputs"
             )
 
