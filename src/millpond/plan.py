@@ -115,7 +115,7 @@ def make_plan(
         if policy.whole_frames:
             memory -= memory % group_tokens
             room = behind_prompt - memory
-        chunk = max(_CHUNK_LEAST, min(_CHUNK_MOST, slots // 16))
+        chunk = max(_CHUNK_LEAST, min(_CHUNK_MOST, slots // 32))
         return Plan(
             budget=budget,
             bytes_per_token=geometry.bytes_per_token,
@@ -130,7 +130,7 @@ def make_plan(
             frames_per_group=frames_per_group,
             frames_in_full=memory // group_tokens * frames_per_group,
             waiting_bytes=groups * frames_per_group * frame_bytes,
-            scratch_bytes=scratch_bytes(policy, geometry, slots - prompt_tokens, chunk),
+            scratch_bytes=scratch_bytes(policy, geometry, slots - prompt_tokens, group_tokens, chunk),
             chunk=chunk,
         )
 
@@ -153,17 +153,17 @@ def make_plan(
     return split(most)
 
 
-def scratch_bytes(policy: Policy, geometry: Geometry, tokens: int, chunk: int) -> int:
+def scratch_bytes(policy: Policy, geometry: Geometry, tokens: int, block: int, chunk: int) -> int:
     """The most that compacting or re-anchoring `tokens` tokens of a layer allocates at any instant, in bytes."""
     heads, width = geometry.kv_heads, geometry.head_dim
     # Protection: two masks [H, n] and, while text is counted from the end, one int64 [n] twice.
     protection = 2 * heads * tokens + 16 * tokens
-    # Moving: `keep` is counted by the policy; the comparison of one head and one chunk of one tensor.
-    moving = 9 * tokens + chunk * max(geometry.vector_bytes, 8)
+    # Moving: `keep` is counted by the policy; one chunk of one head of one tensor, and the check of the selection.
+    moving = chunk * max(geometry.vector_bytes, 8) + heads * tokens
     # Re-anchoring: one head's gaps and shifts (int64 [n], five and one an axis), and one chunk's angles (float64 [chunk, D/2],
     # three) and halves (float32, seven).
     turning = (40 + 8 * geometry.axes) * tokens + chunk * (3 * 8 + 7 * 4) * width // 2
-    return max(policy.scratch(heads, tokens, width, chunk) + protection + moving, turning)
+    return max(policy.scratch(heads, tokens, width, block, chunk) + protection + moving, turning)
 
 
 def _first(holds: Callable[[int], bool], start: int) -> int:

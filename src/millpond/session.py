@@ -196,16 +196,22 @@ class Session:
         count = len(self._waiting) if partial else len(self._waiting) // size * size
         if not count:
             return
-        with torch.no_grad():
-            if not self._video_open:
-                self._append(self._at(self.family.embed(self.family.reopening()), self._waiting[0][0]), text=True)
-                self._video_open = True
-            tokens = self._encode(self._waiting[:count])
-            self._append(tokens, text=False)
-        del self._waiting[:count]
-        self._pond.ledger.hold("waiting", sum(frame.nbytes for _, frame in self._waiting))
-        if not self._waiting:
-            self._waiting_grid = None
+        block = self._waiting[:count]
+        done = False
+        try:
+            with torch.no_grad():
+                if not self._video_open:
+                    self._append(self._at(self.family.embed(self.family.reopening()), block[0][0]), text=True)
+                    self._video_open = True
+                self._append(self._encode(block), text=False)
+            done = True
+        finally:
+            # A block that the model could not take is dropped, not tried for ever; the memory was rolled back.
+            self._dropped += 0 if done else count
+            del self._waiting[:count]
+            self._pond.ledger.hold("waiting", sum(frame.nbytes for _, frame in self._waiting))
+            if not self._waiting:
+                self._waiting_grid = None
 
     def _encode(self, waiting: list[tuple[int, np.ndarray]]) -> Tokens:
         with self._timed("vision"):

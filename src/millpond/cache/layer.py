@@ -152,10 +152,9 @@ class PondLayer(CacheLayerMixin):
 def _move_rows(live: Tensor, keep: Tensor, chunk: int) -> None:
     """What the compiled kernel does, in torch: [H, n, ...] rows to the front of each head, `chunk` at a time."""
     kept = keep.shape[1]
-    order = torch.arange(kept, device=keep.device)
     for head in range(keep.shape[0]):
-        # The head's unmoved prefix: keep[j] == j there, and nowhere after it.
-        unmoved = int((keep[head] == order).sum())
-        for first in range(unmoved, kept, chunk):
+        for first in range(0, kept, chunk):
             last = min(first + chunk, kept)
-            live[head, first:last] = live[head].index_select(0, keep[head, first:last])
+            part = keep[head, first:last]
+            if int(part[-1]) != last - 1:  # else the head is unmoved up to here: keep[j] == j
+                live[head, first:last] = live[head].index_select(0, part)

@@ -14,7 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-__all__ = ["SEPARATOR", "TEXT", "Policy", "View"]
+from millpond import native
+
+__all__ = ["SEPARATOR", "TEXT", "Policy", "View", "keep_top"]
 
 TEXT = -1
 """`View.place` row and column of a token of a remembered turn."""
@@ -88,10 +90,14 @@ class Policy(ABC):
         """How many of the latest frame groups are protected, of the `frames` groups that the memory holds; at least 1."""
         return 1
 
-    def scratch(self, heads: int, tokens: int, head_dim: int, chunk: int) -> int:
-        """Upper bound in bytes of what `keep` allocates at any instant, its result included; charged to the cap."""
-        # Scores (float32), one sort key and its index, the result, and two float32 chunks of full width.
-        return heads * tokens * (4 + 4 + 8 + 8) + 2 * chunk * head_dim * 4
+    def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
+        """Upper bound in bytes of what `keep` allocates at any instant, its result included; charged to the cap.
+
+        Args:
+            heads, tokens, head_dim: of the largest view. block, chunk: as in `View`.
+        """
+        # [H, n]: scores (float32) and the result (int64); one head's ranking (float32 and int64 [n], twice).
+        return heads * tokens * (4 + 8) + 32 * tokens
 
 
 def keep_top(scores: Tensor, protected: Tensor, slots: int) -> Tensor:
@@ -108,4 +114,10 @@ def keep_top(scores: Tensor, protected: Tensor, slots: int) -> Tensor:
         int64 [H, slots], ascending.
     """
     scores.masked_fill_(protected, torch.inf)
-    return scores.topk(slots, dim=-1).indices.sort(dim=-1).values
+    keep = native.best(scores, slots)
+    if keep is not None:
+        return keep
+    keep = torch.empty(scores.shape[0], slots, dtype=torch.int64, device=scores.device)
+    for head in range(scores.shape[0]):
+        keep[head] = scores[head].topk(slots, sorted=False).indices.sort().values
+    return keep

@@ -1,0 +1,138 @@
+"""The selection of InfiniPot-V's released code, round after round, bit for bit in float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from millpond.errors import PolicyError
+from millpond.policies.base import Policy, View
+
+__all__ = ["InfiniPotVReleased"]
+
+# Kernel by quarter of the layers, and whether it runs over the frame's grid or along the stream.
+_GRID_KERNELS = (7, 5)
+_LINE_KERNEL = 3
+
+
+@dataclass(frozen=True)
+class InfiniPotVReleased(Policy):
+    """What the authors' program keeps, for comparison with published numbers.
+
+    It differs from the paper (and from `infinipot-v`) from the second pass on: the survivors of each head are laid out as
+    (frame, place) again although they no longer lie on a grid. Pooling, when on, goes by quarter of the layers and counts the
+    padding. Its crashes are PolicyErrors here, and recent tokens are protected by a mask instead of by `max + 1`, which
+    changes nothing in float32 and keeps them in half precision.
+
+    Attributes:
+        tar_ratio: share of the memory for TaR and the recent frames.
+        query_ratio: share of the frames in memory that are kept whole.
+        adaptive_pooling: pool the value norms, as the released code can.
+        rows: rows of a frame's grid, for pooling.
+    """
+
+    name: ClassVar[str] = "infinipot-v-released"
+    source: ClassVar[str] = "aiha-lab/InfiniPot-V, kvcache_utils.py (code read line by line)"
+    whole_frames: ClassVar[bool] = True
+
+    tar_ratio: float = 0.5
+    query_ratio: float = 0.25
+    adaptive_pooling: bool = False
+    rows: int = 14
+
+    def __post_init__(self) -> None:
+        for field in ("tar_ratio", "query_ratio"):
+            if not 0 < getattr(self, field) <= 1:
+                raise PolicyError(f"{self.name}: {field} must lie above 0 and at most at 1, not {getattr(self, field)}")
+        if self.rows < 1:
+            raise PolicyError(f"{self.name}: rows must be at least 1, not {self.rows}")
+
+    def recent(self, frames: int) -> int:
+        return int(frames * self.query_ratio)
+
+    def keep(self, view: View, slots: int) -> Tensor:
+        frame = view.block
+        if view.tokens % frame or slots % frame:
+            raise PolicyError(
+                f"{self.name} needs whole frames: {view.tokens} tokens and {slots} slots, {frame} tokens a frame"
+            )
+        if bool((view.place[:, :, 0] < 0).any()):
+            raise PolicyError(f"{self.name} knows frames only: no remembered turns, no separators")
+        latest = int(view.tokens // frame * self.query_ratio)
+        if latest < 1:
+            raise PolicyError(
+                f"{self.name}: {self.query_ratio} of {view.tokens // frame} frames is less than one; raise the budget"
+            )
+        by_redundancy = slots - round((1 - self.tar_ratio) * slots)
+        recent = latest * frame
+        if by_redundancy < recent:
+            raise PolicyError(
+                f"{self.name}: {by_redundancy} slots for TaR cannot hold the {latest} recent frames of {frame} tokens"
+            )
+        kernel, grid = self._pooling(view)
+        keep = torch.empty(view.heads, slots, dtype=torch.int64, device=view.keys.device)
+        for head in range(view.heads):
+            distinct = self._redundancy(view, head, recent).topk(by_redundancy - recent).indices
+            scores = self._norms(view, head)
+            if kernel > 1:
+                scores = self._pool(scores, frame, kernel, grid)
+            scores[distinct] = torch.inf
+            del distinct
+            scores[-recent:] = torch.inf
+            keep[head] = scores.topk(slots).indices.sort().values
+        return keep
+
+    def _redundancy(self, view: View, head: int, recent: int) -> Tensor:
+        """TaR of the tokens before the recent frames, by slot: float32 [n - recent]."""
+        frame, width = view.block, view.keys.shape[2]
+        keys = view.keys[head]
+
+        def unit(first: int) -> Tensor:
+            rows = keys[first : first + frame]
+            unit_rows: Tensor = rows / (rows.norm(dim=-1, keepdim=True) + 1e-9)
+            return unit_rows
+
+        past = view.tokens - recent
+        latest = [unit(first).reshape(frame, width) for first in range(past, view.tokens, frame)]
+        scores = torch.empty(past, dtype=keys.dtype, device=keys.device)
+        for first in range(0, past, frame):
+            of_frame = unit(first)
+            products = torch.stack([(one * of_frame).sum(dim=-1) for one in latest])
+            scores[first : first + frame] = -products.mean(dim=0)
+        return scores
+
+    @staticmethod
+    def _norms(view: View, head: int) -> Tensor:
+        norms = torch.empty(view.tokens, dtype=view.values.dtype, device=view.values.device)
+        for first in range(0, view.tokens, view.chunk):
+            norms[first : first + view.chunk] = view.values[head, first : first + view.chunk].norm(dim=-1)
+        return norms
+
+    def _pooling(self, view: View) -> tuple[int, bool]:
+        if not self.adaptive_pooling:
+            return 1, False
+        if view.layers < 4 or view.layer // (view.layers // 4) > 3:
+            raise PolicyError(f"{self.name}: pooling by quarters does not work with {view.layers} layers")
+        if view.block % self.rows:
+            raise PolicyError(f"{self.name}: {view.block} tokens a frame do not make {self.rows} rows")
+        quarter = view.layer // (view.layers // 4)
+        if quarter < 2:
+            return _GRID_KERNELS[quarter], True
+        return (_LINE_KERNEL, False) if quarter == 2 else (1, False)
+
+    def _pool(self, scores: Tensor, frame: int, kernel: int, grid: bool) -> Tensor:
+        if not grid:
+            line: Tensor = torch.nn.functional.avg_pool1d(scores[None], kernel, 1, kernel // 2)
+            return line[0]
+        frames = scores.view(-1, self.rows, frame // self.rows)
+        pooled: Tensor = torch.nn.functional.avg_pool2d(frames, kernel, 1, kernel // 2)
+        return pooled.reshape(-1)
+
+    def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
+        # The result (int64 [H, n]); one head's scores, choice and ranking; the unit keys of its recent frames, and a few frames
+        # at full width.
+        recent = int(tokens * self.query_ratio)
+        return heads * tokens * 8 + 44 * tokens + 4 * (head_dim + 1) * recent + 4 * 6 * block * head_dim

@@ -1,0 +1,57 @@
+"""Policies by name. Built-in ones and those of other packages register alike: by the entry point group `millpond.policies`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from millpond.errors import PolicyError
+from millpond.policies.base import Policy
+
+__all__ = ["available", "get"]
+
+GROUP = "millpond.policies"
+
+
+@cache
+def _found() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
+
+
+def _load(entry: EntryPoint) -> type[Policy]:
+    try:
+        loaded = entry.load()
+    except Exception as error:
+        raise PolicyError(f"the policy {entry.name!r} ({entry.value}) cannot be loaded: {error}") from error
+    if not (isinstance(loaded, type) and issubclass(loaded, Policy)):
+        raise PolicyError(f"the entry point {entry.name!r} ({entry.value}) is not a millpond Policy")
+    return loaded
+
+
+def available() -> tuple[type[Policy], ...]:
+    """Every policy that can be loaded, by name; one that cannot is left out (`get` says why)."""
+    policies = []
+    for _, entry in sorted(_found().items()):
+        try:
+            policies.append(_load(entry))
+        except PolicyError:
+            continue
+    return tuple(policies)
+
+
+def get(name: str, **parameters: Any) -> Policy:
+    """Make a policy by name.
+
+    Raises:
+        PolicyError: unknown name (lists the known ones), broken package, unknown or impossible parameter.
+    """
+    entry = _found().get(name)
+    if entry is None:
+        raise PolicyError(f"no policy is called {name!r}; there are: {', '.join(sorted(_found()))}")
+    policy = _load(entry)
+    known = [field.name for field in fields(policy)]
+    if unknown := sorted(set(parameters) - set(known)):
+        raise PolicyError(f"{name} has no parameter {unknown[0]!r}; it has: {', '.join(known) or 'none'}")
+    return policy(**parameters)

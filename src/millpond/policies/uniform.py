@@ -1,0 +1,60 @@
+"""Whole frames at equal spacing over everything that was seen."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from millpond.policies.base import Policy, View, keep_top
+
+__all__ = ["Uniform"]
+
+
+@dataclass(frozen=True)
+class Uniform(Policy):
+    """Keep frames whose times are spread as evenly as possible over the stream so far; the last one may be kept in part.
+
+    Spacing is by stream time, not by slot, so that it stays even after many passes: frames are ranked by halving, the frame
+    nearest to the middle of the widest remaining interval first.
+    """
+
+    name: ClassVar[str] = "uniform"
+    source: ClassVar[str] = "the usual baseline: equally spaced frames"
+
+    def keep(self, view: View, slots: int) -> Tensor:
+        scores = torch.empty(view.heads, view.tokens, dtype=torch.float32, device=view.keys.device)
+        for head in range(view.heads):
+            times, frame = view.time_us[head].unique_consecutive(return_inverse=True)
+            ranks = torch.tensor(_spread(times.tolist()), dtype=torch.float32, device=scores.device)
+            # Within the one frame that is kept in part, the first tokens survive: older slots win ties.
+            scores[head] = -ranks.index_select(0, frame)
+        return keep_top(scores, view.protected, slots)
+
+    def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
+        # [H, n] scores and result; one head's times, inverse and ranks; Python's own numbers are bounded alike.
+        return heads * tokens * (4 + 8) + 48 * tokens
+
+
+def _spread(times: list[int]) -> list[int]:
+    """Rank of each time: newest, oldest, then always the time nearest to the middle of the widest gap left."""
+    order = [len(times) - 1] if times else []
+    if len(times) > 1:
+        order.append(0)
+    gaps = [(times[0] - times[-1], 0, len(times) - 1)] if len(times) > 2 else []
+    while gaps:
+        _, low, high = heapq.heappop(gaps)
+        if high - low < 2:
+            continue
+        middle = (times[low] + times[high]) / 2
+        chosen = min(range(low + 1, high), key=lambda index: abs(times[index] - middle))
+        order.append(chosen)
+        for a, b in ((low, chosen), (chosen, high)):
+            heapq.heappush(gaps, (times[a] - times[b], a, b))
+    ranks = [0] * len(times)
+    for rank, index in enumerate(order):
+        ranks[index] = rank
+    return ranks
