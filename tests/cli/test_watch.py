@@ -206,17 +206,18 @@ def test_a_second_ctrl_c_gives_up(model: str, monkeypatch: pytest.MonkeyPatch) -
     from millpond import Session, frames
     from tests.session.frames import moving
 
-    def endless() -> Iterator[Any]:
-        yield from moving(6)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(60)
+    class Silent:
+        def __iter__(self) -> Iterator[Any]:
+            yield from moving(6)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
 
     def slow(*_: object, **__: object) -> Iterator[str]:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
         yield "never"
 
-    monkeypatch.setattr(frames, "open", lambda *_, **__: endless())
+    monkeypatch.setattr(frames, "open", lambda *_, **__: Silent())
     monkeypatch.setattr(Session, "stream", slow)
     before = signal.getsignal(signal.SIGINT)
     result = watch("camera", model, "--ask", "what is there")

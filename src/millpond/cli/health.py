@@ -87,7 +87,7 @@ def _models() -> list[Check]:
 
     return [
         Check("model families", ", ".join(sorted(families.supported())), True, needed=True),
-        Check("policies", ", ".join(policies.available()), True, needed=True),
+        Check("policies", ", ".join(policy.name for policy in policies.available()), True, needed=True),
     ]
 
 

@@ -164,15 +164,15 @@ def policies(context: typer.Context, as_json: JsonFlag = False, quiet: QuietFlag
     from millpond import policies as registry
 
     rows: list[dict[str, Any]] = []
-    for name in registry.available():
-        policy = registry.get(name)
+    for kind in registry.available():
+        policy = registry.get(kind.name)
         rows.append(
             {
-                "name": name,
-                "capped": policy.capped,
-                "question_agnostic": policy.agnostic,
+                "name": kind.name,
+                "capped": kind.capped,
+                "question_agnostic": kind.agnostic,
                 "parameters": {field.name: getattr(policy, field.name) for field in fields(policy)},
-                "source": policy.source,
+                "source": kind.source,
             }
         )
     if as_json:

@@ -11,6 +11,7 @@ from millpond.cli import demo, inspect
 from millpond.cli.errors import Commands
 from millpond.cli.options import WatchCommand
 from millpond.cli.watch import watch
+from millpond.recompute.cli import app as recompute
 
 __all__ = ["app", "main"]
 
@@ -49,6 +50,7 @@ app.command()(inspect.doctor)
 app.command()(inspect.models)
 app.command()(inspect.policies)
 app.command()(demo.demo)
+app.add_typer(recompute, name="recompute")
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """A source that can be stopped, held and cut into stretches, so that a session can answer between two of them.
 
-A session belongs to `feed` until the source it was given ends. A tap stands between: it reads the real source in a thread of
-its own, one frame ahead, and ends a stretch when a moment of the stream is reached, when somebody wants to ask, or when
-it is stopped, also while the source itself is silent. Knows nothing about sessions.
+A session belongs to `feed` until the source it was given ends. A tap stands between: it waits for the real source in a thread
+of its own, and ends a stretch when a moment of the stream is reached, when somebody wants to ask, or when it is stopped,
+also while the source itself is silent. A frame is taken when it is wanted and not before, so that a live source can go on
+replacing it by a newer one. Knows nothing about sessions.
 """
 
 from __future__ import annotations
@@ -43,10 +44,12 @@ class Tap:
     def __init__(self, source: Any, *, tick: Callable[[], None] = lambda: None) -> None:
         self._source = source
         self._tick = tick
-        self._arrived: queue.Queue[Any] = queue.Queue(maxsize=1)
+        self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._next: Any = None
         self._limit: float | None = None
-        self._closed = threading.Event()
+        self._wanted = threading.Semaphore(0)
+        self._waiting = False
+        self._closed = False
         self._free = threading.Event()
         self._free.set()
         self._holds = 0
@@ -68,10 +71,14 @@ class Tap:
         while not self.stopped and not self.ended and self._free.is_set():
             self._tick()
             if self._next is None:
+                if not self._waiting:
+                    self._waiting = True
+                    self._wanted.release()
                 try:
                     self._next = self._arrived.get(timeout=_POLL_SECONDS)
                 except queue.Empty:
                     continue
+                self._waiting = False
             if isinstance(self._next, _End):
                 self.ended = True
                 self._count()
@@ -115,7 +122,10 @@ class Tap:
     def close(self) -> None:
         """Stop, and let go of the source."""
         self.stop()
-        self._closed.set()
+        self._closed = True
+        self._wanted.release()
+        if hasattr(self._source, "close"):
+            self._source.close()
         # A source that is stuck in a system call is left to its own time-out; the thread does not keep the process alive.
         self._thread.join(timeout=1.0)
 
@@ -123,21 +133,18 @@ class Tap:
         self.dropped = getattr(self._source, "dropped", 0)
 
     def _read(self) -> None:
-        """The reading thread: hand on frame by frame, then the end."""
+        """The reading thread: one frame each time one is wanted, then the end."""
         end = _End(None)
         try:
-            for frame in self._source:
-                if not self._put(frame):
+            frames = iter(self._source)
+            while True:
+                self._wanted.acquire()
+                if self._closed:
                     return
+                frame = next(frames, None)
+                if frame is None:
+                    break
+                self._arrived.put(frame)
         except BaseException as error:
             end = _End(error)
-        self._put(end)
-
-    def _put(self, item: Any) -> bool:
-        while not self._closed.is_set():
-            try:
-                self._arrived.put(item, timeout=_POLL_SECONDS)
-                return True
-            except queue.Full:
-                continue
-        return False
+        self._arrived.put(end)
