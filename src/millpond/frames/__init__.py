@@ -1,24 +1,11 @@
-"""stand-in until the room is built"""
+"""Where frames come from: files, cameras, networks, folders, pipes and arrays, as timestamped RGB pictures.
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+Knows nothing about models or memory. `open` gives a `Source`; `write_mp4` makes a file that `open` can read.
+"""
 
 from millpond.frames.frame import Frame
+from millpond.frames.opening import open
+from millpond.frames.source import Source, SourceInfo
 from millpond.frames.writer import write_mp4
 
-__all__ = ["Frame", "open", "write_mp4"]
-
-
-class _Source:
-    dropped = 0
-
-    def __init__(self, frames: Iterable[Any]) -> None:
-        self._frames = frames
-
-    def __iter__(self) -> Iterator[Frame]:
-        for frame in self._frames:
-            yield frame if isinstance(frame, Frame) else Frame(*frame)
-
-
-def open(source: Iterable[Any], fps: float | None = None) -> _Source:
-    return _Source(source)
+__all__ = ["Frame", "Source", "SourceInfo", "open", "write_mp4"]
