@@ -170,3 +170,16 @@ def test_outputs_of_different_shapes_need_a_list() -> None:
 def test_a_loss_must_be_a_scalar() -> None:
     with pytest.raises(RecomputeError, match="scalar"):
         recompute.bptt(nn.RNNCell(3, 3), INPUTS, STATE, slots=3, loss=lambda output, t: output)
+
+
+def test_a_gradient_hook_on_a_parameter() -> None:
+    cell = nn.RNNCell(3, 3)
+    handle = cell.weight_hh.register_hook(lambda grad: grad.clamp(-0.1, 0.1))
+    with pytest.raises(RecomputeError, match="hook"):
+        recompute.bptt(cell, INPUTS, STATE, slots=3)
+    handle.remove()
+    calls = []
+    cell.weight_hh.register_post_accumulate_grad_hook(lambda parameter: calls.append(parameter.grad.clone()))
+    outputs, _ = recompute.bptt(cell, INPUTS, STATE, slots=3)
+    outputs.sum().backward()
+    assert len(calls) == 1

@@ -70,6 +70,7 @@ def bptt(
     seen = probe(cell, unflatten(leaves, spec), state, largest, explicit)
     own = {id(leaf): leaf for module in cell.modules() for leaf in module.parameters() if leaf.requires_grad}
     found = {id(leaf): leaf for leaf in (*explicit, *own.values(), *seen.parameters)}
+    _refuse_hooks(found.values())
     _refuse_nested(tuple(found.values()))
     state_leaves, state_spec = flatten(state)
     for leaf in (*state_leaves, *sequence.leaves):
@@ -129,6 +130,16 @@ def _plain(cell: Cell, sequence: Inputs, state: Any, collector: Collector) -> tu
             output, state = cell(unflatten(leaves, spec), state, step)
             collector.put(step, output)
     return collector.finish(list(collector.take())), state
+
+
+def _refuse_hooks(parameters: Iterable[Tensor]) -> None:
+    """Refuse hooks that change a gradient: they would run on every step's share rather than on the sum."""
+    for tensor in parameters:
+        if tensor._backward_hooks:
+            raise RecomputeError(
+                f"a parameter of shape {tuple(tensor.shape)} has a gradient hook, which would run at every step: "
+                "remove it and use register_post_accumulate_grad_hook, or change the gradient before the optimiser's step"
+            )
 
 
 def _refuse_nested(parameters: tuple[Tensor, ...]) -> None:

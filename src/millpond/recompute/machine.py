@@ -239,16 +239,18 @@ class Machine:
         if not targets:
             return before
         grads = list(torch.autograd.grad(list(roots), targets, list(roots.values()), allow_unused=True))
+        grads.reverse()  # taken from the end, so that each is freed before the next is dealt with
         for i in at_state:
-            before[i] = grads.pop(0)
+            before[i] = grads.pop()
         for i in at_input:
-            input_grads.put(step, i, grads.pop(0))
-        for i, grad in zip(wanted, grads, strict=True):
-            held = sums[i]
+            input_grads.put(step, i, grads.pop())
+        for i in wanted:
+            grad, held = grads.pop(), sums[i]
             if grad is None:
                 continue
             # The first gradient may share memory with others, so it is copied before anything is added to it.
             sums[i] = grad.clone() if held is None else held.add_(grad)
+            del grad
         return before
 
     def _restore(self, position: int) -> None:
