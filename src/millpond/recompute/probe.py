@@ -180,6 +180,10 @@ def _shapes(leaves: list[Any]) -> list[torch.Size | None]:
     return [leaf.shape if isinstance(leaf, Tensor) else None for leaf in leaves]
 
 
+# The node at which the gradient of a leaf tensor ends.
+_LEAF_NODE: Any = type(torch.zeros(1, requires_grad=True).clone().grad_fn.next_functions[0][0])  # type: ignore[union-attr]
+
+
 def graph_parameters(outputs: Iterable[Any], known: Iterable[Tensor], first_node: int | None = None) -> list[Tensor]:
     """Leaf tensors that the graph behind `outputs` leads to, in a fixed order.
 
@@ -197,8 +201,8 @@ def graph_parameters(outputs: Iterable[Any], known: Iterable[Tensor], first_node
         if node is None or node in visited or node in stops:
             continue
         visited.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
+        if type(node) is _LEAF_NODE:
+            variable = node.variable  # type: ignore[attr-defined]
             found[id(variable)] = variable
             continue
         if first_node is not None:
@@ -216,7 +220,7 @@ def graph_parameters(outputs: Iterable[Any], known: Iterable[Tensor], first_node
 def _casts_a_leaf(node: Node) -> bool:
     """A cast saves nothing, so any number of steps may backpropagate through it; autocast shares its casts of weights."""
     following = [behind for behind, _ in node.next_functions]
-    return node.name() == "ToCopyBackward0" and len(following) == 1 and hasattr(following[0], "variable")
+    return node.name() == "ToCopyBackward0" and len(following) == 1 and type(following[0]) is _LEAF_NODE
 
 
 _STATEFUL = (
