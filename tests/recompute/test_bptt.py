@@ -199,6 +199,24 @@ def test_a_parameter_that_the_first_step_does_not_show() -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_a_learned_initial_state_that_the_step_uses_too() -> None:
+    class Anchored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start = nn.Parameter(torch.randn(2, 3))
+
+        def forward(self, x, h):
+            h = torch.tanh(0.5 * h + x * self.start)
+            return h, h
+
+    step, inputs = Anchored(), torch.randn(LENGTH, 2, 3)
+    outputs, _ = recompute.bptt(step, inputs, step.start, slots=3)
+    (ours,) = torch.autograd.grad(weigh(outputs), [step.start])
+    expected, _ = plain(step, inputs, step.start)
+    (theirs,) = torch.autograd.grad(weigh(torch.stack(expected)), [step.start])
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_a_loss_per_step_needs_no_outputs() -> None:
     torch.manual_seed(0)
     cell, head = nn.GRUCell(3, 5), nn.Linear(5, 4)

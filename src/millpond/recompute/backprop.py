@@ -73,8 +73,6 @@ def bptt(
     _refuse_hooks(found.values())
     _refuse_nested(tuple(found.values()))
     state_leaves, state_spec = flatten(state)
-    for leaf in (*state_leaves, *sequence.leaves):
-        found.pop(id(leaf), None)
     tensors = [*state_leaves, *sequence.leaves, *found.values()]
     if not any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors):
         return _plain(cell, sequence, state, collector)
