@@ -41,6 +41,8 @@ def parse(source: str | os.PathLike[str]) -> Address:
         SourceError: nothing is there, or the scheme is not one that can be read.
     """
     if isinstance(source, str):
+        if not source:
+            raise SourceError("the source is empty: name a file, an address, or - for stdin")
         if source == "-":
             return Address("pipe", "-", "stdin")
         scheme, mark, rest = source.partition("://")

@@ -30,6 +30,7 @@ _ENDLESS = frozenset({"dash", "hls", "mpjpeg"})
 # Containers whose stated length can be believed, so that a file that ends long before was cut short.
 _STATES_LENGTH = frozenset({"matroska", "mov"})
 _NO_TIMESTAMPS = 0x80  # AVFMT_NOTIMESTAMPS
+_TIMES_MAY_JUMP = 0x200  # AVFMT_TS_DISCONT
 _COVER_ART = av.stream.Disposition.attached_pic
 _MOST_PIXELS = 1 << 27  # 16K video; a damaged header may claim more than any memory holds
 _PLAUSIBLE_FPS = (1e-3, 1000.0)
@@ -92,8 +93,14 @@ class Video:
             if live is None:
                 live = bool(formats & _ENDLESS) and length is None
             self._live = live
-            untimed = live and bool(self._container.format.flags & _NO_TIMESTAMPS)
-            self._times = StreamTimes(now if untimed else None, step=1 / (rate or 25.0))
+            # Broadcasts are made to lose packets, and joining two recordings looks like a loss: counted, but no fault.
+            self._lossy = live or "mpegts" in formats
+            flags = self._container.format.flags
+            self._times = StreamTimes(
+                step=1 / (rate or 25.0),
+                jumps=live or bool(flags & _TIMES_MAY_JUMP),
+                now=now if live and flags & _NO_TIMESTAMPS else None,
+            )
             codec = stream.codec_context
             width, height = codec.width or None, codec.height or None
             # Slices keep the delay low; whole frames in parallel decode a file fastest.
@@ -178,7 +185,7 @@ class Video:
 
     def _decode_packet(self, packet: Any) -> tuple[list[Any], bool]:
         # Frame threads would lose the good pictures before a packet that is known to be incomplete, so it stays out.
-        if packet is not None and packet.is_corrupt and not self._live:
+        if packet is not None and packet.is_corrupt and not self._lossy:
             return [], True
         try:
             return self._stream.codec_context.decode(packet), False
@@ -199,7 +206,7 @@ class Video:
             missing = self._length - end
             if missing > max(0.5, 2 * self._times.step):
                 raise SourceError(f"{self._name} ends {until}, but should last {self._length:.2f} s: it was cut short")
-        if self.damaged:
+        if self.damaged and not self._lossy:
             raise SourceError(
                 f"{self._name} is damaged: {self.damaged} of its pictures could not be decoded; the others are good"
             )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-# Steps back up to this are pictures out of order; larger ones are a clock that was set anew.
+# Steps back up to this are pictures out of order also where the clock may jump.
 _DISORDER_SECONDS = 1.0
 
 
@@ -10,11 +10,14 @@ class StreamTimes:
     """Places pictures in time, one after another.
 
     Args:
-        now: take the time of arrival instead.
         step: nominal seconds between pictures, for those without a time (raw streams).
+        jumps: the clock may be set anew, as where recordings were joined: what follows a large step back goes on one `step`
+            later. Otherwise any step back is a picture out of order.
+        now: take the time of arrival instead.
     """
 
-    def __init__(self, now: Callable[[], float] | None, step: float) -> None:
+    def __init__(self, *, step: float, jumps: bool = False, now: Callable[[], float] | None = None) -> None:
+        self._jumps = jumps
         self._now = now
         self.step = step
         self.last: float | None = None
@@ -28,12 +31,12 @@ class StreamTimes:
             self._shift = -(time or 0.0)
             self.last = 0.0
             return 0.0
-        seconds = self.last + self.step if time is None else time + self._shift
+        # To the nanosecond: 4.9, not 4.8999999999999995.
+        seconds = round(self.last + self.step if time is None else time + self._shift, 9)
         if seconds <= self.last:
-            if self.last - seconds <= _DISORDER_SECONDS:
+            if not self._jumps or self.last - seconds <= _DISORDER_SECONDS:
                 return None
-            # Recordings that were joined begin their clock again.
             self._shift += self.last + self.step - seconds
-            seconds = self.last + self.step
+            seconds = round(self.last + self.step, 9)
         self.last = seconds
         return seconds
