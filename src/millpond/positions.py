@@ -28,6 +28,7 @@ class Clock:
         base: spatial base of the open video segment; None while no segment is open.
         origin: temporal position of `start_us`.
         start_us: stream time at which the open segment began, in microseconds.
+        groups: temporal groups placed in the open segment so far.
         step: positions between the last two temporal groups, at least 1.
     """
 
@@ -35,6 +36,7 @@ class Clock:
     base: int | None = None
     origin: int = 0
     start_us: int = 0
+    groups: int = 0
     step: int = 1
 
     def text(self, count: int) -> Tensor:
@@ -48,7 +50,7 @@ class Clock:
         """Open a video segment at `next` unless one is open; return its spatial base."""
         if self.base is None:
             self.base = self.origin = self.next
-            self.start_us = start_us
+            self.start_us, self.groups = start_us, 0
         return self.base
 
     def shift(self, spatial: int, temporal: int) -> None:

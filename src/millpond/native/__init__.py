@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["best", "cosines", "move_rows", "norms", "status"]
+__all__ = ["best", "move_rows", "norms", "pool", "redundancy", "status"]
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-std=c++17", "-shared", "-fPIC")
@@ -92,23 +92,39 @@ def norms(rows: Tensor) -> Tensor | None:
     return out
 
 
-def cosines(rows: Tensor, table: Tensor, index: Tensor, floor: float, out: Tensor) -> bool:
-    """Dot product of each unit row with the row of `table` that `index` names, 0 where it names none.
+def redundancy(keys: Tensor, place: Tensor, recent: Tensor, floor: float, out: Tensor) -> bool:
+    """Temporal redundancy of one head (`millpond.policies.infinipot_v`), in one pass over the keys.
 
     Args:
-        rows: [n, D]. table: float32 [p, D]. index: int32 [n], below 0 for none. floor: added to each norm.
-        out: float32 [n], written.
+        keys: [n, D]. place: int16 [n, 2]. recent: bool [n]. floor: added to each norm. out: float32 [n], written.
 
     Returns:
         False where there is no kernel; `out` is untouched then.
     """
-    library = _ready(rows, table, index, out)
-    if library is None or rows.dtype not in _SUFFIX or not _rows(rows):
+    library = _ready(keys, place, recent, out)
+    if library is None or keys.dtype not in _SUFFIX or not (_rows(keys) and _rows(place) and recent.is_contiguous()):
         return False
-    tokens, width = rows.shape
-    run = getattr(library, f"millpond_cosines_{_SUFFIX[rows.dtype]}")
-    sizes = ctypes.c_int64(tokens), ctypes.c_int64(width)
-    run(_pointer(rows), *sizes, _pointer(table), _pointer(index), ctypes.c_float(floor), _pointer(out))
+    tokens, width = keys.shape
+    run = getattr(library, f"millpond_redundancy_{_SUFFIX[keys.dtype]}")
+    sizes = ctypes.c_int64(tokens), ctypes.c_int64(width), ctypes.c_float(floor)
+    run(_pointer(keys), _pointer(place), _pointer(recent), *sizes, _pointer(out))
+    return True
+
+
+def pool(values: Tensor, time_us: Tensor, place: Tensor, kernel: int) -> bool:
+    """Pool one head's values over its frames' grids in place (`millpond.policies.pooling`).
+
+    Args:
+        values: float32 [n]. time_us: int64 [n]. place: int16 [n, 2]. kernel: odd window.
+
+    Returns:
+        False where there is no kernel; nothing has changed then.
+    """
+    library = _ready(values, time_us, place)
+    if library is None or not (values.is_contiguous() and time_us.is_contiguous() and _rows(place)):
+        return False
+    sizes = ctypes.c_int64(len(values)), ctypes.c_int64(kernel)
+    library.millpond_pool(_pointer(values), _pointer(time_us), _pointer(place), *sizes)
     return True
 
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <vector>
 
 namespace {
@@ -42,11 +43,51 @@ void norms(const T* rows, int64_t head_stride, int64_t heads, int64_t tokens, in
         for (int64_t n = 0; n < tokens; ++n) out[h * tokens + n] = norm_of(rows + h * head_stride + n * width, width);
 }
 
+// Temporal redundancy of one head; see millpond.policies.infinipot_v.
 template <typename T>
-void cosines(const T* rows, int64_t tokens, int64_t width, const float* table, const int32_t* index, float floor,
-             float* out) {
+void redundancy(const T* keys, const int16_t* place, const uint8_t* recent, int64_t tokens, int64_t width, float floor,
+                float* out) {
+    // The grid of the recent frames: the table has one mean unit key for each of its places.
+    int64_t rows = 0, cols = 0;
     for (int64_t n = 0; n < tokens; ++n)
-        out[n] = index[n] < 0 ? 0.0f : cosine_to(rows + n * width, table + index[n] * width, width, floor);
+        if (recent[n] && place[2 * n] >= 0) {
+            rows = std::max<int64_t>(rows, place[2 * n] + 1);
+            cols = std::max<int64_t>(cols, place[2 * n + 1] + 1);
+        }
+    std::vector<float> table(static_cast<size_t>(rows * cols * width), 0.0f), seen(static_cast<size_t>(rows * cols), 0.0f);
+    for (int64_t n = 0; n < tokens; ++n)
+        if (recent[n] && place[2 * n] >= 0) {
+            const int64_t at = place[2 * n] * cols + place[2 * n + 1];
+            const T* key = keys + n * width;
+            const float scale = 1.0f / (norm_of(key, width) + floor);
+            float* mean = table.data() + at * width;
+            for (int64_t i = 0; i < width; ++i) mean[i] += widen(key[i]) * scale;
+            seen[at] += 1.0f;
+        }
+    for (int64_t at = 0; at < rows * cols; ++at)
+        for (int64_t i = 0; i < width; ++i) table[at * width + i] /= std::max(seen[at], 1.0f);
+    for (int64_t n = 0; n < tokens; ++n) {
+        const int64_t row = place[2 * n], col = place[2 * n + 1];
+        if (recent[n] || row < 0) {
+            out[n] = -std::numeric_limits<float>::infinity();
+        } else if (row >= rows || col >= cols || seen[row * cols + col] == 0) {
+            out[n] = 0.0f;
+        } else {
+            out[n] = -cosine_to(keys + n * width, table.data() + (row * cols + col) * width, width, floor);
+        }
+    }
+}
+
+// Sums over windows of `kernel` cells along one axis of a [lines, length] grid with the given strides.
+void window_sums(const float* in, float* out, int64_t lines, int64_t line_step, int64_t length, int64_t step, int64_t kernel) {
+    const int64_t reach = kernel / 2;
+    for (int64_t line = 0; line < lines; ++line)
+        for (int64_t at = 0; at < length; ++at) {
+            float sum = 0;
+            const int64_t last = std::min(length - 1, at + reach);
+            for (int64_t i = std::max<int64_t>(0, at - reach); i <= last; ++i) sum += in[line * line_step + i * step];
+            out[line * line_step + at * step] = sum;
+        }
 }
 
 }  // namespace
@@ -62,14 +103,51 @@ void millpond_norms_bf16(const uint16_t* rows, int64_t head_stride, int64_t head
     norms(rows, head_stride, heads, tokens, width, out);
 }
 
-// One head: dot product of each row, divided by its norm, with the row of `table` that `index` names; 0 where index < 0.
-void millpond_cosines_f32(const float* rows, int64_t tokens, int64_t width, const float* table, const int32_t* index,
-                          float floor, float* out) {
-    cosines(rows, tokens, width, table, index, floor, out);
+// Temporal redundancy of one head's tokens, float32 [tokens]: `place` is int16 [tokens, 2], `recent` marks the latest frames.
+void millpond_redundancy_f32(const float* keys, const int16_t* place, const uint8_t* recent, int64_t tokens, int64_t width,
+                             float floor, float* out) {
+    redundancy(keys, place, recent, tokens, width, floor, out);
 }
-void millpond_cosines_bf16(const uint16_t* rows, int64_t tokens, int64_t width, const float* table, const int32_t* index,
-                           float floor, float* out) {
-    cosines(rows, tokens, width, table, index, floor, out);
+void millpond_redundancy_bf16(const uint16_t* keys, const int16_t* place, const uint8_t* recent, int64_t tokens,
+                              int64_t width, float floor, float* out) {
+    redundancy(keys, place, recent, tokens, width, floor, out);
+}
+
+// One head: replace each placed token's value by the mean over the existing tokens of its frame in a kernel x kernel window.
+void millpond_pool(float* values, const int64_t* time_us, const int16_t* place, int64_t tokens, int64_t kernel) {
+    std::vector<float> grid, half, sums, counts;
+    int64_t counted_rows = 0, counted_cols = 0;  // the complete grid that `counts` stands for
+    for (int64_t first = 0; first < tokens;) {
+        int64_t last = first, rows = 0, cols = 0, placed = 0;
+        for (; last < tokens && time_us[last] == time_us[first]; ++last) {
+            rows = std::max<int64_t>(rows, place[2 * last] + 1);
+            cols = std::max<int64_t>(cols, place[2 * last + 1] + 1);
+            placed += place[2 * last] >= 0;
+        }
+        const int64_t cells = placed ? rows * cols : 0;
+        const bool complete = placed == cells;
+        for (int pass = 0; pass < 2 && cells; ++pass) {  // the values, then the count of tokens that exist
+            if (pass && complete && rows == counted_rows && cols == counted_cols) break;
+            grid.assign(static_cast<size_t>(cells), 0.0f);
+            half.resize(static_cast<size_t>(cells));
+            std::vector<float>& total = pass ? counts : sums;
+            total.resize(static_cast<size_t>(cells));
+            for (int64_t n = first; n < last; ++n)
+                if (place[2 * n] >= 0) grid[place[2 * n] * cols + place[2 * n + 1]] = pass ? 1.0f : values[n];
+            window_sums(grid.data(), half.data(), rows, cols, cols, 1, kernel);
+            window_sums(half.data(), total.data(), cols, 1, rows, cols, kernel);
+            if (pass) {
+                counted_rows = complete ? rows : 0;
+                counted_cols = complete ? cols : 0;
+            }
+        }
+        for (int64_t n = first; n < last; ++n)
+            if (place[2 * n] >= 0) {
+                const int64_t at = place[2 * n] * cols + place[2 * n + 1];
+                values[n] = sums[at] / counts[at];
+            }
+        first = last;
+    }
 }
 
 // The `slots` best of `tokens` scores in each head, ascending by index; equal scores go to the older token.

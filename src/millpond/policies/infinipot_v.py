@@ -115,17 +115,17 @@ def temporal_redundancy(view: View) -> Tensor:
     """
     scores = torch.empty(view.heads, view.tokens, dtype=torch.float32, device=view.keys.device)
     for head in range(view.heads):
+        keys, place, recent, out = view.keys[head], view.place[head], view.protected[head], scores[head]
+        if native.redundancy(keys, place, recent, _NORM_FLOOR, out):
+            continue
         table, index = _mean_unit_keys(view, head)
-        keys, out = view.keys[head], scores[head]
-        if not native.cosines(keys, table, index, _NORM_FLOOR, out):
-            for first in range(0, view.tokens, view.chunk):
-                rows = keys[first : first + view.chunk].float()
-                at = index[first : first + view.chunk]
-                dots = torch.linalg.vecdot(rows, table.index_select(0, at.clamp(min=0)))
-                dots /= torch.linalg.vector_norm(rows, dim=-1) + _NORM_FLOOR
-                out[first : first + view.chunk] = dots.masked_fill_(at < 0, 0.0)
-        out.neg_()
-        out.masked_fill_((view.place[head, :, 0] < 0) | view.protected[head], -torch.inf)
+        for first in range(0, view.tokens, view.chunk):
+            rows = keys[first : first + view.chunk].float()
+            at = index[first : first + view.chunk]
+            dots = torch.linalg.vecdot(rows, table.index_select(0, at.clamp(min=0)))
+            dots /= torch.linalg.vector_norm(rows, dim=-1) + _NORM_FLOOR
+            out[first : first + view.chunk] = dots.neg_().masked_fill_(at < 0, 0.0)
+        out.masked_fill_((place[:, 0] < 0) | recent, -torch.inf)
     return scores
 
 

@@ -1,0 +1,129 @@
+"""Qwen2-VL: frames of any size in pairs, M-RoPE with one temporal step a pair. Base of the Qwen adapters.
+
+The rule for a frame's size is that of the published processors with a per-frame limit: a stream has no total length that a
+limit on the whole video could refer to.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from millpond.errors import SourceError
+from millpond.families.base import Grid, Tokens
+from millpond.families.decoder import DecoderFamily
+from millpond.families.pixels import normalise, resize
+from millpond.positions import Clock
+
+__all__ = ["Qwen2VL"]
+
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_MOST_ASPECT = 200
+
+
+class Qwen2VL(DecoderFamily):
+    """Adapter of Qwen2-VL (Wang et al., 2024, arXiv 2409.12191).
+
+    `image` may hold `min_pixels` / `max_pixels` (or `size.shortest_edge` / `size.longest_edge`), `image_mean`, `image_std`; the
+    defaults are those of the published video processor.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
+    mean: tuple[float, ...] = _CLIP_MEAN
+    std: tuple[float, ...] = _CLIP_STD
+    tokens_an_edge: ClassVar[tuple[int, int]] = (128, 768)
+    """Least and most merged patches of a frame, by the published video processor's size."""
+
+    def __init__(self, model: Any, tokenizer: Any, image: dict[str, Any] | None = None) -> None:
+        super().__init__(model, tokenizer, image)
+        vision, image = model.config.vision_config, image or {}
+        self.patch = int(vision.patch_size)
+        self.merge = int(vision.spatial_merge_size)
+        self.frames_per_group = int(vision.temporal_patch_size)
+        self.vision_dtype = next(model.model.visual.parameters()).dtype
+        self.mean = tuple(image.get("image_mean") or self.mean)
+        self.std = tuple(image.get("image_std") or self.std)
+        size, unit = image.get("size") or {}, (self.patch * self.merge) ** 2
+        least, most = (count * unit for count in self.tokens_an_edge)
+        self.min_pixels = int(image.get("min_pixels") or size.get("shortest_edge") or least)
+        self.max_pixels = int(image.get("max_pixels") or size.get("longest_edge") or most)
+
+    def _rope_axis(self, frequencies: int, text: Any) -> Tensor:
+        """M-RoPE in consecutive sections: the first frequencies read time, then height, then width."""
+        sections = text.rope_parameters["mrope_section"]
+        return torch.cat([torch.full((count,), index) for index, count in enumerate(sections)])
+
+    # --- frames -------------------------------------------------------------------------------------------------
+
+    def grid(self, height: int, width: int) -> Grid:
+        unit = self.patch * self.merge
+        if max(height, width) > _MOST_ASPECT * min(height, width):
+            raise SourceError(
+                f"a frame of {width} x {height} is too long and thin for this model (at most {_MOST_ASPECT} to 1)"
+            )
+        high, wide = max(unit, round(height / unit) * unit), max(unit, round(width / unit) * unit)
+        if high * wide > self.max_pixels:
+            shrink = math.sqrt(height * width / self.max_pixels)
+            high = max(unit, math.floor(height / shrink / unit) * unit)
+            wide = max(unit, math.floor(width / shrink / unit) * unit)
+        elif high * wide < self.min_pixels:
+            stretch = math.sqrt(self.min_pixels / (height * width))
+            high, wide = math.ceil(height * stretch / unit) * unit, math.ceil(width * stretch / unit) * unit
+        rows, cols = high // unit, wide // unit
+        return Grid(high, wide, rows, cols, rows * cols)
+
+    def prepare(self, pixels: np.ndarray) -> np.ndarray:
+        grid = self.grid(*pixels.shape[:2])
+        return resize(pixels, grid.height, grid.width)
+
+    def patches(self, frames: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Prepared frames, completed to whole groups -> ([patches, 3 x temporal x patch x patch], grid [1, 3])."""
+        span, patch, merge = self.frames_per_group, self.patch, self.merge
+        frames = frames + [frames[-1]] * (-len(frames) % span)
+        pixels = normalise(frames, self.mean, self.std)
+        count, colours, height, width = pixels.shape
+        groups, rows, cols = count // span, height // patch, width // patch
+        pixels = pixels.view(groups, span, colours, rows // merge, merge, patch, cols // merge, merge, patch)
+        # Patches that merge into one token lie one behind the other.
+        flat = pixels.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(groups * rows * cols, colours * span * patch * patch)
+        return flat, torch.tensor([[groups, rows, cols]])
+
+    @torch.no_grad()
+    def encode(self, frames: list[np.ndarray], times_us: list[int]) -> Tokens:
+        flat, grid = self.patches(frames)
+        out = self.model.model.visual(flat.to(self.device, self.vision_dtype), grid_thw=grid.to(self.device))
+        groups, rows, cols = (grid[0] // torch.tensor([1, self.merge, self.merge])).tolist()
+        place = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij"), dim=-1).view(-1, 2)
+        times = torch.tensor(times_us[:: self.frames_per_group], dtype=torch.long)
+        return Tokens(
+            embeds=out.pooler_output.to(self.geometry.dtype),
+            place=place.repeat(groups, 1).to(torch.int16),
+            time_us=times.repeat_interleave(rows * cols),
+            visual=torch.ones(groups * rows * cols, dtype=torch.bool),
+            deepstack=tuple(getattr(out, "deepstack_features", None) or ()),
+        )
+
+    # --- positions ----------------------------------------------------------------------------------------------
+
+    def place(self, tokens: Tokens, clock: Clock) -> Tensor:
+        if not bool(tokens.visual.any()):
+            return clock.text(len(tokens)).expand(3, -1)
+        base = clock.open_segment(int(tokens.time_us[0]))
+        times, group = tokens.time_us.unique_consecutive(return_inverse=True)
+        temporal = clock.origin + self._temporal(times, clock)
+        if len(temporal) > 1:
+            clock.step = max(1, int(temporal[-1] - temporal[-2]))
+        clock.groups += len(times)
+        spatial = base + tokens.place.T.to(torch.long)
+        positions = torch.cat([temporal[group][None], spatial])
+        clock.next = max(clock.next, int(positions.max()) + 1)
+        return positions
+
+    def _temporal(self, times_us: Tensor, clock: Clock) -> Tensor:
+        """Temporal positions of the next groups, counted from the segment's origin: one a group, whatever the time."""
+        return clock.groups + torch.arange(len(times_us))

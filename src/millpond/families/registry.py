@@ -1,0 +1,154 @@
+"""From a name, a folder or a loaded model to its adapter."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.utils import cached_file
+
+from millpond.errors import ModelError
+from millpond.families.base import Family
+from millpond.families.llava_next_video import LlavaNextVideo
+from millpond.families.llava_onevision import LlavaOnevision
+from millpond.families.qwen2_5_vl import Qwen25VL
+from millpond.families.qwen2_vl import Qwen2VL
+from millpond.families.qwen3_vl import Qwen3VL
+
+__all__ = ["Supported", "adapt", "load", "supported"]
+
+_ADAPTERS: tuple[tuple[str, type[Family]], ...] = (
+    ("Qwen2-VL", Qwen2VL),
+    ("Qwen2.5-VL", Qwen25VL),
+    ("Qwen3-VL", Qwen3VL),
+    ("LLaVA-OneVision", LlavaOnevision),
+    ("LLaVA-NeXT-Video", LlavaNextVideo),
+)
+_IMAGE_FILES = ("video_preprocessor_config.json", "preprocessor_config.json")
+
+
+@dataclass(frozen=True)
+class Supported:
+    """A model family that can be loaded: the `model_type` of its config, its name, and the adapter's class name."""
+
+    model_type: str
+    name: str
+    adapter: str
+
+
+def supported() -> tuple[Supported, ...]:
+    """Every model family that millpond can run."""
+    return tuple(Supported(kind, name, adapter.__name__) for name, adapter in _ADAPTERS for kind in adapter.model_types)
+
+
+def adapt(model: Any, tokenizer: Any, image: dict[str, Any] | None = None) -> Family:
+    """Wrap a loaded transformers model.
+
+    Args:
+        model: a `...ForConditionalGeneration` of a supported family.
+        tokenizer: its tokenizer, or its processor.
+        image: processor numbers; by default those of the processor, else the family's published ones.
+
+    Raises:
+        ModelError: not a supported family, or a chat template that shows no video.
+    """
+    adapter = _adapter(model.config.model_type)
+    if image is None:
+        processor = getattr(tokenizer, "video_processor", None) or getattr(tokenizer, "image_processor", None)
+        image = processor.to_dict() if processor is not None else {}
+    model.eval()
+    return adapter(model, tokenizer, image)
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | None = None,
+    attn_implementation: str | None = None,
+) -> Family:
+    """Load a model from a folder or by hub id ("minnow" ships with millpond) and wrap it.
+
+    Args:
+        dtype: for example "bfloat16"; the checkpoint's own by default.
+        device: CUDA where there is one by default.
+        attn_implementation: "sdpa", "eager" or "flash_attention_2"; transformers' choice by default.
+
+    Raises:
+        ModelError: not found, not readable, or not a supported family.
+    """
+    source = str(_minnow() if str(name) == "minnow" else name)
+    kind = _torch_dtype(dtype)
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot find a model at {str(name)!r}: {_first_line(error)}") from error
+    adapter = _adapter(config.model_type)
+    try:
+        model = transformers.AutoModelForImageTextToText.from_pretrained(
+            source, dtype=kind, **({"attn_implementation": attn_implementation} if attn_implementation else {})
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        image = _image_numbers(source)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ModelError(f"cannot load the model at {str(name)!r}: {_first_line(error)}") from error
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model.to(target)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"cannot move the model to {target!r}: {_first_line(error)}") from error
+    if not getattr(tokenizer, "chat_template", None):
+        tokenizer.chat_template = _template(source)
+    return adapter(model.eval(), tokenizer, image)
+
+
+def _adapter(model_type: str) -> type[Family]:
+    for _, adapter in _ADAPTERS:
+        if model_type in adapter.model_types:
+            return adapter
+    known = ", ".join(row.model_type for row in supported())
+    raise ModelError(f"the model family {model_type!r} is not supported; there are: {known}")
+
+
+def _minnow() -> Path:
+    from millpond import minnow
+
+    return minnow.folder()
+
+
+def _torch_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
+    if dtype is None or dtype == "auto":
+        return "auto"
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ModelError(f"{dtype!r} is not a floating point type: use float32, bfloat16 or float16")
+    return found
+
+
+def _image_numbers(source: str) -> dict[str, Any]:
+    for file in _IMAGE_FILES:
+        if numbers := _read_json(source, file):
+            return numbers
+    return {}
+
+
+def _template(source: str) -> str | None:
+    """The chat template of older checkpoints, which keep it in a JSON of its own."""
+    template = _read_json(source, "chat_template.json").get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+def _read_json(source: str, file: str) -> dict[str, Any]:
+    path = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        return {}
+    read: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    return read
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
