@@ -33,6 +33,7 @@ _NO_TIMESTAMPS = 0x80  # AVFMT_NOTIMESTAMPS
 _TIMES_MAY_JUMP = 0x200  # AVFMT_TS_DISCONT
 _COVER_ART = av.stream.Disposition.attached_pic
 _MOST_PIXELS = 1 << 27  # 16K video; a damaged header may claim more than any memory holds
+_PIPE_HINT = "; an MP4 can be piped only if its index is in front (faststart) or it is fragmented"
 _PLAUSIBLE_FPS = (1e-3, 1000.0)
 
 
@@ -198,7 +199,8 @@ class Video:
         """Raise for a file that ended before its end, or had holes. What could be decoded has been given out."""
         if good == 0:
             fault = self._fault or "the data are damaged, or the codec is not supported"
-            raise SourceError(f"not one picture of {self._name} can be decoded: {fault}")
+            hint = _PIPE_HINT if self._pipe is not None else ""
+            raise SourceError(f"not one picture of {self._name} can be decoded: {fault}{hint}")
         until = f"after {self._times.last or 0.0:.2f} s"
         if self._fault:
             raise SourceError(f"{self._name} broke {until}: {self._fault}")
@@ -241,9 +243,7 @@ def _open_container(address: Address, pipe: Bytes | None, live: bool | None, tim
         )
     except (av.FFmpegError, ValueError, OSError) as error:
         fault = _reason(error, timeout)
-    if address.kind == "pipe":
-        fault += "; an MP4 can be piped only if its index is in front (faststart) or it is fragmented"
-    raise SourceError(f"cannot open {address.name}: {fault}")
+    raise SourceError(f"cannot open {address.name}: {fault}{_PIPE_HINT if pipe is not None else ''}")
 
 
 def _pick_stream(container: Any, name: str) -> Any:
