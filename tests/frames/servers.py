@@ -1,5 +1,6 @@
-"""Small servers on the loopback: bytes over TCP, files over HTTP, motion JPEG."""
+"""Small servers on the loopback: bytes over TCP, files over HTTP, motion JPEG, RTSP."""
 
+import base64
 import http.server
 import io
 import socket
@@ -8,9 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import av
 from PIL import Image
 
-from tests.frames.media import gray
+from tests.frames.media import gray, noise, write
 
 
 class ByteServer:
@@ -118,3 +120,76 @@ def motion_jpeg(count: int) -> Callable[[http.server.BaseHTTPRequestHandler], No
             request.wfile.write(head.encode() + body + b"\r\n")
 
     return answer
+
+
+class _Packets:
+    """A file for FFmpeg's RTP muxer, which writes one packet at a time."""
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+
+    def write(self, data: bytes) -> int:
+        self.sent.append(bytes(data))
+        return len(data)
+
+
+def rtp_packets(folder: Path, count: int) -> list[bytes]:
+    """H.264 at 10 frames a second in RTP (and RTCP) packets, payload type 96."""
+    options = {"g": "10", "bf": "0", "x264-params": "repeat-headers=1"}
+    path = write(folder / "rtp.ts", noise(count), options=options)
+    packets = _Packets()
+    with av.open(str(path)) as source, av.open(packets, "w", format="rtp", buffer_size=1400) as sink:
+        stream = sink.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                sink.mux(packet)
+    return packets.sent
+
+
+class RtspServer(ByteServer):
+    """A camera that speaks RTSP with the media interleaved in the same connection (RFC 2326, section 10.12).
+
+    Args:
+        packets: RTP and RTCP packets, sent on PLAY; the line is closed after them.
+        credentials: what a client must send (RFC 7617), as user:password; empty for none.
+    """
+
+    SDP = "v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=camera\r\nt=0 0\r\nm=video 0 RTP/AVP 96\r\na=rtpmap:96 H264/90000\r\na=control:track0\r\n"
+
+    def __init__(self, packets: list[bytes], *, credentials: str = "") -> None:
+        self._packets = packets
+        self._expected = "Basic " + base64.b64encode(credentials.encode()).decode() if credentials else ""
+        super().__init__(b"")
+
+    def _send(self, line: socket.socket) -> None:
+        with suppress(OSError), line.makefile("rb") as requests:
+            while head := self._request(requests):
+                verb, headers = head
+                answer, body = f"RTSP/1.0 200 OK\r\nCSeq: {headers.get('cseq', '0')}\r\n", ""
+                if self._expected and headers.get("authorization") != self._expected:
+                    answer = answer.replace("200 OK", "401 Unauthorized") + 'WWW-Authenticate: Basic realm="camera"\r\n'
+                elif verb == "DESCRIBE":
+                    body = self.SDP
+                    answer += f"Content-Type: application/sdp\r\nContent-Length: {len(body)}\r\n"
+                elif verb == "SETUP":
+                    answer += "Transport: RTP/AVP/TCP;unicast;interleaved=0-1\r\nSession: 1\r\n"
+                elif verb == "PLAY":
+                    answer += "Session: 1\r\n"
+                line.sendall((answer + "\r\n" + body).encode())
+                if verb == "PLAY":
+                    for packet in self._packets:
+                        control = 200 <= packet[1] <= 204  # RTCP goes on the odd channel
+                        line.sendall(b"$" + bytes([control]) + len(packet).to_bytes(2, "big") + packet)
+                    line.shutdown(socket.SHUT_RDWR)
+                    break
+        line.close()
+
+    @staticmethod
+    def _request(requests: io.BufferedIOBase) -> tuple[str, dict[str, str]] | None:
+        verb = requests.readline().decode().partition(" ")[0]
+        headers: dict[str, str] = {}
+        while text := requests.readline().decode().strip():
+            name, _, value = text.partition(":")
+            headers[name.lower()] = value.strip()
+        return (verb, headers) if verb else None

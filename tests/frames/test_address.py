@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from millpond import frames
 from millpond.errors import SourceError
 from millpond.frames.address import parse, redacted
 
@@ -98,3 +99,18 @@ def test_a_missing_file(path: str, message: str) -> None:
 
 def test_the_target_is_not_in_the_repr() -> None:
     assert "hunter2" not in repr(parse("rtsp://admin:hunter2@cam/1"))
+
+
+def test_a_camera(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Path.stat
+
+    def stat(path: Path, **options: bool) -> os.stat_result:
+        if str(path) == "/dev/video9":
+            path = Path(os.devnull)  # a character device, as a camera is
+        return plain(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    address = parse("/dev/video9")
+    assert (address.kind, address.live) == ("camera", True)
+    with pytest.raises(SourceError, match=r"cannot open /dev/video9: No such file"):
+        frames.open("/dev/video9")
