@@ -103,7 +103,7 @@ class Session:
         """Load a model and start a session on it; the other arguments are those of `Session`.
 
         Args:
-            model: "minnow" (ships with millpond), a folder, a hub id, or a loaded `(model, processor or tokenizer)`.
+            model: a folder, a hub id, or a loaded `(model, processor or tokenizer)`.
             dtype: for example "bfloat16"; the checkpoint's own by default.
             device: "cpu", "cuda", ...; CUDA where there is one by default.
             attn_implementation: "sdpa" (default), "eager" or "flash_attention_2".

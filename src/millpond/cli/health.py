@@ -86,7 +86,7 @@ def _models() -> list[Check]:
     from millpond import families, policies
 
     return [
-        Check("model families", ", ".join(sorted(families.supported())), True, needed=True),
+        Check("model families", ", ".join(row.model_type for row in families.supported()), True, needed=True),
         Check("policies", ", ".join(policy.name for policy in policies.available()), True, needed=True),
     ]
 

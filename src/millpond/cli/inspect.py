@@ -13,7 +13,6 @@ from rich.text import Text
 
 from millpond.cli.errors import FAILED, announce
 from millpond.cli.options import (
-    DEFAULT_MODEL,
     DEFAULT_POLICY,
     BudgetOption,
     DeviceOption,
@@ -39,7 +38,7 @@ __all__ = ["doctor", "models", "plan", "policies"]
 
 def plan(
     context: typer.Context,
-    model: ModelOption = DEFAULT_MODEL,
+    model: ModelOption,
     budget: BudgetOption = None,
     size: Annotated[
         FrameSize,
@@ -195,10 +194,9 @@ def models(context: typer.Context, as_json: JsonFlag = False, quiet: QuietFlag =
     announce(context, as_json=as_json, quiet=quiet)
     from millpond import families
 
-    supported = sorted(families.supported())
+    rows = families.supported()
     if as_json:
-        print(json.dumps({"models": [DEFAULT_MODEL], "model_types": supported}))
+        print(json.dumps({"model_types": {row.model_type: row.name for row in rows}}))
         return
-    print(f"{DEFAULT_MODEL}  (ships with millpond)")
-    for name in supported:
-        print(name)
+    for row in rows:
+        print(f"{row.model_type:18} {row.name}")

@@ -18,7 +18,6 @@ from millpond.errors import BudgetError
 
 __all__ = [
     "DEFAULT_BUDGET",
-    "DEFAULT_MODEL",
     "BudgetOption",
     "DeviceOption",
     "DtypeOption",
@@ -37,10 +36,9 @@ __all__ = [
     "read_size",
 ]
 
-DEFAULT_MODEL = "minnow"
 DEFAULT_POLICY = "infinipot-v"
 DEFAULT_BUDGET = "2MiB"
-"""Some seconds of video in the memory of the model that ships with millpond."""
+"""Enough for a tiny model; real ones need hundreds of MiB (`millpond plan` tells)."""
 
 
 class Positions(StrEnum):
@@ -141,9 +139,7 @@ def _is_number(word: str) -> bool:
 
 ModelOption = Annotated[
     str,
-    typer.Option(
-        "--model", "-m", envvar="MILLPOND_MODEL", help="minnow (ships with millpond), a local folder, or a hub id."
-    ),
+    typer.Option("--model", "-m", envvar="MILLPOND_MODEL", help="A local folder, or a hub id."),
 ]
 BudgetOption = Annotated[
     int | None,

@@ -14,7 +14,6 @@ import typer
 
 from millpond.cli.errors import FAILED, announce, one_line
 from millpond.cli.options import (
-    DEFAULT_MODEL,
     DEFAULT_POLICY,
     BudgetOption,
     DeviceOption,
@@ -46,6 +45,7 @@ def watch(
     source: Annotated[
         str, typer.Argument(help="A video file, rtsp://, http:// or tcp:// URL, /dev/video0, a folder of images, or -.")
     ],
+    model: ModelOption,
     ask: Annotated[
         list[str], typer.Option("--ask", "-a", metavar="QUESTION", help="Ask when the stream has ended. Repeatable.")
     ] = [],  # noqa: B006
@@ -61,7 +61,6 @@ def watch(
     interactive: Annotated[
         bool, typer.Option("--interactive", "-i", help="Ask at a prompt while the stream goes on.")
     ] = False,
-    model: ModelOption = DEFAULT_MODEL,
     budget: BudgetOption = None,
     fps: FpsOption = 2.0,
     policy: PolicyOption = DEFAULT_POLICY,

@@ -71,7 +71,7 @@ def load(
     device: str | None = None,
     attn_implementation: str | None = None,
 ) -> Family:
-    """Load a model from a folder or by hub id ("minnow" ships with millpond) and wrap it.
+    """Load a model from a folder or by hub id and wrap it.
 
     Args:
         dtype: for example "bfloat16"; the checkpoint's own by default.
@@ -81,7 +81,7 @@ def load(
     Raises:
         ModelError: not found, not readable, or not a supported family.
     """
-    source = str(_minnow() if str(name) == "minnow" else name)
+    source = str(name)
     kind = _torch_dtype(dtype)
     try:
         config = transformers.AutoConfig.from_pretrained(source)
@@ -112,12 +112,6 @@ def _adapter(model_type: str) -> type[Family]:
             return adapter
     known = ", ".join(row.model_type for row in supported())
     raise ModelError(f"the model family {model_type!r} is not supported; there are: {known}")
-
-
-def _minnow() -> Path:
-    from millpond import minnow
-
-    return minnow.folder()
 
 
 def _torch_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
