@@ -121,12 +121,12 @@ def test_one_table_serves_shorter_lengths_and_smaller_budgets() -> None:
     assert (large.counts[:, :13, :91] == fresh.counts).all()
 
 
-@pytest.mark.parametrize("internal", [2, 5, 9])
-def test_internal_states_alone_are_near_the_optimum_where_no_step_runs_three_times(internal: int) -> None:
+@pytest.mark.parametrize("internal", [2, 5])
+def test_internal_alone_is_near_the_optimum_where_no_step_runs_three_times(internal: int) -> None:
     """What a plan too long for the exact table relies on."""
-    length, most = 400, 45 * internal
+    length, most = 1000, 60 * internal
     table = build_table(length, most, 1, internal, window=None)
     alone = [internal_forwards(length, m // internal) for m in range(most + 1)]
     gaps = [alone[m] / table.forwards(length, m) - 1 for m in range(most + 1) if alone[m] < 2 * length]
     assert len(gaps) > 10 * internal
-    assert 0 <= max(gaps) < 0.01
+    assert 0 <= max(gaps) < 0.006
