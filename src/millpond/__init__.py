@@ -4,12 +4,19 @@ Runs an open multimodal model on video that never ends, inside a memory budget i
 moment.
 """
 
-from millpond.answer import Answer, LayerMemory, Usage
-from millpond.budget import Budget
-from millpond.cache import PondCache
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from millpond.errors import BudgetError, MillpondError, ModelError, PolicyError, SnapshotError, SourceError
-from millpond.plan import Plan
-from millpond.session import Session
+
+if TYPE_CHECKING:
+    from millpond.answer import Answer, LayerMemory, Usage
+    from millpond.budget import Budget
+    from millpond.cache import PondCache
+    from millpond.plan import Plan
+    from millpond.session import Session
 
 __version__ = "0.1.0"
 
@@ -29,3 +36,27 @@ __all__ = [
     "Usage",
     "__version__",
 ]
+
+# Loaded on first use: importing torch and transformers takes seconds, and `millpond --help` needs neither.
+_LATER = {
+    "Answer": "millpond.answer",
+    "Budget": "millpond.budget",
+    "LayerMemory": "millpond.answer",
+    "Plan": "millpond.plan",
+    "PondCache": "millpond.cache",
+    "Session": "millpond.session",
+    "Usage": "millpond.answer",
+}
+_ROOMS = ("families", "frames", "policies", "recompute")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
+    if name in _ROOMS:
+        return import_module(f"millpond.{name}")
+    raise AttributeError(f"module 'millpond' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_ROOMS])

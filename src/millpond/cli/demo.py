@@ -39,7 +39,7 @@ _COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 80, 230)}
 
 def demo(
     context: typer.Context,
-    minutes: Annotated[float, typer.Option(min=1, metavar="MINUTES", help="Length of the stream.")] = 8.0,
+    minutes: Annotated[float, typer.Option(min=5, metavar="MINUTES", help="Length of the stream.")] = 8.0,
     model: Annotated[
         str | None,
         typer.Option(metavar="FOLDER|HUB-ID", help="A model that has learnt something; by default a tiny random one."),
@@ -69,8 +69,9 @@ def demo(
         full = groups * group.tokens * family.geometry.kv_bytes_per_token
         session = Session(family, budget=full // _SHARE, policy=policy, reserve_tokens=64)
         end = minutes * 60 - 1 / _FPS
-        watching = Watch(session, frames.open(path), max_new_tokens=8, as_json=True, quiet=quiet)
-        with watching:
+        opened = frames.open(path)
+        watching = Watch(session, opened, max_new_tokens=8, as_json=True, quiet=quiet)
+        with opened, watching:
             watching.run([Moment(end, event.question) for event in events], [])
     rows = [
         Row(event.seconds, answer.at_seconds, event.question, event.colour, answer.text, _kept(session, event))

@@ -115,7 +115,7 @@ def watch(
         quiet=quiet,
         prompt=interactive,
     )
-    with watching:
+    with opened, watching:
         watching.run(ask_at, ask)
     watching.conclude(model)
     if watching.error is not None:

@@ -22,7 +22,10 @@ from torch import Tensor
 __all__ = ["best", "move_rows", "norms", "pool", "redundancy", "status"]
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
-_FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-std=c++17", "-shared", "-fPIC")
+# Reordering of sums, for vector registers, without -ffast-math: linking with that would switch the whole process to flush
+# subnormal numbers to zero.
+_MATHS = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
+_FLAGS = ("-O3", "-march=native", *_MATHS, "-std=c++17", "-shared", "-fPIC")
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 

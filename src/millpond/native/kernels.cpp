@@ -18,7 +18,7 @@ inline float widen(uint16_t bits) {  // bfloat16
     return x;
 }
 
-// Plain sums: -ffast-math lets the compiler spread them over vector registers.
+// Plain sums: the compiler may reorder them, and so spreads them over vector registers.
 template <typename T>
 inline float norm_of(const T* row, int64_t width) {
     float squares = 0;

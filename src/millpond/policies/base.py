@@ -101,7 +101,7 @@ class Policy(ABC):
 
 
 def keep_top(scores: Tensor, protected: Tensor, slots: int) -> Tensor:
-    """The protected tokens and the best of the others, in stream order.
+    """The protected tokens and the best of the others, in stream order; of equals the older one stays.
 
     Protection is a mask that is applied to the ranking, never a large score: in bfloat16 `max + 1` is no protection.
 
@@ -119,5 +119,6 @@ def keep_top(scores: Tensor, protected: Tensor, slots: int) -> Tensor:
         return keep
     keep = torch.empty(scores.shape[0], slots, dtype=torch.int64, device=scores.device)
     for head in range(scores.shape[0]):
-        keep[head] = scores[head].topk(slots, sorted=False).indices.sort().values
+        ranked = scores[head].sort(descending=True, stable=True).indices
+        keep[head] = ranked[:slots].sort().values
     return keep

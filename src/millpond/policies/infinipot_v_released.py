@@ -135,4 +135,4 @@ class InfiniPotVReleased(Policy):
         # The result (int64 [H, n]); one head's scores, choice and ranking; the unit keys of its recent frames, and a few frames
         # at full width.
         recent = int(tokens * self.query_ratio)
-        return heads * tokens * 8 + 44 * tokens + 4 * (head_dim + 1) * recent + 4 * 6 * block * head_dim
+        return heads * tokens * 8 + 36 * tokens + 4 * (head_dim + 1) * recent + 4 * 6 * block * head_dim

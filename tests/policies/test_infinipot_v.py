@@ -1,0 +1,254 @@
+"""InfiniPot-V against brute force in float64, in the first pass and after several, and against its released form."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from millpond import PolicyError, native, policies
+from millpond.policies.base import View
+from millpond.policies.infinipot_v import InfiniPotV, temporal_redundancy, value_norms
+from millpond.policies.pooling import pool_over_grid
+from tests.policies.views import grid_view, joined, thinned, with_text
+
+
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "torch":
+        monkeypatch.setattr(native, "_library", lambda: (None, "switched off"))
+    return request.param
+
+
+def tar(view: View) -> list[list[float]]:
+    """The paper's sum, token by token and recent frame by recent frame, in float64."""
+    out = []
+    for head in range(view.heads):
+        keys = view.keys[head].double()
+        row = []
+        for n in range(view.tokens):
+            if view.protected[head, n] or view.place[head, n, 0] < 0:
+                row.append(-torch.inf)
+                continue
+            same = [
+                torch.nn.functional.cosine_similarity(keys[n], keys[m], dim=0).item()
+                for m in range(view.tokens)
+                if view.protected[head, m] and torch.equal(view.place[head, m], view.place[head, n])
+            ]
+            row.append(-sum(same) / len(same) if same else 0.0)
+        out.append(row)
+    return out
+
+
+def van(view: View, kernel: int) -> list[list[float]]:
+    """Value norms averaged over the tokens that exist in the window, in float64."""
+    out = []
+    for head in range(view.heads):
+        norms = view.values[head].double().norm(dim=-1)
+        row = []
+        for n in range(view.tokens):
+            place = view.place[head, n]
+            if place[0] < 0:
+                row.append(norms[n].item())
+                continue
+            near = [
+                norms[m].item()
+                for m in range(view.tokens)
+                if view.time_us[head, m] == view.time_us[head, n]
+                and view.place[head, m, 0] >= 0
+                and int((view.place[head, m] - place).abs().max()) <= kernel // 2
+            ]
+            row.append(sum(near) / len(near))
+        out.append(row)
+    return out
+
+
+def views() -> list[View]:
+    first = grid_view(7, 3, 4, recent=2)
+    second = thinned(first, policies.get("random").keep(first, 50), 2)
+    return [
+        first,
+        second,
+        with_text(second),
+        joined(grid_view(3, 2, 5), grid_view(4, 3, 3, recent=2)),
+        grid_view(5, 1, 1),
+    ]
+
+
+@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_redundancy_equals_the_papers_sum(which: int, dtype: torch.dtype) -> None:
+    view = views()[which]
+    view = replace(view, keys=view.keys.to(dtype))
+    assert torch.allclose(temporal_redundancy(view).double(), torch.tensor(tar(view)).double(), atol=1e-5)
+
+
+@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
+def test_pooling_counts_neither_padding_nor_holes(which: int, kernel: int) -> None:
+    view = views()[which]
+    norms = value_norms(view)
+    pool_over_grid(norms, view, kernel)
+    assert torch.allclose(norms.double(), torch.tensor(van(view, kernel)).double(), rtol=1e-5)
+
+
+def test_an_even_frame_stays_even_under_pooling_also_at_its_corners() -> None:
+    view = grid_view(2, 5, 5)
+    norms = torch.full((2, 50), 3.0)
+    pool_over_grid(norms, view, 7)
+    assert torch.allclose(norms, torch.full((2, 50), 3.0))
+
+
+@pytest.mark.parametrize(("spread", "kernel"), [(0.0, 7), (0.25, 5), (0.35, 3), (0.9, 1)])
+def test_the_layers_variation_chooses_the_kernel(spread: float, kernel: int) -> None:
+    """Half the norms at 1 - s, half at 1 + s: mean 1, standard deviation s."""
+    norms = torch.tensor([1 - spread, 1 + spread]).repeat(2, 30)
+    assert InfiniPotV().kernel(norms) == kernel
+    assert InfiniPotV(pooling=3).kernel(norms) == 3
+
+
+def oracle(policy: InfiniPotV, view: View, slots: int) -> list[list[int]]:
+    """The selection by sorting everything in float64."""
+    redundancy = tar(view)
+    kernel = policy.kernel(view.values.float().norm(dim=-1))
+    value = van(view, kernel)
+    by_value = round((1 - policy.alpha) * slots)
+    out = []
+    for head in range(view.heads):
+        chosen = {n for n in range(view.tokens) if view.protected[head, n]}
+        placed = [n for n in range(view.tokens) if redundancy[head][n] > -torch.inf]
+        placed.sort(key=lambda n: -redundancy[head][n])
+        chosen |= set(placed[: max(0, slots - by_value - len(chosen))])
+        rest = sorted(set(range(view.tokens)) - chosen, key=lambda n: -value[head][n])
+        out.append(sorted(chosen | set(rest[: slots - len(chosen)])))
+    return out
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    which=st.integers(0, 4),
+    share=st.floats(0.1, 0.95),
+    alpha=st.sampled_from([0.0, 0.25, 0.5, 0.8, 1.0]),
+    pooling=st.sampled_from(["adaptive", 1, 3]),
+)
+def test_the_selection_equals_brute_force(which: int, share: float, alpha: float, pooling: object) -> None:
+    view = views()[which]
+    least = int(view.protected[0].sum())
+    slots = min(view.tokens - 1, max(least, round(share * view.tokens)))
+    policy = InfiniPotV(alpha=alpha, pooling=pooling)  # type: ignore[arg-type]
+    assert policy.keep(view, slots).tolist() == oracle(policy, view, slots)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    frames=st.integers(4, 16),
+    rows=st.integers(1, 4),
+    cols=st.integers(1, 4),
+    kept=st.floats(0.55, 0.95),
+    seed=st.integers(0, 10**6),
+)
+def test_the_first_pass_without_pooling_is_the_released_one(
+    frames: int, rows: int, cols: int, kept: float, seed: int
+) -> None:
+    ours, released = InfiniPotV(pooling=1), policies.get("infinipot-v-released")
+    recent = ours.recent(frames)
+    assert recent == max(1, released.recent(frames))
+    view = grid_view(frames, rows, cols, recent=recent, seed=seed, width=16)
+    slots = min(frames - 1, max(2 * recent + 1, round(kept * frames))) * view.block
+    if round(0.5 * slots) < recent * view.block:
+        return
+    assert torch.equal(ours.keep(view, slots), released.keep(view, slots))
+
+
+def test_protection_is_a_mask_in_bfloat16_too() -> None:
+    """With `max + 1` a recent token of norm 1 would lose to past ones of norm 300: 300 + 1 is 300 in bfloat16."""
+    view = grid_view(8, 2, 2, recent=2, dtype=torch.bfloat16)
+    values = torch.ones_like(view.values)
+    values[:, :24, 0] = 300
+    view = replace(view, values=values)
+    assert (values[0, 0].norm() + 1).item() == values[0, 0].norm().item()
+    for name in ("infinipot-v", "infinipot-v-released"):
+        kept = policies.get(name).keep(view, 16)
+        assert bool(torch.isin(torch.arange(24, 32), kept[0]).all())
+
+
+def test_a_place_that_no_recent_frame_shows_scores_nought() -> None:
+    view = joined(grid_view(3, 4, 4), grid_view(3, 2, 2, recent=1))
+    scores = temporal_redundancy(view)
+    outside = (view.place[0, :, 0] >= 2) | (view.place[0, :, 1] >= 2)
+    assert bool((scores[0, outside] == 0).all())
+    assert bool((scores[0, ~outside & ~view.protected[0]] != 0).all())
+
+
+def test_what_a_scene_needs_survives() -> None:
+    """A still scene with one short change: the change is kept, the repetition forgotten."""
+    view = grid_view(20, 4, 4, recent=2, width=32, seed=3)
+    ground = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(1))
+    noise = 0.05 * torch.randn(2, 320, 32, generator=torch.Generator().manual_seed(2))
+    keys = ground.repeat(1, 20, 1) + noise
+    event = torch.arange(5 * 16 + 5, 5 * 16 + 9)
+    keys[:, event] = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(4)) * 2
+    kept = InfiniPotV(pooling=1).keep(replace(view, keys=keys, values=torch.ones_like(keys)), 80)
+    assert all(bool(torch.isin(event, head).all()) for head in kept)
+
+
+def test_where_the_released_code_crashes_there_is_one_clear_line() -> None:
+    released = policies.get("infinipot-v-released")
+    view = grid_view(8, 2, 2, recent=2)
+    for bad, slots, words in [
+        (view, 15, "whole frames"),
+        (grid_view(3, 2, 2), 8, "less than one"),
+        (view, 4, "cannot hold"),
+        (with_text(view), 16, "frames only"),
+    ]:
+        with pytest.raises(PolicyError, match=words) as caught:
+            released.keep(bad, slots)
+        assert "\n" not in str(caught.value)
+    pooled = policies.get("infinipot-v-released", adaptive_pooling=True, rows=2)
+    for layers in (2, 30, 42):
+        with pytest.raises(PolicyError, match=f"{layers} layers"):
+            pooled.keep(replace(view, layers=layers, layer=layers - 1), 16)
+    with pytest.raises(PolicyError, match="rows"):
+        policies.get("infinipot-v-released", adaptive_pooling=True, rows=3).keep(view, 16)
+
+
+def straightforward(
+    keys: torch.Tensor, values: torch.Tensor, size: int, kept: int, kernel: int = 1, rows: int = 1
+) -> torch.Tensor:
+    """The released rule written directly: [H, n, D] -> int64 [H, kept x size]."""
+    heads, tokens, width = keys.shape
+    slots = kept * size
+    by_value = round(0.5 * slots)
+    recent = int(tokens // size * 0.25) * size
+    unit = keys / (keys.norm(dim=-1, keepdim=True) + 1e-9)
+    latest = unit[:, -recent:].reshape(heads, -1, 1, size, width)
+    past = unit[:, :-recent].reshape(heads, 1, -1, size, width)
+    scores = -(latest * past).sum(-1).mean(1).reshape(heads, -1)
+    chosen = scores.topk(slots - by_value - recent, dim=-1).indices
+    tail = torch.arange(tokens - recent, tokens).expand(heads, -1)
+    norms = values.norm(dim=-1)
+    if kernel > 1:
+        frames = norms.reshape(heads, tokens // size, rows, -1)
+        norms = torch.nn.functional.avg_pool2d(frames, kernel, 1, kernel // 2).reshape(heads, -1)
+    norms = norms.scatter(1, torch.cat([chosen, tail], 1), float(norms.max()) + 1)
+    return norms.topk(slots, dim=-1).indices.sort(dim=-1).values
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_released_selection_round_after_round(seed: int, pooled: bool) -> None:
+    """Bit for bit in float32, with survivors laid out as frames again although they are none."""
+    size, kept = 12, 9
+    policy = policies.get("infinipot-v-released", adaptive_pooling=pooled, rows=3)
+    random = torch.Generator().manual_seed(seed)
+    view = grid_view(12, 3, 4, recent=3, heads=3, width=16, seed=seed, layer=0)
+    for _ in range(6):
+        keep = policy.keep(view, kept * size)
+        expected = straightforward(view.keys, view.values, size, kept, 7 if pooled else 1, 3)
+        assert torch.equal(keep, expected)
+        later = grid_view(
+            3, 3, 4, recent=3, heads=3, width=16, seed=int(torch.randint(10**6, (1,), generator=random)), layer=0
+        )
+        rest = thinned(view, keep, 1)
+        view = replace(joined(rest, later), time_us=torch.cat([rest.time_us - 10**10, later.time_us], 1), block=size)

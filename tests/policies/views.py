@@ -1,0 +1,86 @@
+"""Views of a layer as the pond makes them: slices of storage, per-head times and places, protected latest frames."""
+
+from dataclasses import replace
+
+import torch
+
+from millpond.policies.base import SEPARATOR, TEXT, View
+
+
+def grid_view(
+    frames: int,
+    rows: int,
+    cols: int,
+    *,
+    recent: int = 1,
+    heads: int = 2,
+    width: int = 8,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    layer: int = 1,
+    layers: int = 4,
+    chunk: int = 16,
+) -> View:
+    """A first pass: every head holds every token of `frames` whole frames. Keys and values are slices of larger storage."""
+    random = torch.Generator().manual_seed(seed)
+    size = rows * cols
+    tokens = frames * size
+    storage = [torch.randn(heads, tokens + 7, width, generator=random).to(dtype) for _ in range(2)]
+    storage[1] *= torch.rand(heads, tokens + 7, 1, generator=random).to(dtype) * 3
+    place = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij"), -1).view(-1, 2)
+    times = (torch.arange(frames) * 500_000).repeat_interleave(size)
+    wide_times = torch.zeros(heads, tokens + 7, dtype=torch.int64)
+    wide_place = torch.zeros(heads, tokens + 7, 2, dtype=torch.int16)
+    wide_times[:, 3 : 3 + tokens] = times
+    wide_place[:, 3 : 3 + tokens] = place.repeat(frames, 1)
+    inner = slice(3, 3 + tokens)
+    return View(
+        keys=storage[0][:, inner],
+        values=storage[1][:, inner],
+        time_us=wide_times[:, inner],
+        place=wide_place[:, inner],
+        protected=wide_times[:, inner] >= (frames - recent) * 500_000,
+        layer=layer,
+        layers=layers,
+        block=size,
+        chunk=chunk,
+    )
+
+
+def thinned(view: View, keep: torch.Tensor, recent: int) -> View:
+    """The view of the next pass, after `keep`: heads hold different tokens. The `recent` latest frames are protected."""
+    at = keep[:, :, None]
+    times = view.time_us.gather(1, keep)
+    latest = view.time_us[0].unique()[-recent:]
+    return replace(
+        view,
+        keys=view.keys.gather(1, at.expand(-1, -1, view.keys.shape[2])),
+        values=view.values.gather(1, at.expand(-1, -1, view.keys.shape[2])),
+        time_us=times,
+        place=view.place.gather(1, at.expand(-1, -1, 2)),
+        protected=torch.isin(times, latest),
+    )
+
+
+def with_text(view: View) -> View:
+    """The same with a remembered turn and a separator among the older tokens."""
+    place = view.place.clone()
+    place[:, 2:5] = TEXT
+    place[:, 7] = SEPARATOR
+    return replace(view, place=place)
+
+
+def joined(first: View, second: View) -> View:
+    """Frames of one size followed by frames of another."""
+
+    def both(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.cat([a, b], dim=1)
+
+    return replace(
+        second,
+        keys=both(first.keys, second.keys),
+        values=both(first.values, second.values),
+        time_us=both(first.time_us, second.time_us + 10**9),
+        place=both(first.place, second.place),
+        protected=both(torch.zeros_like(first.protected), second.protected),
+    )
