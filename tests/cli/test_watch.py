@@ -18,6 +18,16 @@ ANSWER_KEYS = {"question", "text", "at_seconds", "first_token_seconds"}
 USAGE_KEYS = set(Usage.__dataclass_fields__)
 
 
+class Closing:
+    """A stand-in for a source: entered, and closed at the end."""
+
+    def __enter__(self) -> "Closing":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MODEL", "BUDGET", "FPS", "POLICY", "JSON", "QUIET", "DEVICE"):
@@ -184,7 +194,7 @@ def test_an_error_in_mid_stream_is_reported_and_the_questions_are_asked(
     from millpond import SourceError, frames
     from tests.session.frames import moving
 
-    class Breaking:
+    class Breaking(Closing):
         dropped = 3
 
         def __iter__(self) -> Any:
@@ -206,7 +216,7 @@ def test_a_second_ctrl_c_gives_up(model: str, monkeypatch: pytest.MonkeyPatch) -
     from millpond import Session, frames
     from tests.session.frames import moving
 
-    class Silent:
+    class Silent(Closing):
         def __iter__(self) -> Iterator[Any]:
             yield from moving(6)
             os.kill(os.getpid(), signal.SIGINT)
