@@ -3,9 +3,9 @@
     python bench/recompute.py --out bench/results/recompute.json
 
 One LSTM, one sequence, a loss at every step. All methods run in one process, in a new order in every repetition, and are
-compared with the plain run of the same repetition, because the machine may be shared. Peak memory comes from separate runs in
-which every tensor that appears is weighed and followed by a weak reference; tensors shaped like a parameter (gradients)
-are left out, for all methods alike.
+compared with the plain run of the same repetition, in wall time and in processor time, because the machine may be shared.
+Peak memory comes from separate runs in which every tensor that appears is weighed and followed by a weak reference;
+tensors shaped like a parameter (gradients) are left out, for all methods alike.
 """
 
 from __future__ import annotations
@@ -162,21 +162,31 @@ def run_schedule(task: Task, actions: list[Any]) -> None:
         parameter.grad = grad
 
 
-def timed(run: Callable[[], None], cell: nn.Module) -> float:
+@dataclass(frozen=True)
+class Seconds:
+    """Wall time, which other work on the machine stretches, and the processor's time on this process."""
+
+    wall: float
+    processor: float
+
+
+def timed(run: Callable[[], None], cell: nn.Module) -> Seconds:
     cell.zero_grad(set_to_none=True)
-    start = time.perf_counter()
+    return stopwatch(run)
+
+
+def stopwatch(run: Callable[[], None]) -> Seconds:
+    wall, processor = time.perf_counter(), time.process_time()
     run()
-    return time.perf_counter() - start
+    return Seconds(time.perf_counter() - wall, time.process_time() - processor)
 
 
-def forward_seconds(task: Task) -> float:
+def run_forward(task: Task) -> None:
     """All steps once, without a graph."""
-    start = time.perf_counter()
     with torch.no_grad():
         state = task.state
         for x in task.inputs:
             _, state = task.step(x, state)
-    return time.perf_counter() - start
 
 
 def peak_bytes(run: Callable[[], None], cell: nn.Module) -> int:
@@ -262,36 +272,43 @@ def compare(task: Task, repeats: int) -> dict[str, Any]:
         if error > 1e-4:
             raise SystemExit(f"{label}: gradients differ from plain backpropagation by {error:.1e}")
 
-    seconds: dict[str, list[float]] = {label: [] for label in runs}
-    forward: list[float] = []
-    order = list(runs)
+    taken: dict[str, list[Seconds]] = {label: [] for label in [*runs, "forward"]}
+    order = [*runs, "forward"]
+    runs["forward"] = lambda: run_forward(task)
     for repetition in range(repeats):  # all methods are warm: each has run once for its peak
         random.Random(repetition).shuffle(order)
-        forward.append(forward_seconds(task))
         for label in order:
-            seconds[label].append(timed(runs[label], task.cell))
-    plain = seconds["plain"]
+            taken[label].append(timed(runs[label], task.cell))
     for label, fact in facts.items():
-        extra = fact["forwards"] - task.length
-        predicted = [p + extra / task.length * f for p, f in zip(plain, forward, strict=True)]
         fact["forwards_per_step"] = fact["forwards"] / task.length
-        fact["seconds"] = statistics.median(seconds[label])
-        fact["times_plain"] = statistics.median(s / p for s, p in zip(seconds[label], plain, strict=True))
-        fact["times_plain_range"] = [
-            pick(s / p for s, p in zip(seconds[label], plain, strict=True)) for pick in (min, max)
-        ]
-        fact["times_sqrt"] = statistics.median(s / p for s, p in zip(seconds[label], seconds["sqrt(T)"], strict=True))
-        fact["times_predicted"] = statistics.median(s / p for s, p in zip(seconds[label], predicted, strict=True))
         fact["times_plain_by_the_paper"] = (fact["forwards_per_step"] + BACKWARD_FORWARDS) / (1 + BACKWARD_FORWARDS)
         fact["memory_saved"] = 1 - fact["peak_bytes"] / facts["plain"]["peak_bytes"]
+        extra = fact["forwards"] / task.length - 1
+        for clock in ("wall", "processor"):
+            own, plain, forward, root_t = (
+                [getattr(seconds, clock) for seconds in taken[name]] for name in (label, "plain", "forward", "sqrt(T)")
+            )
+            predicted = [p + extra * f for p, f in zip(plain, forward, strict=True)]
+            fact[clock] = {
+                "seconds": own,
+                "times_plain": median_ratio(own, plain),
+                "times_sqrt": median_ratio(own, root_t),
+                "times_predicted": median_ratio(own, predicted),
+            }
+    ratios = [(p.processor - f.processor) / f.processor for p, f in zip(taken["plain"], taken["forward"], strict=True)]
     return {
         "hidden_bytes": size.hidden_bytes,
         "internal_bytes": size.internal_bytes,
         "plain_bytes_by_the_model": full,
-        "forward_seconds_without_graph": statistics.median(forward),
-        "backward_in_forwards": statistics.median((p - f) / f for p, f in zip(plain, forward, strict=True)),
+        "forward_processor_seconds": [seconds.processor for seconds in taken["forward"]],
+        "backward_in_forwards": statistics.median(ratios),
         "methods": facts,
     }
+
+
+def median_ratio(ours: list[float], theirs: list[float]) -> float:
+    """Over repetitions, each divided by its neighbour of the same repetition."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def theory() -> dict[str, Any]:
@@ -351,7 +368,7 @@ def cpu_model() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--width", type=int, default=384, help="inputs and hidden units of the LSTM")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("bench/results/recompute.json"))
@@ -384,8 +401,11 @@ def main() -> None:
     for label, fact in result["comparison"]["methods"].items():
         print(
             f"{label:34} {fact['peak_bytes'] / 2**20:8.2f} MiB  {fact['forwards_per_step']:6.3f} forwards a step  "
-            f"{fact['times_plain']:5.2f} x plain  {fact['times_sqrt']:5.2f} x sqrt(T)  "
-            f"{fact['times_predicted']:5.3f} x predicted"
+            + "  ".join(
+                f"{clock}: {fact[clock]['times_plain']:5.2f} x plain {fact[clock]['times_sqrt']:5.2f} x sqrt(T) "
+                f"{fact[clock]['times_predicted']:5.3f} x predicted"
+                for clock in ("processor", "wall")
+            )
         )
 
 
