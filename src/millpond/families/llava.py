@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from millpond.errors import SourceError
 from millpond.families.base import Grid, Tokens
 from millpond.families.decoder import DecoderFamily
 from millpond.families.pixels import normalise
@@ -15,6 +16,7 @@ from millpond.positions import Clock
 
 __all__ = ["Llava"]
 
+_MOST_ASPECT = 200
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -41,6 +43,11 @@ class Llava(DecoderFamily):
         self._std = tuple(image.get("image_std") or self.std)
 
     def grid(self, height: int, width: int) -> Grid:
+        if max(height, width) > _MOST_ASPECT * min(height, width):
+            # Resizing the shorter side of a thin frame would make the longer one enormous.
+            raise SourceError(
+                f"a frame of {width} x {height} is too long and thin for this model (at most {_MOST_ASPECT} to 1)"
+            )
         return Grid(self.side, self.side, self.across, self.across, self.across**2)
 
     def pixels(self, frames: list[np.ndarray]) -> Tensor:
@@ -50,15 +57,17 @@ class Llava(DecoderFamily):
     @torch.no_grad()
     def encode(self, frames: list[np.ndarray], times_us: list[int]) -> Tokens:
         config = self.model.config
+        # The pixels' argument has had two names, so it goes by place.
         out = self.model.model.get_video_features(
-            pixel_values_videos=self.pixels(frames).to(self.device, self.vision_dtype),
+            self.pixels(frames).to(self.device, self.vision_dtype),
             vision_feature_layer=config.vision_feature_layer,
             vision_feature_select_strategy=config.vision_feature_select_strategy,
         )
         size = self.across**2
         count = size * len(frames)
-        # OneVision's features end in one newline for the whole video; here it comes with the question.
-        embeds = out.pooler_output.flatten(0, 1)[:count]
+        # One video, so one row, of one or two dimensions by version. Some versions end OneVision's features with the newline of
+        # the whole video; here it comes with the question.
+        embeds = out.pooler_output[0].reshape(-1, self.hidden)[:count]
         place = torch.stack(torch.meshgrid(torch.arange(self.across), torch.arange(self.across), indexing="ij"), dim=-1)
         return Tokens(
             embeds=embeds.to(self.geometry.dtype),

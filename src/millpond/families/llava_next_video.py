@@ -23,6 +23,7 @@ class LlavaNextVideo(Llava):
 
     def prepare(self, pixels: np.ndarray) -> np.ndarray:
         height, width = pixels.shape[:2]
+        self.grid(height, width)
         short = min(height, width)
         size = [int(self.side * edge / short) if edge != short else self.side for edge in (height, width)]
         return centre_crop(resize(pixels, size[0], size[1]), self.side, self.side)

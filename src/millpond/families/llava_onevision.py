@@ -16,15 +16,18 @@ __all__ = ["LlavaOnevision"]
 
 
 class LlavaOnevision(Llava):
-    """Adapter of LLaVA-OneVision (Li et al., 2024, arXiv 2408.03326)."""
+    """Adapter of LLaVA-OneVision (Li et al., 2024, arXiv 2408.03326). Its tower is a SigLIP, and so are its pixels' numbers."""
 
     model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
+    mean: ClassVar[tuple[float, ...]] = (0.5, 0.5, 0.5)
+    std: ClassVar[tuple[float, ...]] = (0.5, 0.5, 0.5)
 
     def __init__(self, model: Any, tokenizer: Any, image: dict[str, Any] | None = None) -> None:
         super().__init__(model, tokenizer, image)
         self.across = -(-(self.side // int(model.config.vision_config.patch_size)) // 2)
 
     def prepare(self, pixels: np.ndarray) -> np.ndarray:
+        self.grid(*pixels.shape[:2])
         return resize(pixels, self.side, self.side)
 
     @torch.no_grad()

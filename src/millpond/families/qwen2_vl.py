@@ -1,7 +1,9 @@
 """Qwen2-VL: frames of any size in pairs, M-RoPE with one temporal step a pair. Base of the Qwen adapters.
 
 The rule for a frame's size is that of the published processors with a per-frame limit: a stream has no total length that a
-limit on the whole video could refer to.
+limit on the whole video could refer to. A frame takes at most 768 tokens, which is the most that the reference processing
+lets one take (a processor file may say less; those of the checkpoints say 16384, which is meant for still images). To go
+beyond, or below, give `max_pixels` and `min_pixels` to `adapt` by themselves: those are taken as they are.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from millpond.errors import SourceError
+from millpond.errors import ModelError, SourceError
 from millpond.families.base import Grid, Tokens
 from millpond.families.decoder import DecoderFamily
 from millpond.families.pixels import normalise, resize
@@ -30,14 +32,18 @@ class Qwen2VL(DecoderFamily):
     """Adapter of Qwen2-VL (Wang et al., 2024, arXiv 2409.12191).
 
     `image` may hold `min_pixels` / `max_pixels` (or `size.shortest_edge` / `size.longest_edge`), `image_mean`, `image_std`; the
-    defaults are those of the published video processor.
+    defaults are those of the published video processor. In a processor's file (it names its type) the most is capped by
+    `frame_tokens`.
+
+    Attributes:
+        min_pixels, max_pixels: least and most pixels of a frame after resizing.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
     mean: tuple[float, ...] = _CLIP_MEAN
     std: tuple[float, ...] = _CLIP_STD
-    tokens_an_edge: ClassVar[tuple[int, int]] = (128, 768)
-    """Least and most merged patches of a frame, by the published video processor's size."""
+    frame_tokens: ClassVar[tuple[int, int]] = (128, 768)
+    """Least and most vision tokens of a frame, by the published video processor."""
 
     def __init__(self, model: Any, tokenizer: Any, image: dict[str, Any] | None = None) -> None:
         super().__init__(model, tokenizer, image)
@@ -48,10 +54,19 @@ class Qwen2VL(DecoderFamily):
         self.vision_dtype = next(model.model.visual.parameters()).dtype
         self.mean = tuple(image.get("image_mean") or self.mean)
         self.std = tuple(image.get("image_std") or self.std)
+        self.min_pixels, self.max_pixels = self._limits(image)
+        if not 0 < self.min_pixels <= self.max_pixels:
+            raise ModelError(f"max_pixels must be at least 1, not {self.max_pixels}")
+
+    def _limits(self, image: dict[str, Any]) -> tuple[int, int]:
+        """Least and most pixels of a frame."""
         size, unit = image.get("size") or {}, (self.patch * self.merge) ** 2
-        least, most = (count * unit for count in self.tokens_an_edge)
-        self.min_pixels = int(image.get("min_pixels") or size.get("shortest_edge") or least)
-        self.max_pixels = int(image.get("max_pixels") or size.get("longest_edge") or most)
+        least, most = (count * unit for count in self.frame_tokens)
+        said_least = int(image.get("min_pixels") or size.get("shortest_edge") or least)
+        said_most = int(image.get("max_pixels") or size.get("longest_edge") or most)
+        if not {"image_processor_type", "video_processor_type"}.isdisjoint(image):
+            said_most = min(said_most, most)
+        return min(said_least, said_most), said_most
 
     def _rope_axis(self, frequencies: int, text: Any) -> Tensor:
         """M-RoPE in consecutive sections: the first frequencies read time, then height, then width."""
@@ -61,12 +76,19 @@ class Qwen2VL(DecoderFamily):
     # --- frames -------------------------------------------------------------------------------------------------
 
     def grid(self, height: int, width: int) -> Grid:
-        unit = self.patch * self.merge
         if max(height, width) > _MOST_ASPECT * min(height, width):
             raise SourceError(
                 f"a frame of {width} x {height} is too long and thin for this model (at most {_MOST_ASPECT} to 1)"
             )
-        high, wide = max(unit, round(height / unit) * unit), max(unit, round(width / unit) * unit)
+        unit = self.patch * self.merge
+        high, wide = self._size(height, width)
+        rows, cols = high // unit, wide // unit
+        return Grid(high, wide, rows, cols, rows * cols)
+
+    def _size(self, height: int, width: int) -> tuple[int, int]:
+        """Whole units on each edge within the limits, the aspect kept as nearly as they allow (the processors' rule)."""
+        unit = self.patch * self.merge
+        high, wide = round(height / unit) * unit, round(width / unit) * unit
         if high * wide > self.max_pixels:
             shrink = math.sqrt(height * width / self.max_pixels)
             high = max(unit, math.floor(height / shrink / unit) * unit)
@@ -74,8 +96,7 @@ class Qwen2VL(DecoderFamily):
         elif high * wide < self.min_pixels:
             stretch = math.sqrt(self.min_pixels / (height * width))
             high, wide = math.ceil(height * stretch / unit) * unit, math.ceil(width * stretch / unit) * unit
-        rows, cols = high // unit, wide // unit
-        return Grid(high, wide, rows, cols, rows * cols)
+        return high, wide
 
     def prepare(self, pixels: np.ndarray) -> np.ndarray:
         grid = self.grid(*pixels.shape[:2])
@@ -114,13 +135,14 @@ class Qwen2VL(DecoderFamily):
         if not bool(tokens.visual.any()):
             return clock.text(len(tokens)).expand(3, -1)
         base = clock.open_segment(int(tokens.time_us[0]))
-        times, group = tokens.time_us.unique_consecutive(return_inverse=True)
-        temporal = clock.origin + self._temporal(times, clock)
+        # A group begins where its grid does; two groups may well carry the same time.
+        begins = (tokens.place == 0).all(dim=1)
+        temporal = clock.origin + self._temporal(tokens.time_us[begins], clock)
         if len(temporal) > 1:
             clock.step = max(1, int(temporal[-1] - temporal[-2]))
-        clock.groups += len(times)
+        clock.groups += len(temporal)
         spatial = base + tokens.place.T.to(torch.long)
-        positions = torch.cat([temporal[group][None], spatial])
+        positions = torch.cat([temporal[begins.cumsum(0) - 1][None], spatial])
         clock.next = max(clock.next, int(positions.max()) + 1)
         return positions
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from millpond.errors import ModelError
-from millpond.families.base import NO_PLACE, Grid, Tokens
+from millpond.families.base import Grid, Tokens
 from millpond.families.qwen2_vl import Qwen2VL
 from millpond.positions import Clock
 
@@ -25,11 +25,18 @@ class Qwen3VL(Qwen2VL):
     A group of frames is `<seconds>`, vision start, its tokens, vision end; the time is the middle between its first and last
     frame. M-RoPE is interleaved and knows no time: a group's tokens share one temporal position, and the text after them goes
     on at maximum + 1.
+
+    The vision tags that the chat template puts around the whole video give way to the groups' own, as in the processor that
+    came out with the weights (transformers 4.57). Since 5.10 transformers leaves the outer pair standing as well.
+
+    `size` in a video processor's file limits the whole video; a frame's share of it depends on a length that a stream does not
+    have. The cap of 768 tokens a frame holds instead, and the least is what a video of one group would need.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen3_vl",)
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    frame_tokens: ClassVar[tuple[int, int]] = (2, 768)
 
     def __init__(self, model: Any, tokenizer: Any, image: dict[str, Any] | None = None) -> None:
         super().__init__(model, tokenizer, image)
@@ -38,6 +45,23 @@ class Qwen3VL(Qwen2VL):
         before, after = super().opening(), self.chat.after_video("x")
         if before[-1:] != [self._start] or after[:1] != [self._end]:
             raise ModelError("the chat template does not put Qwen3-VL's vision tags around the video")
+
+    def _limits(self, image: dict[str, Any]) -> tuple[int, int]:
+        size = image.get("size") or {}
+        if "video_processor_type" in image and size:
+            most = max(size["longest_edge"], size["shortest_edge"]) // self.frames_per_group
+            image = {
+                **image,
+                "size": {"shortest_edge": size["shortest_edge"] // self.frames_per_group, "longest_edge": most},
+            }
+        return super()._limits(image)
+
+    def _size(self, height: int, width: int) -> tuple[int, int]:
+        unit = self.patch * self.merge
+        if min(height, width) < unit:
+            scale = unit / min(height, width)
+            height, width = int(height * scale), int(width * scale)
+        return super()._size(height, width)
 
     def _rope_axis(self, frequencies: int, text: Any) -> Tensor:
         """Interleaved M-RoPE: frequencies take turns t, h, w while the sections last; the rest read time."""
@@ -106,5 +130,4 @@ class Qwen3VL(Qwen2VL):
         if not tokens.deepstack:
             return {}
         visual = tokens.visual[None].to(self.device)
-        assert (tokens.place[tokens.visual] != NO_PLACE).all()
         return {"visual_pos_masks": visual, "deepstack_visual_embeds": list(tokens.deepstack)}
