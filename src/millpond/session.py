@@ -140,7 +140,7 @@ class Session:
                 source = [source]
             opened = source if hasattr(source, "dropped") else frames.open(source)
             before = self._frames
-            dropped, offset = opened.dropped, None
+            dropped, offset = getattr(opened, "dropped", 0), None
             arriving = iter(opened)
             try:
                 while True:
@@ -155,8 +155,8 @@ class Session:
                     self._take(time_us + offset, frame.pixels)
             finally:
                 # Also after a fault: what came before it stays answerable.
-                self._dropped += opened.dropped - dropped
-                if opened is not source:
+                self._dropped += getattr(opened, "dropped", 0) - dropped
+                if isinstance(opened, frames.Source) and opened is not source:
                     opened.close()
                 self._digest(partial=False)
                 self._make_room_for_waiting()
