@@ -154,10 +154,14 @@ def _tiny(run: Path, steps: int, seen: list[int]) -> torch.nn.Module:
 def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tmp_path: Path) -> None:
     whole = _tiny(tmp_path / "whole", 60, [])
     _tiny(tmp_path / "parts", 25, [])
+    with (tmp_path / "parts" / "tiny.jsonl").open("a") as log:
+        log.write('{"step": 30}\n')  # as if it had been stopped after the last save
     seen: list[int] = []
     parts = _tiny(tmp_path / "parts", 60, seen)
     assert seen == [*range(25, 60)]
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "tiny.jsonl").read_text().splitlines()]
+    assert steps == [20, 25, 40, 60]
     rows = [json.loads(line) for line in (tmp_path / "whole" / "tiny.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [20, 40, 60]
     assert rows[-1]["rate"] < rows[1]["rate"]

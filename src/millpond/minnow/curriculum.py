@@ -17,7 +17,7 @@ from millpond.streams.drawing import CELLS, LEVELS
 from millpond.streams.events import Event, label_grid, plan
 from millpond.streams.questions import Question, ask
 
-__all__ = ["FAMILY_WEIGHTS", "LESSONS", "Lesson", "coded_batch", "pick", "stream_batch"]
+__all__ = ["FAMILY_WEIGHTS", "LESSONS", "MORE_WEIGHTS", "Lesson", "coded_batch", "pick", "stream_batch"]
 
 FAMILY_WEIGHTS = {
     "colour": 1.0,
@@ -29,7 +29,9 @@ FAMILY_WEIGHTS = {
     "last": 1.0,
     "now": 0.8,
 }
-"""The families that are practised, and how often."""
+"""The families that are practised from the start, and how often."""
+MORE_WEIGHTS = {**FAMILY_WEIGHTS, "before": 1.0, "after": 1.0, "count": 0.8, "when": 0.8}
+"""What is practised once those are learned."""
 _STREAM_QUESTIONS = 20
 _STREAM_SEEDS = 1 << 31
 

@@ -9,9 +9,13 @@ import argparse
 import json
 import math
 import platform
+import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,10 +75,20 @@ def evaluate(
     return {name: wilson(sum(row), len(row)) for name, row in {**marks, "all": every}.items()}
 
 
-def main() -> None:
+def _measure(job: tuple[Path, str, bool, int, int, str]) -> dict[str, dict[str, object]]:
+    """One table of the card, in a process of its own."""
     import torch
 
     from millpond import families
+
+    folder, level, through_mp4, count, groups, split = job
+    torch.set_num_threads(1)
+    streams = [generate(seed, groups=groups, level=level, split=split) for seed in range(count)]
+    table = evaluate(families.load(folder), streams, through_mp4=through_mp4)
+    return {name: asdict(accuracy) for name, accuracy in table.items()}
+
+
+def main() -> None:
     from millpond.minnow.checkpoint import folder
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
@@ -83,38 +97,31 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=64)
     parser.add_argument("--split", default="test")
     parser.add_argument("--levels", nargs="+", default=["standard"])
-    parser.add_argument("--raw-only", action="store_true", help="leave the MP4 run out")
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, help="JSON file to write; standard output by default")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    model = families.load(arguments.model or folder())
-    results: dict[str, dict[str, dict[str, Accuracy]]] = {}
-    for level in arguments.levels:
-        made = [
-            generate(seed, groups=arguments.groups, level=level, split=arguments.split)
-            for seed in range(arguments.streams)
-        ]
-        results[level] = {"raw": evaluate(model, made, through_mp4=False)}
-        if not arguments.raw_only:
-            results[level]["mp4"] = evaluate(model, made, through_mp4=True)
+    asked = parser.parse_args()
+    ways = {"raw": False, "mp4": True}
+    cells = [(level, way) for level in asked.levels for way in ways]
+    jobs = [
+        (asked.model or folder(), level, ways[way], asked.streams, asked.groups, asked.split) for level, way in cells
+    ]
+    with ProcessPoolExecutor(asked.processes, mp_context=get_context("spawn")) as pool:
+        tables = dict(zip(cells, pool.map(_measure, jobs), strict=True))
     card = {
-        "streams": arguments.streams,
-        "seeds": [0, arguments.streams - 1],
-        "groups": arguments.groups,
-        "split": arguments.split,
+        "streams": asked.streams,
+        "seeds": [0, asked.streams - 1],
+        "groups": asked.groups,
+        "split": asked.split,
         "policy": "full",
-        "machine": {"python": platform.python_version(), "torch": torch.__version__, "processor": platform.machine()},
-        "accuracy": {
-            level: {way: {name: asdict(a) for name, a in table.items()} for way, table in ways.items()}
-            for level, ways in results.items()
-        },
+        "machine": {"python": platform.python_version(), "torch": version("torch"), "processor": platform.machine()},
+        "accuracy": {level: {way: tables[level, way] for way in ways} for level in asked.levels},
     }
     text = json.dumps(card, indent=1) + "\n"
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text, encoding="utf-8")
+    if asked.out:
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
+        asked.out.write_text(text, encoding="utf-8")
     else:
-        print(text, end="")
+        sys.stdout.write(text)
 
 
 if __name__ == "__main__":

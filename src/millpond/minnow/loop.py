@@ -61,6 +61,7 @@ def train(stage: Stage, run: Path, seed: int, *, until: int | None = None) -> No
         step, spent = state["step"], state["seconds"]
         if step < stage.steps:
             optimizer.load_state_dict(state["optimizer"])
+        _forget_rows(run / f"{stage.name}.jsonl", step)
     began, last_save = time.monotonic() - spent, time.monotonic()
     stage.module.train()
     end = stage.steps if until is None else min(until, stage.steps)
@@ -88,6 +89,13 @@ def train(stage: Stage, run: Path, seed: int, *, until: int | None = None) -> No
             torch.save({**state, "seconds": time.monotonic() - began}, saved.with_suffix(".part"))
             saved.with_suffix(".part").replace(saved)
             last_save = time.monotonic()
+
+
+def _forget_rows(log: Path, step: int) -> None:
+    """Drop rows of steps that were run after the last save, and will be run again."""
+    if log.exists():
+        rows = log.read_text(encoding="utf-8").splitlines(keepends=True)
+        log.write_text("".join(row for row in rows if json.loads(row)["step"] <= step), encoding="utf-8")
 
 
 def _share(step: int, steps: int, decay: float) -> float:

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from millpond.minnow.architecture import IMAGE_NUMBERS, Codes, configuration, match_words, name_words, tokenizer
-from millpond.minnow.curriculum import FAMILY_WEIGHTS, LESSONS, coded_batch, pick, stream_batch
+from millpond.minnow.curriculum import FAMILY_WEIGHTS, LESSONS, MORE_WEIGHTS, coded_batch, pick, stream_batch
 from millpond.minnow.language import answer_loss, layout
 from millpond.minnow.loop import Stage, train
 from millpond.minnow.sight import features, sight_batch, sight_loss
@@ -34,6 +34,8 @@ __all__ = ["build", "export", "main", "stages"]
 STEPS = {"sight": 1600, "codes": 4000, "streams": 400}
 _RAMP = 2500
 """Steps over which stage 2 goes from short streams to long ones."""
+_MORE = 1208
+"""The step of stage 2 from which the harder families are practised too."""
 _SIGHT_GROUPS = 32
 
 
@@ -65,12 +67,12 @@ def stages(model: Any, steps: dict[str, int]) -> dict[str, Stage]:
         pixels, labels = sight_batch(rng, _SIGHT_GROUPS)
         return sight_loss(features(tower, pixels), labels, codes)
 
-    def answer(rng: np.random.Generator, done: float, *, drawn: bool) -> tuple[Tensor, dict[str, float]]:
-        batch = (
-            stream_batch(rng, tower, FAMILY_WEIGHTS)
-            if drawn
-            else coded_batch(rng, pick(rng, LESSONS, done), codes, FAMILY_WEIGHTS)
-        )
+    def answer(rng: np.random.Generator, step: int, *, drawn: bool, more: bool) -> tuple[Tensor, dict[str, float]]:
+        weights = MORE_WEIGHTS if more else FAMILY_WEIGHTS
+        if drawn:
+            batch = stream_batch(rng, tower, weights)
+        else:
+            batch = coded_batch(rng, pick(rng, LESSONS, min(1.0, step / _RAMP)), codes, weights)
         loss, right = answer_loss(model, chat, batch)
         scores: dict[str, list[float]] = defaultdict(list)
         for row, marks in zip(batch.questions, right, strict=True):
@@ -79,10 +81,10 @@ def stages(model: Any, steps: dict[str, int]) -> dict[str, Stage]:
         return loss, {family: sum(marks) / len(marks) for family, marks in scores.items()}
 
     def from_codes(rng: np.random.Generator, step: int) -> tuple[Tensor, dict[str, float]]:
-        return answer(rng, min(1.0, step / _RAMP), drawn=False)
+        return answer(rng, step, drawn=False, more=step >= _MORE)
 
     def from_streams(rng: np.random.Generator, step: int) -> tuple[Tensor, dict[str, float]]:
-        return answer(rng, 1.0, drawn=step % 2 == 0)
+        return answer(rng, _RAMP, drawn=step % 2 == 0, more=True)
 
     return {
         "sight": Stage("sight", 1, tower, [*tower.parameters()], see, steps["sight"], 1.5e-3, decay=0.25),
