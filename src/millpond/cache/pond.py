@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from millpond import native
 from millpond.cache.layer import PondLayer
 from millpond.cache.ledger import Ledger
 from millpond.cache.resize import resize_pond
@@ -249,11 +250,12 @@ class Pond(Cache):
             raise PolicyError(
                 f"policy {name!r} returned {tuple(keep.shape)} {keep.dtype}, not ({view.heads}, {slots}) int64"
             )
-        inside = bool((keep[:, 0] >= 0).all()) and bool((keep[:, -1] < view.tokens).all())
-        if not inside or (slots > 1 and not bool((keep[:, 1:] > keep[:, :-1]).all())):
+        fault = native.check(keep, view.protected)
+        if fault is None:
+            fault = _fault(keep, view.protected)
+        if fault == 1:
             raise PolicyError(f"policy {name!r} must return ascending token indices below {view.tokens}")
-        kept = view.protected.gather(1, keep).sum(dim=1)
-        if not bool((kept == view.protected.sum(dim=1)).all()):
+        if fault == 2:
             raise PolicyError(f"policy {name!r} dropped a protected token")
 
     def kept(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -282,3 +284,12 @@ class Pond(Cache):
         other.compactions, other.evicted, other._text = self.compactions, self.evicted, self._text
         other._recent = self._recent.copy()
         return other
+
+
+def _fault(keep: Tensor, protected: Tensor) -> int:
+    """What the compiled check does, in torch."""
+    inside = bool((keep[:, 0] >= 0).all()) and bool((keep[:, -1] < protected.shape[1]).all())
+    if not inside or not bool((keep[:, 1:] > keep[:, :-1]).all()):
+        return 1
+    kept = protected.gather(1, keep).sum(dim=1)
+    return 0 if bool((kept == protected.sum(dim=1)).all()) else 2

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["best", "move_rows", "norms", "pool", "redundancy", "status"]
+__all__ = ["best", "check", "move_rows", "norms", "pool", "redundancy", "status"]
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 # Reordering of sums, for vector registers, without -ffast-math: linking with that would switch the whole process to flush
@@ -142,6 +142,21 @@ def best(scores: Tensor, slots: int) -> Tensor | None:
     sizes = ctypes.c_int64(heads), ctypes.c_int64(tokens), ctypes.c_int64(slots)
     library.millpond_best(_pointer(scores), *sizes, _pointer(work), _pointer(keep))
     return keep
+
+
+def check(keep: Tensor, protected: Tensor) -> int | None:
+    """Whether a selection can be carried out: 0 yes, 1 not ascending or out of range, 2 a protected token is missing.
+
+    Args:
+        keep: int64 [H, S]. protected: bool [H, n].
+    """
+    library = _ready(keep, protected)
+    if library is None or not (keep.is_contiguous() and protected.is_contiguous()):
+        return None
+    (heads, slots), tokens = keep.shape, protected.shape[1]
+    sizes = ctypes.c_int64(heads), ctypes.c_int64(tokens), ctypes.c_int64(slots)
+    library.millpond_check.restype = ctypes.c_int64
+    return int(library.millpond_check(_pointer(keep), _pointer(protected), *sizes))
 
 
 def move_rows(tensor: Tensor, keep: Tensor) -> bool:

@@ -167,6 +167,22 @@ void millpond_best(const float* scores, int64_t heads, int64_t tokens, int64_t s
     }
 }
 
+// Whether `keep` is a selection that a pond can carry out: 0 yes, 1 not ascending or out of range, 2 a protected token dropped.
+int64_t millpond_check(const int64_t* keep, const uint8_t* protected_, int64_t heads, int64_t tokens, int64_t slots) {
+    for (int64_t h = 0; h < heads; ++h) {
+        const int64_t* row = keep + h * slots;
+        const uint8_t* must = protected_ + h * tokens;
+        int64_t kept = 0, wanted = 0;
+        for (int64_t j = 0; j < slots; ++j) {
+            if (row[j] < 0 || row[j] >= tokens || (j && row[j] <= row[j - 1])) return 1;
+            kept += must[row[j]];
+        }
+        for (int64_t n = 0; n < tokens; ++n) wanted += must[n];
+        if (kept != wanted) return 2;
+    }
+    return 0;
+}
+
 // Move the kept rows of each head down in place; `keep` ascends, so nothing is overwritten before it has moved.
 // `head_bytes` is the distance between heads, `row_bytes` the size of a row.
 void millpond_move_rows(char* base, int64_t head_bytes, int64_t row_bytes, const int64_t* keep, int64_t heads,
