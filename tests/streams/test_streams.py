@@ -37,6 +37,12 @@ def test_events_lie_inside_the_stream_in_order_and_do_not_collide(seed: int, lev
         assert len(cells) == len(set(cells))
 
 
+def test_an_object_waits_when_another_has_wandered_over_the_whole_frame() -> None:
+    events = generate(15479, level="hard").events  # no cell was free for an overlapping object
+    assert any(len(set(event.cells)) > 8 for event in events)
+    assert all(a.stop < b.stop for a, b in pairwise(events))
+
+
 @settings(max_examples=60, deadline=None)
 @given(seeds, levels, lengths)
 def test_one_colour_per_object_and_no_immediate_repeat(seed: int, level: str, groups: int) -> None:

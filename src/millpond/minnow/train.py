@@ -31,7 +31,7 @@ from millpond.minnow.sight import features, sight_batch, sight_loss
 
 __all__ = ["build", "export", "main", "stages"]
 
-STEPS = {"sight": 1600, "codes": 4000, "streams": 400}
+STEPS = {"sight": 1600, "codes": 1700, "streams": 300}
 _RAMP = 2500
 """Steps over which stage 2 goes from short streams to long ones."""
 _MORE = 1208

@@ -95,7 +95,9 @@ def plan(rng: np.random.Generator, groups: int, level: Level, split: str) -> tup
         start, stop = at, at + int(length)
         if events and len(events[-1].cells) > 1 and rng.random() < level.overlaps:
             start = max(events[-1].start + 1, start - gap - int(rng.integers(1, len(events[-1].cells))))
-        taken = {cell for event in events if event.stop > start for cell in event.cells}
+        taken = _cells_after(events, start)
+        if len(taken) == CELLS:  # something has wandered over the whole frame: wait until it is gone
+            start, taken = at, set()
         cells = _walk(rng, stop - start, taken, moves=stop - start > 1 and rng.random() < level.moves)
         offset = (int(rng.integers(-2, 3)), int(rng.integers(-2, 3)))
         events.append(Event(*looks[look], offset, start, cells))
@@ -124,6 +126,11 @@ def _colours(rng: np.random.Generator, kinds: list[int]) -> list[int]:
     """Each colour once before any is used again."""
     deck = [int(colour) for _ in range(2) for colour in rng.permutation(len(COLOURS))]
     return [-1 if kind == DIGIT else deck[index] for index, kind in enumerate(kinds)]
+
+
+def _cells_after(events: Sequence[Event], start: int) -> set[int]:
+    """Every cell of the events that are not over by then."""
+    return {cell for event in events if event.stop > start for cell in event.cells}
 
 
 def _walk(rng: np.random.Generator, length: int, taken: set[int], *, moves: bool) -> tuple[int, ...]:
