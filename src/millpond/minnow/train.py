@@ -84,7 +84,7 @@ def stages(model: Any, steps: dict[str, int]) -> dict[str, Stage]:
         return answer(rng, step, drawn=False, more=step >= _MORE)
 
     def from_streams(rng: np.random.Generator, step: int) -> tuple[Tensor, dict[str, float]]:
-        return answer(rng, _RAMP, drawn=step % 2 == 0, more=True)
+        return answer(rng, _RAMP, drawn=step % 2 == 0, more=False)
 
     return {
         "sight": Stage("sight", 1, tower, [*tower.parameters()], see, steps["sight"], 1.5e-3, decay=0.25),
