@@ -35,7 +35,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 $(LOWEST)/.ready: $(VENV)/.ready
 	rm -rf $(LOWEST)
-	$(PIP) install --no-deps --target $(LOWEST) 'transformers==5.17.0'
+	$(PIP) install --target $(LOWEST) 'transformers==5.17.0'
 	touch $@
 
 clean:
