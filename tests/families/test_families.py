@@ -1,5 +1,7 @@
 """Every adapter against its model's own forward: streamed in blocks = one shot, for features, logits and greedy answers."""
 
+import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -7,8 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from millpond import ModelError, SourceError
-from millpond.families import Family, adapt, supported
+from millpond.families import Family, Tokens
 from millpond.positions import Clock
 from tests.families.tiny import FAMILIES, tiny
 
@@ -41,8 +42,10 @@ def streamed(
     return torch.cat(hidden), clock, cache
 
 
-def one_shot(family: Family, name: str, frames: list[np.ndarray], at: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The whole conversation through the model's own forward: logits [n, vocabulary] and the ids that went in."""
+def one_shot(
+    family: Family, name: str, frames: list[np.ndarray], at: list[int], answer: tuple[int, ...] = ()
+) -> torch.Tensor:
+    """The whole conversation, with the answer so far, through the model's own forward: logits [n, vocabulary]."""
     prepared = [family.prepare(f) for f in frames]
     if name.startswith("qwen"):
         pixels, grid = family.patches(prepared)
@@ -52,6 +55,7 @@ def one_shot(family: Family, name: str, frames: list[np.ndarray], at: list[int])
     tokens = family.encode(prepared, at)
     clock = Clock()
     parts = [family.embed(family.opening()), tokens, family.question(QUESTION, after_video=True)]
+    parts += [family.embed([token]) for token in answer]
     positions = torch.cat([family.place(part, clock) for part in parts], dim=1)
     after = family.chat.after_video(QUESTION)
     if name == "qwen3_vl":
@@ -64,13 +68,15 @@ def one_shot(family: Family, name: str, frames: list[np.ndarray], at: list[int])
             shown += [family.video_id] * size + family.chat.text_ids("<|vision_end|>")
     else:
         shown = [family.video_id] * (len(tokens) + (name == "llava_onevision"))
-    ids = torch.tensor([[*family.opening(), *shown, *after]])
+    ids = torch.tensor([[*family.opening(), *shown, *after, *answer]])
     assert ids.shape[1] == positions.shape[1]
     with torch.no_grad():
         # With a cache, so that the jumps of the positions are not taken for packed sequences.
         own = positions if len(positions) == 1 else positions[:, None]
-        logits = family.model(input_ids=ids, position_ids=own, past_key_values=DynamicCache(), **inputs).logits[0]
-    return logits, ids[0]
+        logits: torch.Tensor = family.model(
+            input_ids=ids, position_ids=own, past_key_values=DynamicCache(), **inputs
+        ).logits[0]
+    return logits
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
@@ -80,7 +86,7 @@ def test_streamed_in_blocks_equals_one_shot(name: str, blocks: list[int], attn: 
     family = tiny(name, attn_implementation=attn)
     frames, at = video(8), times(8)
     hidden, _, _ = streamed(family, frames, at, blocks)
-    whole, _ = one_shot(family, name, frames, at)
+    whole = one_shot(family, name, frames, at)
     assert (family.logits(hidden) - whole).abs().max() <= 1e-4
 
 
@@ -90,7 +96,7 @@ def test_odd_frame_counts_and_one_frame(name: str, count: int) -> None:
     family = tiny(name)
     frames, at = video(count), times(count, fps=1.3)
     hidden, _, _ = streamed(family, frames, at, [2] * (count // 2) + [1] * (count % 2))
-    whole, _ = one_shot(family, name, frames, at)
+    whole = one_shot(family, name, frames, at)
     assert (family.logits(hidden) - whole).abs().max() <= 1e-4
 
 
@@ -110,57 +116,89 @@ def test_frames_in_blocks_give_the_same_features_as_the_whole_video(name: str) -
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_answers_are_equal(name: str) -> None:
+    """The streamed answer, token after token, against the model's own forward over everything so far, anew for every token."""
     family = tiny(name)
     frames, at = video(6), times(6)
     hidden, clock, cache = streamed(family, frames, at, [2, 4])
-    answer = []
-    for _ in range(8):
+    answer: list[int] = []
+    for _ in range(6):
         answer.append(int(family.logits(hidden[-1]).argmax()))
         token = family.embed(answer[-1:])
         hidden = family.forward(token, family.place(token, clock), cache)
-    whole, ids = one_shot(family, name, frames, at)
-    assert int(whole[-1].argmax()) == answer[0]
-    # The rest by the model's own forward over everything so far, growing.
-    cache, clock = DynamicCache(), Clock()
-    parts = [family.embed(family.opening()), family.encode([family.prepare(f) for f in frames], at)]
-    parts.append(family.question(QUESTION, after_video=True))
-    for part in parts:
-        state = family.forward(part, family.place(part, clock), cache)
-    greedy = []
-    for _ in range(8):
-        greedy.append(int(family.model.lm_head(state[-1]).argmax()))
-        token = family.embed(greedy[-1:])
-        state = family.forward(token, family.place(token, clock), cache)
+    greedy: list[int] = []
+    for _ in range(6):
+        greedy.append(int(one_shot(family, name, frames, at, tuple(greedy))[-1].argmax()))
     assert greedy == answer
-    assert len(ids) == cache.get_seq_length() - 8
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_layout_is_what_the_template_renders(name: str) -> None:
+def test_a_question_between_frames_equals_the_whole_conversation(name: str) -> None:
+    """Frames, a turn, frames again, one token a forward: the same hidden states as in large pieces."""
     family = tiny(name)
-    turn = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": QUESTION}]}]
-    text = family.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    ids = family.tokenizer(text)["input_ids"]
-    at = ids.index(family.video_id)
-    inner = (1, 1) if name == "qwen3_vl" else (0, 0)  # its tags stand around every group of frames instead
-    assert family.opening() == ids[: at - inner[0]]
-    question = family.question(QUESTION, after_video=True)
-    newline = name == "llava_onevision"
-    expected = family.embed(ids[at + 1 + inner[1] :]).embeds
-    assert torch.equal(question.embeds[newline:], expected)
-    if newline:
-        assert torch.equal(question.embeds[0], family.model.model.image_newline)
-    assert family.tokenizer.decode(family.reopening()).lower().count("user") == 1
-    system = family.opening("Be brief.")
-    assert "Be brief." in family.tokenizer.decode(system)
+    frames, at = [family.prepare(f) for f in video(4)], times(4)
+    parts = [
+        family.embed(family.opening()),
+        family.encode(frames[:2], at[:2]),
+        family.question(QUESTION, after_video=True),
+        family.embed([5, 6, *family.reopening()]),
+        family.encode(frames[2:], at[2:]),
+        family.question(QUESTION, after_video=True),
+        family.embed([7]),
+        family.question(QUESTION, after_video=False),
+    ]
+    clock, cache = Clock(), DynamicCache()
+    whole = [family.forward(part, family.place(part, clock), cache) for part in parts]
+    last = int(family.place(family.embed([1]), clock).max())
+    clock, cache = Clock(), DynamicCache()
+    for part, want in zip(parts, whole, strict=True):
+        if bool(part.visual.any()):
+            assert torch.allclose(family.forward(part, family.place(part, clock), cache), want, atol=1e-5)
+            continue
+        single = [
+            Tokens(part.embeds[i, None], part.place[i, None], part.time_us[i, None], part.visual[i, None])
+            for i in range(len(part))
+        ]
+        got = torch.cat([family.forward(one, family.place(one, clock), cache) for one in single])
+        assert torch.allclose(got, want, atol=1e-5)
+    assert clock.next == last
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_question_cannot_smuggle_in_a_video(name: str) -> None:
+def test_nothing_is_kept_on_the_model(name: str) -> None:
+    """Two streams on one model, in turns, do not see each other; rope_deltas stay untouched, whatever they say."""
     family = tiny(name)
-    trick = family.tokenizer.convert_ids_to_tokens(family.video_id)
-    with pytest.raises(Exception, match="must not contain"):
-        family.question(f"look {trick}", after_video=True)
+    alone, _, _ = streamed(family, video(4), times(4), [2, 2])
+    if name.startswith("qwen"):
+        assert family.model.model.rope_deltas is None
+        family.model.model.rope_deltas = torch.tensor([[1234]])
+    clocks, caches = (Clock(), Clock()), (DynamicCache(), DynamicCache())
+    opening = family.embed(family.opening())
+    blocks = [family.encode([family.prepare(f) for f in video(4)[i : i + 2]], times(4)[i : i + 2]) for i in (0, 2)]
+    hidden = []
+    for part in (opening, *blocks, family.question(QUESTION, after_video=True)):
+        family.forward(opening, family.place(opening, clocks[1]), caches[1])
+        hidden.append(family.forward(part, family.place(part, clocks[0]), caches[0]))
+    assert torch.equal(torch.cat(hidden), alone)
+    if name.startswith("qwen"):
+        assert family.model.model.rope_deltas.tolist() == [[1234]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    family, exact = tiny(name, dtype=dtype), tiny(name)
+    hidden, _, cache = streamed(family, video(4), times(4), [2, 2])
+    want, _, _ = streamed(exact, video(4), times(4), [2, 2])
+    assert hidden.dtype == cache.layers[0].keys.dtype == family.geometry.dtype == dtype
+    assert ((hidden.float() - want).norm(dim=-1) <= 0.1 * want.norm(dim=-1).clamp(min=1)).all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_cache_can_be_written_in_place_afterwards(name: str) -> None:
+    _, _, cache = streamed(tiny(name), video(2), times(2), [2])
+    for layer in cache.layers:
+        assert not layer.keys.is_inference()
+        assert not layer.keys.requires_grad
 
 
 def roped(family: Family, raw: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -173,18 +211,43 @@ def roped(family: Family, raw: torch.Tensor, positions: torch.Tensor) -> torch.T
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_turned_keys_equal_keys_roped_at_the_new_position(name: str) -> None:
+    """Turned along all axes at once, and along each alone."""
     family = tiny(name)
     axes = family.geometry.axes
     random = torch.Generator().manual_seed(0)
     raw = torch.randn(50, family.geometry.head_dim, generator=random)
-    before = torch.randint(0, 400, (axes, 50), generator=random)
-    delta = torch.randint(-400, 400, (axes, 50), generator=random)
-    keys = roped(family, raw, before)
-    family.rope.rotate_(keys, delta.T)
-    assert (keys - roped(family, raw, before + delta)).abs().max() <= 1e-4
-    small = roped(family, raw, before // 40)
-    family.rope.rotate_(small, delta.T // 40)
-    assert (small - roped(family, raw, before // 40 + delta // 40)).abs().max() <= 1e-5
+    # Low positions: the model's own rotary, in float32, is itself off by 1e-5 at a few hundred radians.
+    before = torch.randint(0, 20, (axes, 50), generator=random)
+    for turned in (list(range(axes)), *([axis] for axis in range(axes))):
+        delta = torch.zeros(axes, 50, dtype=torch.long)
+        delta[turned] = torch.randint(1, 20, (len(turned), 50), generator=random)
+        keys = roped(family, raw, before)
+        assert (keys - roped(family, raw, before + delta)).abs().max() > 0.1
+        family.rope.rotate_(keys, delta.T)
+        assert (keys - roped(family, raw, before + delta)).abs().max() <= 1e-5
+        family.rope.rotate_(keys, -delta.T)
+        assert (keys - roped(family, raw, before)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_turned_keys_are_exact_over_the_whole_range(name: str) -> None:
+    """Against the same rotation in float64, where the angles are right at any position."""
+    family = tiny(name)
+    rope, axes = family.rope, family.geometry.axes
+    random = torch.Generator().manual_seed(1)
+    raw = torch.randn(50, family.geometry.head_dim, generator=random, dtype=torch.float64)
+
+    def exactly(positions: torch.Tensor) -> torch.Tensor:
+        angle = positions[rope.axis].T.double() * rope.inv_freq.double()
+        low, high = raw.chunk(2, dim=-1)
+        return torch.cat([low * angle.cos() - high * angle.sin(), high * angle.cos() + low * angle.sin()], dim=-1)
+
+    before = torch.randint(0, rope.limit, (axes, 50), generator=random)
+    after = torch.randint(0, rope.limit, (axes, 50), generator=random)
+    keys = exactly(before).float()
+    rope.rotate_(keys, (after - before).T)
+    assert (keys - exactly(after)).abs().max() <= 1e-5
+    assert rope.limit == 32768
 
 
 def positions_of(family: Family, blocks: list[tuple[int, list[int]]]) -> tuple[torch.Tensor, Clock]:
@@ -209,23 +272,55 @@ def test_qwen2_counts_groups() -> None:
     assert clock.next == 10  # the grid is five wide
 
 
-def test_text_after_video_goes_on_at_maximum_plus_one_where_transformers_does_not() -> None:
-    """Forty frames at 2 a second, a prompt of five tokens: the weights were trained with 5 + 2 x 19 + 1 + ... = 44."""
+@pytest.mark.parametrize("fps", ["0.5", "0.8", "1", "1.7", "2", "7.5", "30"])
+def test_qwen2_5_positions_at_any_constant_rate(fps: str) -> None:
+    """The rule, in exact numbers, and the model's own counter where a group takes whole seconds: some supported versions of
+    transformers cut the seconds of a group down to an integer."""
     family = tiny("qwen2_5_vl")
-    frames, at = video(40, 56, 56), times(40)
-    clock = Clock(next=5)
-    tokens = family.encode([family.prepare(f) for f in frames], at)
+    rate = Fraction(fps)
+    frames, at = [family.prepare(f) for f in video(12, 28, 42)], times(12, float(rate))
+    clock = Clock()
+    blocks = [family.encode(frames[i : i + 4], at[i : i + 4]) for i in range(0, 12, 4)]
+    got = torch.cat([family.place(tokens, clock) for tokens in blocks], dim=1)
+    assert got[0].tolist() == [math.floor(2 * group * 2 / rate) for group in range(6) for _ in range(2 * 3)]
+    if (2 / rate).denominator == 1:
+        ids = torch.full((1, got.shape[1]), family.video_id)
+        seconds = torch.tensor([2 / float(rate)])
+        own, _ = family.model.model.get_rope_index(
+            ids, torch.full_like(ids, 2), video_grid_thw=torch.tensor([[6, 4, 6]]), second_per_grid_ts=seconds
+        )
+        assert torch.equal(got, own[:, 0])
+
+
+def test_groups_of_one_time_are_groups_still() -> None:
+    """A source may stand still: two groups with the same time are two steps for Qwen2-VL and one place for Qwen2.5-VL."""
+    at = [0, SECOND, SECOND, SECOND, SECOND, 2 * SECOND]
+    positions, clock = positions_of(tiny("qwen2_vl"), [(6, at)])
+    assert positions[0].unique_consecutive(return_counts=True)[1].tolist() == [20, 20, 20]
+    assert clock.groups == 3
+    positions, _ = positions_of(tiny("qwen2_5_vl"), [(6, at)])
+    assert positions[0].unique_consecutive(return_counts=True)[1].tolist() == [20, 40]
+
+
+def test_text_after_video_goes_on_at_maximum_plus_one_where_transformers_does_not() -> None:
+    """Golden, from the rule that the weights were trained with: five tokens of prompt, forty frames at one a second, a grid of
+    2 x 2, two positions a second. The last of the 20 groups lies at 5 + 19 x 2 x 2 = 81, so text goes on at 82.
+    """
+    family = tiny("qwen2_5_vl")
+    frames, at = [family.prepare(f) for f in video(40, 28, 28)], times(40, fps=1)
+    clock = Clock()
+    family.place(family.embed([1] * 5), clock)
+    tokens = family.encode(frames, at)
     placed = family.place(tokens, clock)
-    text = family.place(family.embed([1, 2]), clock)
-    assert int(placed.max()) == 5 + 2 * 19
-    assert text.tolist() == [[44, 45]] * 3
+    assert int(placed.max()) == 81
+    assert family.place(family.embed([1, 2]), clock).tolist() == [[82, 83]] * 3
     ids = torch.tensor([[1] * 5 + [family.video_id] * len(tokens) + [1, 2]])
     kinds = (ids == family.video_id).int() * 2
     own, _ = family.model.model.get_rope_index(
-        ids, kinds, video_grid_thw=torch.tensor([[20, 8, 8]]), second_per_grid_ts=torch.tensor([1.0])
+        ids, kinds, video_grid_thw=torch.tensor([[20, 4, 4]]), second_per_grid_ts=torch.tensor([2.0])
     )
     assert torch.equal(own[:, 0, 5:-2], placed)
-    assert own[0, 0, -2] == 9  # the library's own counter forgets how long the video was
+    assert own[0, 0, -2] == 7  # the library's own counter forgets how long the video was
 
 
 def test_qwen3_positions_equal_the_models_own() -> None:
@@ -261,23 +356,3 @@ def test_sizes_change_in_mid_stream(name: str) -> None:
         family.forward(tokens, family.place(tokens, clock), cache)
         assert tokens.place[tokens.visual].amax(0).tolist() == [grid.rows - 1, grid.cols - 1]
         assert cache.get_seq_length() > index
-
-
-def test_impossible_frames_and_models() -> None:
-    with pytest.raises(SourceError, match="long and thin"):
-        tiny("qwen2_vl").grid(4, 1000)
-    family = tiny("qwen2_5_vl")
-    family.tokenizer.chat_template = None
-    with pytest.raises(ModelError, match="chat template"):
-        adapt(family.model, family.tokenizer)
-    family.tokenizer.chat_template = "{% for m in messages %}no video here{% endfor %}"
-    with pytest.raises(ModelError, match="does not show a video"):
-        adapt(family.model, family.tokenizer)
-
-
-def test_an_unsupported_family_lists_the_supported_ones() -> None:
-    from tests.cache.text_model import text_model
-
-    with pytest.raises(ModelError, match=r"'qwen2' is not supported; there are: qwen2_vl, qwen2_5_vl"):
-        adapt(text_model(), None)
-    assert [row.model_type for row in supported()] == list(FAMILIES)

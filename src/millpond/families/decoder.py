@@ -22,8 +22,17 @@ _LENGTH_DEPENDENT = ("dynamic", "longrope")
 class DecoderFamily(Family):
     """A family whose decoder is `model.model.language_model` and whose head is `model.lm_head`.
 
+    Everything runs under `no_grad`, not in inference mode: a cache keeps what it is given and is written in place later, outside
+    of these calls, which tensors made in inference mode would refuse.
+
     Attributes:
-        rope_axis: which position axis each rotary frequency reads, int64 [D/2].
+        decoder: the language model without its head.
+        chat: the prompt's layout.
+        video_id: id of the video's placeholder token.
+
+    Raises:
+        ModelError: the rotary frequencies change with the length, a layer keeps no plain keys and values, or the chat template
+            cannot be split around a video.
     """
 
     def __init__(self, model: Any, tokenizer: Any, image: dict[str, Any] | None = None) -> None:
@@ -42,7 +51,8 @@ class DecoderFamily(Family):
         )
         video = getattr(model.config, "video_token_id", None)
         self.video_id = int(model.config.video_token_index if video is None else video)
-        self.chat = Chat(self.tokenizer, self.video_id, getattr(tokenizer, "chat_template", None))
+        template = getattr(tokenizer, "chat_template", None)
+        self.chat = Chat(self.tokenizer, self.video_id, template if isinstance(template, str) else None)
         self.stop_ids = _stop_ids(model, self.tokenizer)
 
     def _rope_axis(self, frequencies: int, text: Any) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers.utils import cached_file
 
 from millpond.errors import ModelError
@@ -28,7 +29,14 @@ _ADAPTERS: tuple[tuple[str, type[Family]], ...] = (
     ("LLaVA-OneVision", LlavaOnevision),
     ("LLaVA-NeXT-Video", LlavaNextVideo),
 )
-_IMAGE_FILES = ("video_preprocessor_config.json", "preprocessor_config.json")
+# Where a checkpoint keeps the numbers of its pixels, best first: file, and entry in it.
+_IMAGE_FILES = (
+    ("video_preprocessor_config.json", None),
+    ("processor_config.json", "video_processor"),
+    ("preprocessor_config.json", None),
+    ("processor_config.json", "image_processor"),
+)
+_SHIPPED = "minnow"
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,8 @@ def adapt(model: Any, tokenizer: Any, image: dict[str, Any] | None = None) -> Fa
     Args:
         model: a `...ForConditionalGeneration` of a supported family.
         tokenizer: its tokenizer, or its processor.
-        image: processor numbers; by default those of the processor, else the family's published ones.
+        image: processor numbers, such as `{"max_pixels": 200_000}`; by default those of the processor, else the family's
+            published ones.
 
     Raises:
         ModelError: not a supported family, or a chat template that shows no video.
@@ -74,6 +83,7 @@ def load(
     """Load a model from a folder or by hub id and wrap it.
 
     Args:
+        name: a folder, a hub id, or "minnow", the model that ships with millpond.
         dtype: for example "bfloat16"; the checkpoint's own by default.
         device: CUDA where there is one by default.
         attn_implementation: "sdpa", "eager" or "flash_attention_2"; transformers' choice by default.
@@ -81,28 +91,40 @@ def load(
     Raises:
         ModelError: not found, not readable, or not a supported family.
     """
-    source = str(name)
     kind = _torch_dtype(dtype)
+    source = str(_shipped() if name == _SHIPPED else name)
     try:
         config = transformers.AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot find a model at {str(name)!r}: {_first_line(error)}") from error
+        if Path(source).exists():
+            raise ModelError(f"cannot read the model in {source!r}: {_first_line(error)}") from error
+        raise ModelError(
+            f"no model at {source!r}: give a folder, or a hub id that is cached or can be reached: {_first_line(error)}"
+        ) from error
     adapter = _adapter(config.model_type)
     try:
-        model = transformers.AutoModelForImageTextToText.from_pretrained(
-            source, dtype=kind, **({"attn_implementation": attn_implementation} if attn_implementation else {})
+        model, report = transformers.AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=kind,
+            output_loading_info=True,
+            **({"attn_implementation": attn_implementation} if attn_implementation else {}),
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        if not getattr(tokenizer, "chat_template", None):
+            tokenizer.chat_template = _template(source)
         image = _image_numbers(source)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load the model at {str(name)!r}: {_first_line(error)}") from error
+    # transformers fills gaps with random numbers. LLaVA's towers may lack the layers behind the one whose features are used.
+    if missing := sorted(key for key in report["missing_keys"] if "vision_tower" not in key):
+        raise ModelError(
+            f"cannot load the model at {str(name)!r}: the weights are incomplete: {len(missing)} are missing, first {missing[0]}"
+        )
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model.to(target)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"cannot move the model to {target!r}: {_first_line(error)}") from error
-    if not getattr(tokenizer, "chat_template", None):
-        tokenizer.chat_template = _template(source)
     return adapter(model.eval(), tokenizer, image)
 
 
@@ -124,8 +146,11 @@ def _torch_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
 
 
 def _image_numbers(source: str) -> dict[str, Any]:
-    for file in _IMAGE_FILES:
-        if numbers := _read_json(source, file):
+    for file, entry in _IMAGE_FILES:
+        numbers = _read_json(source, file)
+        if entry is not None:
+            numbers = numbers.get(entry) or {}
+        if numbers:
             return numbers
     return {}
 
@@ -140,8 +165,17 @@ def _read_json(source: str, file: str) -> dict[str, Any]:
     path = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
     if path is None:
         return {}
-    read: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    read = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(read, dict):
+        raise ValueError(f"{file} is not a JSON object")
     return read
+
+
+def _shipped() -> Path:
+    # Only here, so that the families do not depend on a model.
+    from millpond.minnow import folder
+
+    return folder()
 
 
 def _first_line(error: BaseException) -> str:
