@@ -1,8 +1,14 @@
 """The blind baselines: what each keeps, told by hand or by brute force."""
 
+from dataclasses import replace
+from itertools import pairwise
+
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from millpond import policies
+from millpond.policies.uniform import _spread
 from tests.policies.views import grid_view, thinned
 
 
@@ -50,3 +56,41 @@ def test_random_differs_by_head_layer_pass_and_seed_and_is_even() -> None:
     assert not torch.equal(kept[:, :60], policy.keep(thinned(view, kept, 1), 60))
     early = (kept < 98).float().mean()
     assert 0.4 < early < 0.56  # half of the survivors come from the older half
+
+
+def test_random_takes_any_clock_and_any_seed() -> None:
+    """Times may count from 1970, and from before the stream's start."""
+    view = grid_view(20, 2, 2)
+    policy = policies.get("random")
+    for offset in (-(10**12), 1_800_000_000 * 10**6, 2**62):
+        later = replace(view, time_us=view.time_us + offset)
+        assert not torch.equal(policy.keep(later, 40), policy.keep(view, 40))
+    assert policies.get("random", seed=-(10**30)).keep(view, 40).shape == (2, 40)
+
+
+def test_a_seed_cannot_stand_in_for_a_layer() -> None:
+    kept = [
+        policies.get("random", seed=seed).keep(grid_view(20, 2, 2, layer=layer, layers=40), 40)
+        for layer in range(3)
+        for seed in (0, 1, 31, 62, 1009)
+    ]
+    assert all(not torch.equal(a, b) for i, a in enumerate(kept) for b in kept[:i])
+
+
+@given(st.lists(st.integers(0, 10**9), min_size=1, max_size=60, unique=True))
+def test_uniform_halves_the_widest_gap_at_the_time_nearest_to_its_middle(times: list[int]) -> None:
+    times.sort()
+    ranks = _spread(times)
+    assert sorted(ranks) == list(range(len(times)))
+    order = sorted(range(len(times)), key=ranks.__getitem__)
+    assert order[0] == len(times) - 1
+    chosen = sorted(order[:2])
+    for index in order[2:]:
+        gaps = [(low, high) for low, high in pairwise(chosen) if high - low > 1]
+        low, high = max(gaps, key=lambda gap: times[gap[1]] - times[gap[0]])
+        widest = times[high] - times[low]
+        low, high = next((a, b) for a, b in gaps if a < index < b)
+        assert times[high] - times[low] == widest
+        off = abs(2 * times[index] - times[low] - times[high])
+        assert off == min(abs(2 * times[other] - times[low] - times[high]) for other in range(low + 1, high))
+        chosen = sorted([*chosen, index])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millpond import PolicyError, native, policies
-from millpond.policies.base import Policy, View
+from millpond.policies.base import Policy, View, keep_top
 from tests.policies.views import grid_view, joined, thinned, with_text
 from tests.session.measure import transient_peak
 
@@ -25,7 +25,10 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def check(policy: Policy, view: View, slots: int) -> torch.Tensor:
-    before = [t.clone() for t in (view.keys, view.values, view.time_us, view.place, view.protected)]
+    before = [
+        t.clone(memory_format=torch.contiguous_format)
+        for t in (view.keys, view.values, view.time_us, view.place, view.protected)
+    ]
     keep = policy.keep(view, slots)
     assert keep.shape == (view.heads, slots)
     assert keep.dtype == torch.int64
@@ -34,7 +37,10 @@ def check(policy: Policy, view: View, slots: int) -> torch.Tensor:
     assert int(keep.max()) < view.tokens
     assert bool((view.protected.gather(1, keep).sum(1) == view.protected.sum(1)).all()), "a protected token was dropped"
     after = (view.keys, view.values, view.time_us, view.place, view.protected)
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "the view was changed"
+    same = (
+        torch.equal(a.view(torch.uint8), b.contiguous().view(torch.uint8)) for a, b in zip(before, after, strict=True)
+    )
+    assert all(same), "the view was changed"
     assert torch.equal(keep, policy.keep(view, slots)), "the same view gives the same choice"
     return keep
 
@@ -102,6 +108,55 @@ def test_any_shape_over_several_passes(
         view = thinned(view, check(policies.get(name), view, slots), recent)
 
 
+@pytest.mark.parametrize("name", CAPPED)
+def test_a_score_that_is_no_number_breaks_nothing(name: str, kernels: str) -> None:
+    """In float16 a norm may overflow, and an infinite key has no direction."""
+    view = grid_view(12, 3, 4, recent=3)
+    keys, values = view.keys.clone(), view.values.clone()
+    keys[0, 5:40, 0], values[0, 20:140, 1], values[1, :140] = torch.nan, torch.nan, torch.inf
+    keys[1, 3] = torch.inf
+    check(policies.get(name), replace(view, keys=keys, values=values), 84)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    name=st.sampled_from(CAPPED),
+    heads=st.integers(1, 4),
+    width=st.sampled_from([16, 32, 64, 128]),
+    rows=st.integers(1, 8),
+    cols=st.integers(1, 8),
+    frames=st.integers(8, 60),
+    chunk=st.integers(16, 300),
+    share=st.floats(0.55, 0.95),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    compiled=st.booleans(),
+)
+def test_scratch_of_any_shape_stays_within_what_is_declared(
+    name: str,
+    heads: int,
+    width: int,
+    rows: int,
+    cols: int,
+    frames: int,
+    chunk: int,
+    share: float,
+    dtype: torch.dtype,
+    compiled: bool,
+) -> None:
+    policy = policies.get(name)
+    recent = max(1, policy.recent(frames))
+    view = grid_view(
+        frames, rows, cols, recent=recent, heads=heads, width=width, dtype=dtype, chunk=min(chunk, frames * rows * cols)
+    )
+    slots = min(frames - 1, max(2 * recent + 1, int(share * frames))) * view.block
+    with pytest.MonkeyPatch.context() as patch:
+        if not compiled:
+            patch.setattr(native, "_library", lambda: (None, "switched off"))
+        policy.keep(view, slots)
+        peak = transient_peak(lambda: policy.keep(view, slots))
+    assert 0 < peak <= policy.scratch(heads, view.tokens, width, view.block, view.chunk)
+
+
 @pytest.mark.parametrize("shape", [(28, 4, 128, torch.bfloat16, 44, 12, 12), (4, 2, 32, torch.float32, 40, 4, 4)])
 @pytest.mark.parametrize("name", CAPPED)
 def test_scratch_stays_within_what_is_declared(name: str, shape: tuple, kernels: str) -> None:
@@ -135,11 +190,21 @@ def test_names_and_parameters() -> None:
         ("infinipot-v-released", {"tar_ratio": 0}),
         ("infinipot-v-released", {"rows": 0}),
         ("recent", {"sink": -1}),
+        ("recent", {"sink": 2.5}),
+        ("random", {"seed": "x"}),
+        ("infinipot-v", {"alpha": "half"}),
+        ("infinipot-v", {"thresholds": 3}),
     ]:
         with pytest.raises(PolicyError, match=name):
             policies.get(name, **bad)
     with pytest.raises(PolicyError, match="cannot choose"):
         policies.get("full").keep(grid_view(2, 2, 2), 4)
+
+
+@pytest.mark.parametrize("slots", [-1, 0, 5])
+def test_keep_top_refuses_what_cannot_be_kept(slots: int, kernels: str) -> None:
+    with pytest.raises(PolicyError, match="of 4 tokens"):
+        keep_top(torch.rand(2, 4), torch.zeros(2, 4, dtype=torch.bool), slots)
 
 
 def test_the_compiled_loops_leave_the_processors_arithmetic_alone() -> None:
@@ -163,3 +228,20 @@ def test_a_broken_package_breaks_only_its_own_policy(monkeypatch: pytest.MonkeyP
         policies.get("broken")
     with pytest.raises(PolicyError, match="not a millpond Policy"):
         policies.get("wrong")
+    found["mine"] = EntryPoint("mine", "millpond.policies.recent:Recent", registry.GROUP)
+    with pytest.raises(PolicyError, match=r"'mine' .* must have this as its class attribute"):
+        policies.get("mine")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_no_package_can_take_the_name_of_a_built_in_policy(monkeypatch: pytest.MonkeyPatch, order: int) -> None:
+    from importlib.metadata import EntryPoint
+
+    from millpond.policies import registry
+
+    both = [
+        EntryPoint("recent", "millpond.policies.recent:Recent", registry.GROUP),
+        EntryPoint("recent", "elsewhere:Recent", registry.GROUP),
+    ]
+    monkeypatch.setattr(registry, "entry_points", lambda group: both[::order])
+    assert registry._found.__wrapped__()["recent"].module == "millpond.policies.recent"

@@ -22,10 +22,8 @@ from torch import Tensor
 __all__ = ["best", "check", "move_rows", "norms", "pool", "redundancy", "status"]
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
-# Reordering of sums, for vector registers, without -ffast-math: linking with that would switch the whole process to flush
-# subnormal numbers to zero.
-_MATHS = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
-_FLAGS = ("-O3", "-march=native", *_MATHS, "-std=c++17", "-shared", "-fPIC")
+# Nothing like -ffast-math: linking with that would switch the whole process to flush subnormal numbers to zero.
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC")
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -39,9 +37,9 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
         return None, "no C++ compiler"
     # The processor is part of the key: a home folder may be shared between machines.
     key = hashlib.sha256(_SOURCE.read_bytes() + "".join((*_FLAGS, compiler, platform.processor(), _cpu())).encode())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "millpond"
-    target = folder / f"kernels-{key.hexdigest()[:16]}.so"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "millpond"
+        target = folder / f"kernels-{key.hexdigest()[:16]}.so"
         if not target.exists():
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -50,7 +48,7 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
                 subprocess.run(command, check=True, capture_output=True, timeout=120)
                 built.replace(target)  # atomic: two processes may build at once
         return ctypes.CDLL(str(target)), str(target)
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
         return None, f"could not be built: {type(error).__name__}"
 
 
@@ -95,11 +93,12 @@ def norms(rows: Tensor) -> Tensor | None:
     return out
 
 
-def redundancy(keys: Tensor, place: Tensor, recent: Tensor, floor: float, out: Tensor) -> bool:
+def redundancy(keys: Tensor, place: Tensor, recent: Tensor, floor: float, span: int, out: Tensor) -> bool:
     """Temporal redundancy of one head (`millpond.policies.infinipot_v`), in one pass over the keys.
 
     Args:
         keys: [n, D]. place: int16 [n, 2]. recent: bool [n]. floor: added to each norm. out: float32 [n], written.
+        span: places that the table of mean unit keys holds at a time; bounds its size.
 
     Returns:
         False where there is no kernel; `out` is untouched then.
@@ -109,8 +108,9 @@ def redundancy(keys: Tensor, place: Tensor, recent: Tensor, floor: float, out: T
         return False
     tokens, width = keys.shape
     run = getattr(library, f"millpond_redundancy_{_SUFFIX[keys.dtype]}")
+    table = torch.empty(span, width + 1, dtype=torch.float32)
     sizes = ctypes.c_int64(tokens), ctypes.c_int64(width), ctypes.c_float(floor)
-    run(_pointer(keys), _pointer(place), _pointer(recent), *sizes, _pointer(out))
+    run(_pointer(keys), _pointer(place), _pointer(recent), *sizes, _pointer(table), ctypes.c_int64(span), _pointer(out))
     return True
 
 
@@ -134,11 +134,11 @@ def pool(values: Tensor, time_us: Tensor, place: Tensor, kernel: int) -> bool:
 def best(scores: Tensor, slots: int) -> Tensor | None:
     """Indices of the `slots` largest scores in each row, ascending: float32 [H, n] -> int64 [H, slots]."""
     library = _ready(scores)
-    if library is None or scores.dtype != torch.float32 or not scores.is_contiguous():
-        return None
     heads, tokens = scores.shape
+    if library is None or scores.dtype != torch.float32 or not scores.is_contiguous() or not 0 < slots <= tokens:
+        return None
     keep = torch.empty(heads, slots, dtype=torch.int64)
-    work = torch.empty(tokens, dtype=torch.float32)
+    work = torch.empty(tokens, dtype=torch.int32)
     sizes = ctypes.c_int64(heads), ctypes.c_int64(tokens), ctypes.c_int64(slots)
     library.millpond_best(_pointer(scores), *sizes, _pointer(work), _pointer(keep))
     return keep

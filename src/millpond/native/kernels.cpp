@@ -1,40 +1,101 @@
-// The inner loops of selection and compaction on a CPU. Plain C++17; every function has a torch equivalent that is used
-// where this file could not be compiled. Pointers are to contiguous rows; strides are in elements unless said otherwise.
+// The inner loops of selection and compaction on a CPU. C++17 with the vector types of GCC and Clang; every function has a
+// torch equivalent that is used where this file could not be compiled. Pointers are to contiguous rows; strides are in
+// elements unless said otherwise.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <limits>
 #include <vector>
 
 namespace {
 
+typedef float Floats __attribute__((vector_size(32)));
+typedef uint32_t Words __attribute__((vector_size(32)));
+constexpr int64_t LANES = 8;
+
 inline float widen(float x) { return x; }
 inline float widen(uint16_t bits) {  // bfloat16
-    uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
     float x;
     std::memcpy(&x, &wide, sizeof x);
     return x;
 }
 
-// Plain sums: the compiler may reorder them, and so spreads them over vector registers.
-template <typename T>
-inline float norm_of(const T* row, int64_t width) {
-    float squares = 0;
-    for (int64_t i = 0; i < width; ++i) squares += widen(row[i]) * widen(row[i]);
-    return std::sqrt(squares);
+// Sixteen numbers at a time, as two vectors: the lower and the upper eight of floats, the even and the odd of bfloat16, where
+// a word holds two. Sums do not mind, and the table of mean keys is kept in the same order.
+inline void load(const float* from, Floats& one, Floats& other) {
+    std::memcpy(&one, from, sizeof one);
+    std::memcpy(&other, from + LANES, sizeof other);
+}
+inline void load(const uint16_t* from, Floats& one, Floats& other) {
+    Words pairs;
+    std::memcpy(&pairs, from, sizeof pairs);
+    const Words even = pairs << 16, odd = pairs & 0xffff0000u;
+    std::memcpy(&one, &even, sizeof one);
+    std::memcpy(&other, &odd, sizeof other);
+}
+
+inline float total(Floats sums) {
+    return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
 }
 
 template <typename T>
-inline float cosine_to(const T* row, const float* unit, int64_t width, float floor) {
-    float sum = 0, squares = 0;
-    for (int64_t i = 0; i < width; ++i) {
-        const float x = widen(row[i]);
-        sum += x * unit[i];
-        squares += x * x;
+inline float norm_of(const T* row, int64_t width) {
+    Floats a = {}, b = {}, c = {}, d = {}, x, y;  // four sums, so that one addition need not wait for the one before
+    int64_t i = 0;
+    for (; i + 4 * LANES <= width; i += 4 * LANES) {
+        load(row + i, x, y);
+        a += x * x;
+        b += y * y;
+        load(row + i + 2 * LANES, x, y);
+        c += x * x;
+        d += y * y;
     }
-    return sum / (std::sqrt(squares) + floor);
+    for (; i + 2 * LANES <= width; i += 2 * LANES) {
+        load(row + i, x, y);
+        a += x * x;
+        b += y * y;
+    }
+    float rest = 0;
+    for (; i < width; ++i) rest += widen(row[i]) * widen(row[i]);
+    return std::sqrt(total((a + b) + (c + d)) + rest);
+}
+
+// `unit` in the order of `load`, see `add_scaled`.
+template <typename T>
+inline float cosine_to(const T* row, const float* unit, int64_t width, float floor) {
+    Floats a = {}, b = {}, c = {}, d = {}, x, y, u, v;
+    int64_t i = 0;
+    for (; i + 2 * LANES <= width; i += 2 * LANES) {
+        load(row + i, x, y);
+        load(unit + i, u, v);
+        a += x * u;
+        b += y * v;
+        c += x * x;
+        d += y * y;
+    }
+    float dot = 0, square = 0;
+    for (; i < width; ++i) {
+        dot += widen(row[i]) * unit[i];
+        square += widen(row[i]) * widen(row[i]);
+    }
+    return (total(a + b) + dot) / (std::sqrt(total(c + d) + square) + floor);
+}
+
+template <typename T>
+inline void add_scaled(const T* row, float scale, int64_t width, float* sum) {
+    Floats x, y, u, v;
+    int64_t i = 0;
+    for (; i + 2 * LANES <= width; i += 2 * LANES) {
+        load(row + i, x, y);
+        load(sum + i, u, v);
+        u += x * scale;
+        v += y * scale;
+        std::memcpy(sum + i, &u, sizeof u);
+        std::memcpy(sum + i + LANES, &v, sizeof v);
+    }
+    for (; i < width; ++i) sum[i] += widen(row[i]) * scale;
 }
 
 template <typename T>
@@ -46,48 +107,79 @@ void norms(const T* rows, int64_t head_stride, int64_t heads, int64_t tokens, in
 // Temporal redundancy of one head; see millpond.policies.infinipot_v.
 template <typename T>
 void redundancy(const T* keys, const int16_t* place, const uint8_t* recent, int64_t tokens, int64_t width, float floor,
-                float* out) {
-    // The grid of the recent frames: the table has one mean unit key for each of its places.
-    int64_t rows = 0, cols = 0;
-    for (int64_t n = 0; n < tokens; ++n)
+                float* table, int64_t span, float* out) {
+    int64_t rows = 0, cols = 0;  // the grid that holds every place of the recent frames
+    for (int64_t n = 0; n < tokens; ++n) {
+        out[n] = recent[n] || place[2 * n] < 0 ? -std::numeric_limits<float>::infinity() : 0.0f;
         if (recent[n] && place[2 * n] >= 0) {
             rows = std::max<int64_t>(rows, place[2 * n] + 1);
             cols = std::max<int64_t>(cols, place[2 * n + 1] + 1);
         }
-    std::vector<float> table(static_cast<size_t>(rows * cols * width), 0.0f), seen(static_cast<size_t>(rows * cols), 0.0f);
-    for (int64_t n = 0; n < tokens; ++n)
-        if (recent[n] && place[2 * n] >= 0) {
-            const int64_t at = place[2 * n] * cols + place[2 * n + 1];
+    }
+    // The table has one mean unit key for each of `span` places; frames of several sizes may take more than one round.
+    float* seen = table + span * width;
+    for (int64_t base = 0; base < rows * cols; base += span) {
+        std::fill(table, table + span * (width + 1), 0.0f);
+        for (int64_t n = 0; n < tokens; ++n) {
+            const int64_t at = place[2 * n] * cols + place[2 * n + 1] - base;
+            if (!recent[n] || place[2 * n] < 0 || at < 0 || at >= span) continue;
             const T* key = keys + n * width;
-            const float scale = 1.0f / (norm_of(key, width) + floor);
-            float* mean = table.data() + at * width;
-            for (int64_t i = 0; i < width; ++i) mean[i] += widen(key[i]) * scale;
+            add_scaled(key, 1.0f / (norm_of(key, width) + floor), width, table + at * width);
             seen[at] += 1.0f;
         }
-    for (int64_t at = 0; at < rows * cols; ++at)
-        for (int64_t i = 0; i < width; ++i) table[at * width + i] /= std::max(seen[at], 1.0f);
-    for (int64_t n = 0; n < tokens; ++n) {
-        const int64_t row = place[2 * n], col = place[2 * n + 1];
-        if (recent[n] || row < 0) {
-            out[n] = -std::numeric_limits<float>::infinity();
-        } else if (row >= rows || col >= cols || seen[row * cols + col] == 0) {
-            out[n] = 0.0f;
-        } else {
-            out[n] = -cosine_to(keys + n * width, table.data() + (row * cols + col) * width, width, floor);
+        for (int64_t at = 0; at < span; ++at)
+            if (seen[at] > 1.0f)
+                for (int64_t i = 0; i < width; ++i) table[at * width + i] /= seen[at];
+        for (int64_t n = 0; n < tokens; ++n) {
+            const int64_t row = place[2 * n], col = place[2 * n + 1], at = row * cols + col - base;
+            if (recent[n] || row < 0 || row >= rows || col >= cols || at < 0 || at >= span || seen[at] == 0) continue;
+            out[n] = -cosine_to(keys + n * width, table + at * width, width, floor);
         }
     }
 }
 
-// Sums over windows of `kernel` cells along one axis of a [lines, length] grid with the given strides.
-void window_sums(const float* in, float* out, int64_t lines, int64_t line_step, int64_t length, int64_t step, int64_t kernel) {
-    const int64_t reach = kernel / 2;
-    for (int64_t line = 0; line < lines; ++line)
-        for (int64_t at = 0; at < length; ++at) {
-            float sum = 0;
-            const int64_t last = std::min(length - 1, at + reach);
-            for (int64_t i = std::max<int64_t>(0, at - reach); i <= last; ++i) sum += in[line * line_step + i * step];
-            out[line * line_step + at * step] = sum;
-        }
+// Sums over windows of kernel x kernel cells. `grid` and `half` are [rows + 2 reach, cols + 2 reach] with a border of
+// zeros, so that both steps are plain sums of shifted rows; `sums` is [rows, cols + 2 reach].
+void window_sums(const float* grid, float* half, float* sums, int64_t rows, int64_t cols, int64_t kernel) {
+    const int64_t reach = kernel / 2, wide = cols + 2 * reach, cells = rows * wide;
+    std::fill(half, half + cells + 2 * reach * wide, 0.0f);
+    std::fill(sums, sums + cells, 0.0f);
+    float* __restrict__ across = half + reach * wide;
+    for (int64_t shift = 0; shift < kernel; ++shift) {
+        const float* __restrict__ from = grid + reach * wide + shift;
+        // The last cells of a row run into the next one; nobody reads them.
+        for (int64_t i = 0; i + 2 * reach < cells; ++i) across[i] += from[i];
+    }
+    for (int64_t shift = 0; shift < kernel; ++shift) {
+        const float* __restrict__ from = half + shift * wide;
+        float* __restrict__ to = sums;
+        for (int64_t i = 0; i < cells; ++i) to[i] += from[i];
+    }
+}
+
+// Whole numbers in the order of the floats.
+inline uint32_t ordered(float score) {
+    score += 0.0f;  // -0 and 0 are equal
+    uint32_t bits;
+    std::memcpy(&bits, &score, sizeof bits);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// The `slots`-th largest of `tokens` numbers, eleven bits at a time; `above` becomes how many are larger.
+uint32_t nth_largest(const uint32_t* numbers, int64_t tokens, int64_t slots, int64_t& above) {
+    uint32_t found = 0, mask = 0;
+    above = 0;
+    for (const int shift : {21, 10, 0}) {
+        const uint32_t bins = shift ? 2048 : 1024;
+        int64_t counts[2048] = {};
+        for (int64_t n = 0; n < tokens; ++n)
+            if ((numbers[n] & mask) == found) ++counts[numbers[n] >> shift & (bins - 1)];
+        uint32_t bin = bins - 1;
+        while (above + counts[bin] < slots) above += counts[bin--];
+        found |= bin << shift;
+        mask |= (bins - 1) << shift;
+    }
+    return found;
 }
 
 }  // namespace
@@ -103,18 +195,20 @@ void millpond_norms_bf16(const uint16_t* rows, int64_t head_stride, int64_t head
     norms(rows, head_stride, heads, tokens, width, out);
 }
 
-// Temporal redundancy of one head's tokens, float32 [tokens]: `place` is int16 [tokens, 2], `recent` marks the latest frames.
+// Temporal redundancy of one head's tokens, float32 [tokens]: `place` is int16 [tokens, 2], `recent` marks the latest frames,
+// `table` is float32 [span, width + 1] to work in.
 void millpond_redundancy_f32(const float* keys, const int16_t* place, const uint8_t* recent, int64_t tokens, int64_t width,
-                             float floor, float* out) {
-    redundancy(keys, place, recent, tokens, width, floor, out);
+                             float floor, float* table, int64_t span, float* out) {
+    redundancy(keys, place, recent, tokens, width, floor, table, span, out);
 }
 void millpond_redundancy_bf16(const uint16_t* keys, const int16_t* place, const uint8_t* recent, int64_t tokens,
-                              int64_t width, float floor, float* out) {
-    redundancy(keys, place, recent, tokens, width, floor, out);
+                              int64_t width, float floor, float* table, int64_t span, float* out) {
+    redundancy(keys, place, recent, tokens, width, floor, table, span, out);
 }
 
 // One head: replace each placed token's value by the mean over the existing tokens of its frame in a kernel x kernel window.
 void millpond_pool(float* values, const int64_t* time_us, const int16_t* place, int64_t tokens, int64_t kernel) {
+    const int64_t reach = kernel / 2;
     std::vector<float> grid, half, sums, counts;
     int64_t counted_rows = 0, counted_cols = 0;  // the complete grid that `counts` stands for
     for (int64_t first = 0; first < tokens;) {
@@ -124,46 +218,63 @@ void millpond_pool(float* values, const int64_t* time_us, const int16_t* place, 
             cols = std::max<int64_t>(cols, place[2 * last + 1] + 1);
             placed += place[2 * last] >= 0;
         }
-        const int64_t cells = placed ? rows * cols : 0;
-        const bool complete = placed == cells;
-        for (int pass = 0; pass < 2 && cells; ++pass) {  // the values, then the count of tokens that exist
-            if (pass && complete && rows == counted_rows && cols == counted_cols) break;
-            grid.assign(static_cast<size_t>(cells), 0.0f);
-            half.resize(static_cast<size_t>(cells));
-            std::vector<float>& total = pass ? counts : sums;
-            total.resize(static_cast<size_t>(cells));
+        const int64_t wide = cols + 2 * reach, high = rows + 2 * reach;
+        if (placed * placed < rows * cols) {  // few are left of this frame: look at each pair
+            sums.assign(static_cast<size_t>(last - first), 0.0f);
+            for (int64_t n = first; n < last; ++n) {
+                int64_t near = 0;
+                for (int64_t m = first; m < last; ++m)
+                    if (place[2 * m] >= 0 && std::abs(place[2 * m] - place[2 * n]) <= reach &&
+                        std::abs(place[2 * m + 1] - place[2 * n + 1]) <= reach) {
+                        sums[n - first] += values[m];
+                        ++near;
+                    }
+                if (near) sums[n - first] /= static_cast<float>(near);
+            }
             for (int64_t n = first; n < last; ++n)
-                if (place[2 * n] >= 0) grid[place[2 * n] * cols + place[2 * n + 1]] = pass ? 1.0f : values[n];
-            window_sums(grid.data(), half.data(), rows, cols, cols, 1, kernel);
-            window_sums(half.data(), total.data(), cols, 1, rows, cols, kernel);
-            if (pass) {
-                counted_rows = complete ? rows : 0;
-                counted_cols = complete ? cols : 0;
+                if (place[2 * n] >= 0) values[n] = sums[n - first];
+        } else if (placed) {
+            const bool complete = placed == rows * cols;
+            half.resize(static_cast<size_t>(high * wide));
+            for (int pass = 0; pass < 2; ++pass) {  // the values, then the count of tokens that exist
+                if (pass && complete && rows == counted_rows && cols == counted_cols) break;
+                grid.assign(static_cast<size_t>(high * wide), 0.0f);
+                for (int64_t n = first; n < last; ++n)
+                    if (place[2 * n] >= 0)
+                        grid[(place[2 * n] + reach) * wide + place[2 * n + 1] + reach] = pass ? 1.0f : values[n];
+                std::vector<float>& into = pass ? counts : sums;
+                into.resize(static_cast<size_t>(rows * wide));
+                window_sums(grid.data(), half.data(), into.data(), rows, cols, kernel);
+                if (pass) {
+                    counted_rows = complete ? rows : 0;
+                    counted_cols = complete ? cols : 0;
+                }
             }
+            for (int64_t n = first; n < last; ++n)
+                if (place[2 * n] >= 0) {
+                    const int64_t at = place[2 * n] * wide + place[2 * n + 1];
+                    values[n] = sums[at] / counts[at];
+                }
         }
-        for (int64_t n = first; n < last; ++n)
-            if (place[2 * n] >= 0) {
-                const int64_t at = place[2 * n] * cols + place[2 * n + 1];
-                values[n] = sums[at] / counts[at];
-            }
         first = last;
     }
 }
 
 // The `slots` best of `tokens` scores in each head, ascending by index; equal scores go to the older token.
-// `work` is float32 [tokens].
-void millpond_best(const float* scores, int64_t heads, int64_t tokens, int64_t slots, float* work, int64_t* keep) {
+// `work` is uint32 [tokens].
+void millpond_best(const float* scores, int64_t heads, int64_t tokens, int64_t slots, uint32_t* work, int64_t* keep) {
     for (int64_t h = 0; h < heads; ++h) {
-        const float* score = scores + h * tokens;
-        std::copy(score, score + tokens, work);
-        std::nth_element(work, work + slots - 1, work + tokens, std::greater<float>());
-        const float least = work[slots - 1];
-        int64_t above = 0;
-        for (int64_t n = 0; n < tokens; ++n) above += score[n] > least;
+        for (int64_t n = 0; n < tokens; ++n) work[n] = ordered(scores[h * tokens + n]);
+        int64_t above;
+        const uint32_t least = nth_largest(work, tokens, slots, above);
         int64_t ties = slots - above, kept = 0;
         int64_t* row = keep + h * slots;
-        for (int64_t n = 0; n < tokens && kept < slots; ++n)
-            if (score[n] > least || (score[n] == least && ties-- > 0)) row[kept++] = n;
+        for (int64_t n = 0; n < tokens && kept < slots; ++n) {
+            const bool tie = work[n] == least;
+            row[kept] = n;
+            kept += work[n] > least || (tie && ties > 0);
+            ties -= tie;
+        }
     }
 }
 

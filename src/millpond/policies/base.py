@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from millpond import native
+from millpond.errors import PolicyError
 
 __all__ = ["SEPARATOR", "TEXT", "Policy", "View", "keep_top"]
 
@@ -103,7 +104,8 @@ class Policy(ABC):
 def keep_top(scores: Tensor, protected: Tensor, slots: int) -> Tensor:
     """The protected tokens and the best of the others, in stream order; of equals the older one stays.
 
-    Protection is a mask that is applied to the ranking, never a large score: in bfloat16 `max + 1` is no protection.
+    Protection is a mask that is applied to the ranking, never a large score: in bfloat16 `max + 1` is no protection. A score
+    that is not a number counts as the least, an infinite one for less than protection.
 
     Args:
         scores: float [H, n]; overwritten.
@@ -112,13 +114,23 @@ def keep_top(scores: Tensor, protected: Tensor, slots: int) -> Tensor:
 
     Returns:
         int64 [H, slots], ascending.
+
+    Raises:
+        PolicyError: `slots` is not between 1 and n.
     """
+    if not 0 < slots <= scores.shape[1]:
+        raise PolicyError(f"cannot keep {slots} of {scores.shape[1]} tokens")
+    scores.nan_to_num_(nan=-torch.inf, posinf=torch.finfo(scores.dtype).max, neginf=-torch.inf)
     scores.masked_fill_(protected, torch.inf)
     keep = native.best(scores, slots)
     if keep is not None:
         return keep
     keep = torch.empty(scores.shape[0], slots, dtype=torch.int64, device=scores.device)
-    for head in range(scores.shape[0]):
-        ranked = scores[head].sort(descending=True, stable=True).indices
-        keep[head] = ranked[:slots].sort().values
+    for head, row in enumerate(scores):
+        # No sort: the least score that stays, what lies above it, and as many of its equals as there is room for.
+        least = row.kthvalue(len(row) - slots + 1).values
+        chosen, ties = row > least, row == least
+        room = slots - chosen.sum()
+        chosen |= ties & (ties.cumsum(0, dtype=torch.int32) <= room)
+        keep[head] = chosen.nonzero()[:, 0]
     return keep

@@ -71,9 +71,9 @@ class InfiniPotV(Policy):
         by_redundancy = slots - by_value
         if by_redundancy > count:
             scores = temporal_redundancy(view)
-            if count + int((scores[0] > -torch.inf).sum()) < by_redundancy:
-                by_redundancy = count + int((scores > -torch.inf).sum(dim=1).min())
             protected.scatter_(1, keep_top(scores, protected, by_redundancy), True)
+            # A head with too few placed tokens was filled up with text, which does not compete here.
+            protected &= scores > -torch.inf
             del scores
         norms = value_norms(view)
         kernel = self.kernel(norms)
@@ -85,13 +85,16 @@ class InfiniPotV(Policy):
         """The pooling kernel of a layer with these value norms, float32 [H, n]."""
         if self.pooling != "adaptive":
             return self.pooling
-        cv = float(norms.std(correction=0) / norms.mean().clamp(min=1e-12))
+        mean = float(norms.mean())
+        variance = float(torch.linalg.vector_norm(norms)) ** 2 / norms.numel() - mean**2
+        cv = max(0.0, variance) ** 0.5 / max(mean, 1e-12)
         return next((size for size, above in zip((7, 5, 3), self.thresholds, strict=True) if cv < above), 1)
 
     def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
         # [H, n]: scores (float32), marks (bool, twice for a moment) and the kept indices (int64); one head's ranking, or its
-        # frames and places (32 bytes a token); the table of mean unit keys (twice) and four float32 chunks of full width.
-        return heads * tokens * (4 + 2 + 8) + 32 * tokens + 2 * 4 * head_dim * block + 4 * 4 * chunk * head_dim
+        # frames and places (32 bytes a token); the table of mean unit keys, and four float32 chunks of full width.
+        table = 4 * (head_dim + 1) * max(block, chunk)
+        return heads * tokens * (4 + 2 + 8) + 32 * tokens + table + 4 * 4 * chunk * head_dim
 
 
 def value_norms(view: View) -> Tensor:
@@ -114,38 +117,52 @@ def temporal_redundancy(view: View) -> Tensor:
     of one vector a place instead of an r x f x p x D intermediate.
     """
     scores = torch.empty(view.heads, view.tokens, dtype=torch.float32, device=view.keys.device)
+    # One round does unless the recent frames differ in size and no table of one frame's places covers them.
+    span = max(1, view.block, view.chunk)
     for head in range(view.heads):
         keys, place, recent, out = view.keys[head], view.place[head], view.protected[head], scores[head]
-        if native.redundancy(keys, place, recent, _NORM_FLOOR, out):
-            continue
-        table, index = _mean_unit_keys(view, head)
-        for first in range(0, view.tokens, view.chunk):
-            rows = keys[first : first + view.chunk].float()
-            at = index[first : first + view.chunk]
-            dots = torch.linalg.vecdot(rows, table.index_select(0, at.clamp(min=0)))
-            dots /= torch.linalg.vector_norm(rows, dim=-1) + _NORM_FLOOR
-            out[first : first + view.chunk] = dots.neg_().masked_fill_(at < 0, 0.0)
-        out.masked_fill_((place[:, 0] < 0) | recent, -torch.inf)
+        if not native.redundancy(keys, place, recent, _NORM_FLOOR, span, out):
+            _redundancy_of_head(keys, place, recent, view.chunk, span, out)
     return scores
 
 
-def _mean_unit_keys(view: View, head: int) -> tuple[Tensor, Tensor]:
-    """The mean unit key of each place over the recent frames, float32 [p, D], and each token's row in it, int32 [n] (-1: none)."""
-    place = view.place[head]
+def _redundancy_of_head(keys: Tensor, place: Tensor, recent: Tensor, chunk: int, span: int, out: Tensor) -> None:
+    """What the compiled kernel does, in torch; `span` places at a time."""
     visual = place[:, 0] >= 0
-    recent = (view.protected[head] & visual).nonzero()[:, 0]
-    height, width = (place.index_select(0, recent).amax(dim=0) + 1).tolist() if len(recent) else (0, 0)
+    latest = (recent & visual).nonzero()[:, 0]
+    height, width = (place.index_select(0, latest).amax(dim=0) + 1).tolist() if len(latest) else (0, 0)
     outside = ~visual | (place[:, 0] >= height) | (place[:, 1] >= width)
     index = (place[:, 0].to(torch.int32) * width).add_(place[:, 1]).masked_fill_(outside, -1)
-    table = torch.zeros(max(1, height * width), view.keys.shape[2], dtype=torch.float32, device=place.device)
-    seen = torch.zeros(table.shape[0], dtype=torch.float32, device=place.device)
-    for first in range(0, len(recent), view.chunk):
-        part = recent[first : first + view.chunk]
-        keys = view.keys[head].index_select(0, part).float()
-        keys /= torch.linalg.vector_norm(keys, dim=-1, keepdim=True) + _NORM_FLOOR
-        at = index.index_select(0, part)
-        table.index_add_(0, at, keys)
-        seen.index_add_(0, at, torch.ones(len(at), device=place.device))
+    out.zero_()
+    for base in range(0, height * width, span):
+        table, seen = _mean_unit_keys(keys, latest, index, base, span, chunk)
+        for first in range(0, len(keys), chunk):
+            at = index[first : first + chunk] - base
+            shown = (at >= 0) & (at < span)
+            at.masked_fill_(~shown, 0)
+            shown &= seen.index_select(0, at) > 0
+            rows = keys[first : first + chunk].float()
+            dots = torch.linalg.vecdot(rows, table.index_select(0, at))
+            dots /= torch.linalg.vector_norm(rows, dim=-1) + _NORM_FLOOR
+            part = out[first : first + chunk]
+            part.copy_(torch.where(shown, dots.neg_(), part))
+    out.masked_fill_(~visual | recent, -torch.inf)
+
+
+def _mean_unit_keys(
+    keys: Tensor, latest: Tensor, index: Tensor, base: int, span: int, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """The mean unit key of the places base... over the recent frames, float32 [span, D], and how many show each, [span]."""
+    table = torch.zeros(span, keys.shape[1], dtype=torch.float32, device=keys.device)
+    seen = torch.zeros(span, dtype=torch.float32, device=keys.device)
+    for first in range(0, len(latest), chunk):
+        part = latest[first : first + chunk]
+        at = index.index_select(0, part) - base
+        inside = (at >= 0) & (at < span)
+        part, at = part[inside], at[inside]
+        rows = keys.index_select(0, part).float()
+        rows /= torch.linalg.vector_norm(rows, dim=-1, keepdim=True) + _NORM_FLOOR
+        table.index_add_(0, at, rows)
+        seen.index_add_(0, at, torch.ones(len(at), device=keys.device))
     table /= seen.clamp(min=1)[:, None]
-    unseen = (seen == 0).index_select(0, index.clamp(min=0))
-    return table, index.masked_fill_(unseen, -1)
+    return table, seen

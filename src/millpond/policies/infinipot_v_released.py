@@ -13,6 +13,10 @@ from millpond.policies.base import Policy, View
 
 __all__ = ["InfiniPotVReleased"]
 
+# torch adds the columns of a matrix up in an order that depends on a column's place among groups of four vector registers (64
+# floats at the most), and in another one where the matrix is narrower than a register (16 floats at the most). Pieces that are
+# cut at multiples of the first and never narrower than the second give the same bits as the whole.
+_GROUP, _REGISTER = 64, 16
 # Kernel by quarter of the layers, and whether it runs over the frame's grid or along the stream.
 _GRID_KERNELS = (7, 5)
 _LINE_KERNEL = 3
@@ -25,7 +29,8 @@ class InfiniPotVReleased(Policy):
     It differs from the paper (and from `infinipot-v`) from the second pass on: the survivors of each head are laid out as
     (frame, place) again although they no longer lie on a grid. Pooling, when on, goes by quarter of the layers and counts the
     padding. Its crashes are PolicyErrors here, and recent tokens are protected by a mask instead of by `max + 1`, which
-    changes nothing in float32 and keeps them in half precision.
+    changes nothing in float32 and keeps them in half precision. In float32 on a CPU even ties fall as they do there, because
+    every sum is taken in the same order, although no r x f x p x D product is ever held.
 
     Attributes:
         tar_ratio: share of the memory for TaR and the recent frames.
@@ -66,7 +71,8 @@ class InfiniPotVReleased(Policy):
             raise PolicyError(
                 f"{self.name}: {self.query_ratio} of {view.tokens // frame} frames is less than one; raise the budget"
             )
-        by_redundancy = slots - round((1 - self.tar_ratio) * slots)
+        # In this order, which is the released one: with other ratios than a half the rounding depends on it.
+        by_redundancy = slots - round((1 - self.tar_ratio) * (slots // frame) * frame)
         recent = latest * frame
         if by_redundancy < recent:
             raise PolicyError(
@@ -75,33 +81,34 @@ class InfiniPotVReleased(Policy):
         kernel, grid = self._pooling(view)
         keep = torch.empty(view.heads, slots, dtype=torch.int64, device=view.keys.device)
         for head in range(view.heads):
-            distinct = self._redundancy(view, head, recent).topk(by_redundancy - recent).indices
+            distinct = self._redundancy(view.keys[head], frame, recent, view.chunk).topk(by_redundancy - recent).indices
             scores = self._norms(view, head)
             if kernel > 1:
                 scores = self._pool(scores, frame, kernel, grid)
+            # Neither what is not a number nor what has overflowed may stand above the chosen and the recent.
+            scores.nan_to_num_(nan=-torch.inf, posinf=torch.finfo(scores.dtype).max)
             scores[distinct] = torch.inf
             del distinct
             scores[-recent:] = torch.inf
             keep[head] = scores.topk(slots).indices.sort().values
         return keep
 
-    def _redundancy(self, view: View, head: int, recent: int) -> Tensor:
-        """TaR of the tokens before the recent frames, by slot: float32 [n - recent]."""
-        frame, width = view.block, view.keys.shape[2]
-        keys = view.keys[head]
-
-        def unit(first: int) -> Tensor:
-            rows = keys[first : first + frame]
-            unit_rows: Tensor = rows / (rows.norm(dim=-1, keepdim=True) + 1e-9)
-            return unit_rows
-
-        past = view.tokens - recent
-        latest = [unit(first).reshape(frame, width) for first in range(past, view.tokens, frame)]
+    @staticmethod
+    def _redundancy(keys: Tensor, frame: int, recent: int, chunk: int) -> Tensor:
+        """TaR of the tokens before the recent frames, by slot: [n] x D keys of one head -> [n - recent]."""
+        past = len(keys) - recent
+        latest = _unit(keys[past:]).view(recent // frame, frame, -1)
         scores = torch.empty(past, dtype=keys.dtype, device=keys.device)
-        for first in range(0, past, frame):
-            of_frame = unit(first)
-            products = torch.stack([(one * of_frame).sum(dim=-1) for one in latest])
-            scores[first : first + frame] = -products.mean(dim=0)
+        first, span = 0, _span(chunk)
+        while first < past:
+            last = past if past - first < span + _REGISTER else first + span
+            piece = _unit(keys[first:last])
+            at = torch.arange(first, last, device=keys.device) % frame
+            products = torch.empty(len(latest), last - first, dtype=keys.dtype, device=keys.device)
+            for row, one in zip(products, latest, strict=True):
+                torch.sum(one.index_select(0, at).mul_(piece), dim=-1, out=row)
+            scores[first:last] = products.mean(dim=0).neg_()
+            first = last
         return scores
 
     @staticmethod
@@ -114,7 +121,7 @@ class InfiniPotVReleased(Policy):
     def _pooling(self, view: View) -> tuple[int, bool]:
         if not self.adaptive_pooling:
             return 1, False
-        if view.layers < 4 or view.layer // (view.layers // 4) > 3:
+        if view.layers % 4:
             raise PolicyError(f"{self.name}: pooling by quarters does not work with {view.layers} layers")
         if view.block % self.rows:
             raise PolicyError(f"{self.name}: {view.block} tokens a frame do not make {self.rows} rows")
@@ -132,7 +139,18 @@ class InfiniPotVReleased(Policy):
         return pooled.reshape(-1)
 
     def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
-        # The result (int64 [H, n]); one head's scores, choice and ranking; the unit keys of its recent frames, and a few frames
-        # at full width.
-        recent = int(tokens * self.query_ratio)
-        return heads * tokens * 8 + 36 * tokens + 4 * (head_dim + 1) * recent + 4 * 6 * block * head_dim
+        # The result (int64 [H, n]) and one head's scores, choice and ranking; before those, the unit keys of its recent frames
+        # (norms beside them for a moment) and one piece of the past, its partner and their products.
+        recent, width = int(tokens * self.query_ratio), head_dim + 2
+        pieces = (_span(chunk) + _REGISTER) * (3 * width + recent // block)
+        return heads * tokens * 8 + max(36 * tokens, 4 * tokens + 4 * (width * recent + pieces))
+
+
+def _unit(rows: Tensor) -> Tensor:
+    unit: Tensor = rows / (rows.norm(dim=-1, keepdim=True) + 1e-9)
+    return unit
+
+
+def _span(chunk: int) -> int:
+    """Columns worked on at a time."""
+    return max(_GROUP, chunk - chunk % _GROUP)

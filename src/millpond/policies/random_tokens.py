@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from millpond.errors import PolicyError
 from millpond.policies.base import Policy, View, keep_top
 
 __all__ = ["RandomTokens"]
-
-_LAYERS = 1009  # a prime above any model's number of layers keeps the seeds of layers apart
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,14 @@ class RandomTokens(Policy):
 
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.seed, int):
+            raise PolicyError(f"random: seed must be a whole number, not {self.seed!r}")
+
     def keep(self, view: View, slots: int) -> Tensor:
-        newest = int(view.time_us[0, -1])
-        generator = torch.Generator().manual_seed((newest * _LAYERS + view.layer) * 31 + self.seed)
+        # A hash, so that no two of seed, layer and pass can stand in for one another, and times of any size will do.
+        drawn = f"{self.seed} {view.layer} {int(view.time_us[0, -1])}".encode()
+        state = int.from_bytes(hashlib.blake2b(drawn, digest_size=7).digest(), "big")
+        generator = torch.Generator().manual_seed(state)
         scores = torch.rand(view.heads, view.tokens, generator=generator).to(view.keys.device)
         return keep_top(scores, view.protected, slots)

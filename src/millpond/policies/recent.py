@@ -28,8 +28,8 @@ class Recent(Policy):
     sink: int = 4
 
     def __post_init__(self) -> None:
-        if self.sink < 0:
-            raise PolicyError(f"recent: sink must not be negative, not {self.sink}")
+        if not isinstance(self.sink, int) or self.sink < 0:
+            raise PolicyError(f"recent: sink must be a whole number of tokens, not {self.sink!r}")
 
     def keep(self, view: View, slots: int) -> Tensor:
         age = torch.arange(view.tokens, dtype=torch.float32, device=view.keys.device)

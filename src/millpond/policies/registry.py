@@ -17,7 +17,12 @@ GROUP = "millpond.policies"
 
 @cache
 def _found() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=GROUP)}
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=GROUP):
+        # A built-in name means the built-in policy, whatever else is installed.
+        if entry.name not in found or entry.module.startswith("millpond."):
+            found[entry.name] = entry
+    return found
 
 
 def _load(entry: EntryPoint) -> type[Policy]:
@@ -27,6 +32,8 @@ def _load(entry: EntryPoint) -> type[Policy]:
         raise PolicyError(f"the policy {entry.name!r} ({entry.value}) cannot be loaded: {error}") from error
     if not (isinstance(loaded, type) and issubclass(loaded, Policy)):
         raise PolicyError(f"the entry point {entry.name!r} ({entry.value}) is not a millpond Policy")
+    if getattr(loaded, "name", None) != entry.name:
+        raise PolicyError(f"the policy {entry.name!r} ({entry.value}) must have this as its class attribute `name`")
     return loaded
 
 
@@ -54,4 +61,8 @@ def get(name: str, **parameters: Any) -> Policy:
     known = [field.name for field in fields(policy)]
     if unknown := sorted(set(parameters) - set(known)):
         raise PolicyError(f"{name} has no parameter {unknown[0]!r}; it has: {', '.join(known) or 'none'}")
-    return policy(**parameters)
+    try:
+        return policy(**parameters)
+    except (TypeError, ValueError) as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in parameters.items())
+        raise PolicyError(f"{name} cannot be made with {given or 'no parameters'}: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -50,7 +51,9 @@ def _spread(times: list[int]) -> list[int]:
         if high - low < 2:
             continue
         middle = (times[low] + times[high]) / 2
-        chosen = min(range(low + 1, high), key=lambda index: abs(times[index] - middle))
+        chosen = bisect_left(times, middle, low + 1, high - 1)
+        if chosen > low + 1 and middle - times[chosen - 1] <= times[chosen] - middle:
+            chosen -= 1
         order.append(chosen)
         for a, b in ((low, chosen), (chosen, high)):
             heapq.heappush(gaps, (times[a] - times[b], a, b))
