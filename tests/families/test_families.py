@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from millpond.families import Family, Tokens
+from millpond.families import NO_PLACE, Family, Tokens
 from millpond.positions import Clock
 from tests.families.tiny import FAMILIES, tiny
 
@@ -112,6 +112,19 @@ def test_frames_in_blocks_give_the_same_features_as_the_whole_video(name: str) -
     for layer, features in enumerate(whole.deepstack):
         assert torch.allclose(torch.cat([part.deepstack[layer] for part in parts]), features, atol=1e-5)
     assert (len(whole.deepstack) > 0) == (name == "qwen3_vl")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_places_go_row_by_row_group_after_group(name: str) -> None:
+    family = tiny(name)
+    grid = family.grid(56, 70)
+    tokens = family.encode([family.prepare(f) for f in video(4)], times(4))
+    once = [[row, col] for row in range(grid.rows) for col in range(grid.cols)]
+    groups = 4 // family.frames_per_group
+    assert tokens.place[tokens.visual].tolist() == once * groups
+    assert (tokens.place[~tokens.visual] == NO_PLACE).all()
+    begun = [0, SECOND] if groups == 2 else times(4)
+    assert tokens.time_us.unique_consecutive().tolist() == begun
 
 
 @pytest.mark.parametrize("name", FAMILIES)
