@@ -25,11 +25,11 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from machine import describe
 
 from millpond import native, policies
 from millpond.cache import Pond
 from millpond.geometry import Geometry
+from millpond.machine import describe
 from millpond.plan import make_plan
 from millpond.policies.base import Policy
 

@@ -29,13 +29,13 @@ from time import perf_counter, process_time
 import numpy as np
 import psutil
 import torch
-from machine import describe
 from models import qwen2_5_vl
 from tqdm import tqdm
 
 from millpond import Session
 from millpond.families import Family
 from millpond.frames import Frame
+from millpond.machine import describe
 
 FPS, EDGE = 2.0, 56
 STAGES = ("source", "vision", "decoder", "compaction")

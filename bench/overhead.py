@@ -28,15 +28,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import describe
 from models import qwen2_vl
 from torch import Tensor
 from tqdm import tqdm
 
 from millpond import Session, native
+from millpond import flow as flow_module
 from millpond import session as session_module
 from millpond.families import Family, Tokens
 from millpond.frames import Frame
+from millpond.machine import describe
 
 FPS = 2.0
 AIM = 0.005
@@ -162,6 +163,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="toy layers, to see in seconds that the bench runs")
     options = parser.parse_args()
     session_module.perf_counter = process_time
+    flow_module.perf_counter = process_time
     shape = SMALL if options.small else Shape()
     result = {
         "what": "share of ingest spent in selection and compaction, infinipot-v, decoder layers of "

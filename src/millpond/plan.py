@@ -110,7 +110,8 @@ def make_plan(
             reserve = max(_RESERVE_LEAST, min(_RESERVE_MOST, slots // _RESERVE_SHARE))
         behind_prompt = slots - prompt_tokens - reserve
         groups = next((g for g in _BLOCK_GROUPS if g * group_tokens <= behind_prompt // 4), 1)
-        room = max(groups * group_tokens, behind_prompt // _ROOM_SHARE)
+        block = groups * group_tokens
+        room = max(block, behind_prompt // _ROOM_SHARE // block * block)  # what is left of a block would never be used
         memory = behind_prompt - room
         if policy.whole_frames:
             memory -= memory % group_tokens

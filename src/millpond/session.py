@@ -16,24 +16,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from millpond import families, frames, policies
 from millpond.answer import Answer, LayerMemory, Usage
 from millpond.budget import Budget
-from millpond.cache.pond import Pond
-from millpond.cache.reanchor import close_gaps, shift_uniformly
 from millpond.decoding import TextPieces
-from millpond.errors import BudgetError, MillpondError, SourceError
+from millpond.errors import MillpondError, SourceError
 from millpond.families.base import Family, Grid, Tokens
+from millpond.flow import Flow, Positions, dated, places
 from millpond.frames import Frame
-from millpond.plan import Plan, make_plan
-from millpond.policies.base import SEPARATOR, TEXT, Policy
-from millpond.positions import Clock
+from millpond.plan import Plan
+from millpond.policies.base import TEXT, Policy
 
 __all__ = ["Session"]
 
-Positions = Literal["absolute", "contiguous"]
 DEFAULT_POLICY = "infinipot-v"
 DEFAULT_POSITIONS: Positions = "absolute"
 
@@ -66,25 +62,37 @@ class Session:
     ) -> None:
         if positions not in ("absolute", "contiguous"):
             raise MillpondError(f"positions must be 'absolute' or 'contiguous', not {positions!r}")
-        self.family = family
-        self.policy = policies.get(policy) if isinstance(policy, str) else policy
-        self.positions = positions
-        self._budget = None if budget is None else int(Budget(budget))
-        self._reserve = reserve_tokens
-        self._opening = family.opening(system)
+        self._flow = Flow(
+            family,
+            budget=None if budget is None else int(Budget(budget)),
+            policy=policies.read(policy) if isinstance(policy, str) else policy,
+            positions=positions,
+            system=system,
+            reserve_tokens=reserve_tokens,
+        )
         self._turn = threading.Lock()
         self._owner: int | None = None
-        self._clock = Clock()
-        self._grid: Grid | None = None
         self._waiting: list[tuple[int, np.ndarray]] = []  # (time_us, prepared frame) until their block is full
         self._waiting_grid: Grid | None = None
         self._video_open = True  # the opening ends where the first frame goes
         self._last_us: int | None = None
         self._interval_us = 0
-        self._frames = self._dropped = self._stream_tokens = self._reanchorings = 0
-        self._seconds = dict.fromkeys(("source", "vision", "decoder", "compaction", "answers", "total"), 0.0)
-        self._make_plan(None)  # refuse now what can never work
-        self._storage: Pond | None = None  # allocated with the first frame or question, when the frames' size is known
+        self._frames = self._dropped = 0
+
+    @property
+    def family(self) -> Family:
+        """The adapted model."""
+        return self._flow.family
+
+    @property
+    def policy(self) -> Policy:
+        """What chooses which tokens survive."""
+        return self._flow.policy
+
+    @property
+    def positions(self) -> Positions:
+        """What happens to rotary positions near the trained limit."""
+        return self._flow.positions
 
     @classmethod
     def from_pretrained(
@@ -131,7 +139,7 @@ class Session:
             SourceError: the source broke, or a frame is not one. What had been seen before stays remembered.
             BudgetError: frames of this size cannot fit the budget; names the least that works. Nothing is lost.
         """
-        with self._exclusive(), self._timed("total"):
+        with self._exclusive(), self._flow.timed("total"):
             if isinstance(source, Frame):
                 if self._last_us is not None and round(source.seconds * 1e6) <= self._last_us:
                     raise SourceError(
@@ -144,7 +152,7 @@ class Session:
             arriving = iter(opened)
             try:
                 while True:
-                    with self._timed("source"):
+                    with self._flow.timed("source"):
                         frame = next(arriving, None)
                     if frame is None:
                         break
@@ -162,16 +170,6 @@ class Session:
                 self._make_room_for_waiting()
             return self._frames - before
 
-    @property
-    def _pond(self) -> Pond:
-        """The memory; made, with the prompt pinned in it, when it is first needed."""
-        if self._storage is None:
-            plan = self._make_plan(self._grid)
-            self._storage = Pond(self.family.geometry, plan, self.policy, self.family.device)
-            with torch.no_grad():
-                self._append(self.family.embed(self._opening), text=True)
-        return self._storage
-
     def _take(self, time_us: int, pixels: np.ndarray) -> None:
         """Queue one frame at model resolution; run the block when it is full."""
         if self._last_us is not None:
@@ -180,16 +178,16 @@ class Session:
         grid = self.family.grid(*pixels.shape[:2])
         if self._waiting_grid is not None and grid != self._waiting_grid:
             self._digest(partial=True)  # a group holds frames of one size
-        self._fit(grid)
-        with self._timed("vision"):
+        self._flow.fit(grid)
+        with self._flow.timed("vision"):
             prepared = self.family.prepare(pixels)
-        waiting = self._pond.ledger.account("waiting")
-        self._pond.ledger.hold("waiting", waiting + prepared.nbytes)
+        waiting = self._flow.pond.ledger.account("waiting")
+        self._flow.pond.ledger.hold("waiting", waiting + prepared.nbytes)
         self._waiting.append((time_us, prepared))
         self._waiting_grid = grid
         self._last_us = time_us
         self._frames += 1
-        if len(self._waiting) >= self._pond.plan.block_groups * self.family.frames_per_group:
+        if len(self._waiting) >= self._flow.pond.plan.block_groups * self.family.frames_per_group:
             self._digest(partial=False)
 
     def _digest(self, *, partial: bool) -> None:
@@ -203,28 +201,28 @@ class Session:
         try:
             with torch.no_grad():
                 if not self._video_open:
-                    self._append(self._at(self.family.embed(self.family.reopening()), block[0][0]), text=True)
+                    self._flow.append(dated(self.family.embed(self.family.reopening()), block[0][0]), text=True)
                     self._video_open = True
-                self._append(self._encode(block), text=False)
+                self._flow.append(self._encode(block), text=False)
             done = True
         finally:
             # A block that the model could not take is dropped, not tried for ever; the memory was rolled back.
             self._dropped += 0 if done else count
             del self._waiting[:count]
-            self._pond.ledger.hold("waiting", sum(frame.nbytes for _, frame in self._waiting))
+            self._flow.pond.ledger.hold("waiting", sum(frame.nbytes for _, frame in self._waiting))
             if not self._waiting:
                 self._waiting_grid = None
 
     def _encode(self, waiting: list[tuple[int, np.ndarray]]) -> Tokens:
-        with self._timed("vision"):
+        with self._flow.timed("vision"):
             return self.family.encode([frame for _, frame in waiting], [time for time, _ in waiting])
 
     def _make_room_for_waiting(self) -> None:
         """Make room for an incomplete group now, so that a question can show it without touching the memory."""
         if self._waiting and self._waiting_grid is not None:
             reopening = 0 if self._video_open else len(self.family.reopening())
-            with self._timed("compaction"):
-                self._pond.admit(reopening + self._waiting_grid.tokens)
+            with self._flow.timed("compaction"):
+                self._flow.pond.admit(reopening + self._waiting_grid.tokens)
 
     # --- asking -------------------------------------------------------------------------------------------------
 
@@ -257,34 +255,34 @@ class Session:
             raise MillpondError("the question is empty")
         with self._exclusive():
             began = perf_counter()
-            mark, clock = self._pond.length, replace(self._clock)
+            mark, clock = self._flow.pond.length, replace(self._flow.clock)
             try:
                 with torch.no_grad():
                     answer = yield from self._generate(question, max_new_tokens, remember, began)
                 if not remember:
-                    self._roll_back(mark, clock)
+                    self._flow.roll_back(mark, clock)
             except BaseException:
-                self._roll_back(mark, clock)
+                self._flow.roll_back(mark, clock)
                 raise
             finally:
-                self._seconds["answers"] += perf_counter() - began
-                self._seconds["total"] += perf_counter() - began
+                self._flow.seconds["answers"] += perf_counter() - began
+                self._flow.seconds["total"] += perf_counter() - began
             return replace(answer, usage=self.usage)
 
     def _generate(self, question: str, limit: int, remember: bool, began: float) -> Generator[str, None, Answer]:
         asked_us = self._last_us or 0
-        start = self._pond.length
+        start = self._flow.pond.length
         kept: list[Tokens] = []
         video = self._video_open
         if self._waiting:
             if not video:
-                kept.append(self._at(self.family.embed(self.family.reopening()), self._waiting[0][0]))
+                kept.append(dated(self.family.embed(self.family.reopening()), self._waiting[0][0]))
             kept.append(self._encode(self._waiting))
             video = True
-        kept.append(self._at(self.family.question(question, after_video=video), asked_us))
-        self._pond.admit_turn(sum(len(part) for part in kept) + 1)
+        kept.append(dated(self.family.question(question, after_video=video), asked_us))
+        self._flow.pond.admit_turn(sum(len(part) for part in kept) + 1)
         for part in kept:
-            hidden = self._run(part)
+            hidden = self._flow.run(part)
         ids: list[int] = []
         text = TextPieces(self.family.tokenizer)
         reason: Literal["stop", "length"] = "length"
@@ -298,10 +296,10 @@ class Session:
             first = first or perf_counter() - began
             if piece := text.push(token):
                 yield piece
-            if self._pond.free == 0 or (len(ids) == limit and not remember):
+            if self._flow.pond.free == 0 or (len(ids) == limit and not remember):
                 break
-            part = self._at(self.family.embed([token]), asked_us)
-            hidden = self._run(part)
+            part = dated(self.family.embed([token]), asked_us)
+            hidden = self._flow.run(part)
             kept.append(part)
         if rest := text.finish():
             yield rest
@@ -321,72 +319,20 @@ class Session:
         """Make a turn that has run part of the stream."""
         self._waiting.clear()
         self._waiting_grid = None
-        self._pond.ledger.hold("waiting", 0)
+        self._flow.pond.ledger.hold("waiting", 0)
         for part in turn:
-            self._pond.commit(part.time_us, _places(part, text=not bool(part.visual.any())))
-        self._stream_tokens += self._pond.length - start
+            self._flow.pond.commit(part.time_us, places(part, text=not bool(part.visual.any())))
+        self._flow.tokens += self._flow.pond.length - start
         self._video_open = False
-        with self._timed("compaction"):
-            self._pond.admit(0)  # the turn used the reserve: give it back
-
-    def _roll_back(self, mark: int, clock: Clock) -> None:
-        self._pond.truncate(mark)
-        self._clock = clock
-
-    # --- the way into the pond ----------------------------------------------------------------------------------
-
-    def _append(self, tokens: Tokens, *, text: bool) -> None:
-        """Make room for stream tokens, run them through the decoder and keep them; all or nothing."""
-        with self._timed("compaction"):
-            self._pond.admit(len(tokens))
-            self._stay_in_range(len(tokens))
-        mark, clock = self._pond.length, replace(self._clock)
-        try:
-            with self._timed("decoder"):
-                self._run(tokens, text=text)
-        except BaseException:
-            self._roll_back(mark, clock)
-            raise
-        prompt = mark < self._pond.plan.prompt_tokens
-        if not prompt:
-            self._pond.commit(tokens.time_us, _places(tokens, text=text))
-        self._stream_tokens += len(tokens)
-
-    def _run(self, tokens: Tokens, *, text: bool | None = None) -> Tensor:
-        """One forward of the decoder behind the live tokens; returns hidden states [n, hidden]."""
-        text = not bool(tokens.visual.any()) if text is None else text
-        positions = self.family.place(tokens, self._clock)
-        self._pond.announce(tokens.time_us, _places(tokens, text=text), positions)
-        return self.family.forward(tokens, positions, self._pond)
-
-    def _stay_in_range(self, tokens: int) -> None:
-        """Re-anchor when the next block or turn would pass the positions that the weights were trained on."""
-        rope, clock = self.family.rope, self._clock
-        ahead = tokens + self._pond.plan.reserve_tokens
-        if clock.next + ahead <= rope.limit or self._pond.length == 0:
-            return
-        moved = 0
-        if self.positions == "contiguous":
-            moved = close_gaps(self._pond, rope, clock)
-        if clock.next + ahead > rope.limit * 3 // 4:
-            # Nothing (more) to close: true distances stay, the numbers move into the first half of the range.
-            by = clock.next - rope.limit // 2
-            if by > 0:
-                shift_uniformly(self._pond, rope, clock, by)
-                moved += by
-        self._reanchorings += moved > 0
-
-    @staticmethod
-    def _at(tokens: Tokens, time_us: int) -> Tokens:
-        """Date text tokens."""
-        return replace(tokens, time_us=torch.full((len(tokens),), time_us, dtype=torch.long))
+        with self._flow.timed("compaction"):
+            self._flow.pond.admit(0)  # the turn used the reserve: give it back
 
     # --- the budget ---------------------------------------------------------------------------------------------
 
     @property
     def plan(self) -> Plan:
         """How the budget is split now: for the largest frames so far, or for text alone before the first."""
-        return self._make_plan(None) if self._storage is None else self._storage.plan
+        return self._flow.plan
 
     def plan_for(self, height: int, width: int) -> Plan:
         """How the budget would be split for frames of `height` x `width` pixels.
@@ -394,7 +340,7 @@ class Session:
         Raises:
             BudgetError: too small for such frames; names the least that works.
         """
-        return self._make_plan(self.family.grid(height, width))
+        return self._flow.plan_for(self.family.grid(height, width))
 
     def resize(self, budget: str | int) -> None:
         """Change the budget while the stream runs; a smaller one compacts at once.
@@ -403,51 +349,14 @@ class Session:
             BudgetError: too small for this model and frame size; names the least that works. Nothing changes.
         """
         with self._exclusive():
-            if not self.policy.capped:
-                raise BudgetError(f"the policy {self.policy.name!r} has no budget to resize")
-            before, self._budget = self._budget, int(Budget(budget))
-            try:
-                plan = self._make_plan(self._grid)
-                if self._storage is not None:
-                    with self._timed("compaction"):
-                        self._storage.resize(plan)
-            except MillpondError:
-                self._budget = before
-                raise
-
-    def _make_plan(self, grid: Grid | None) -> Plan:
-        what = "this model's prompt and one turn" if grid is None else f"frames of {grid.width} x {grid.height}"
-        return make_plan(
-            self._budget,
-            self.family.geometry,
-            self.policy,
-            prompt_tokens=len(self._opening),
-            group_tokens=1 if grid is None else grid.tokens,
-            frames_per_group=self.family.frames_per_group,
-            frame_bytes=0 if grid is None else grid.height * grid.width * 3,
-            reserve_tokens=self._reserve,
-            what=what,
-        )
-
-    def _fit(self, grid: Grid) -> None:
-        """Split the budget anew when frames turn out larger than planned for."""
-        known = self._grid
-        if known is not None and grid.tokens <= known.tokens and grid.height * grid.width <= known.height * known.width:
-            return
-        plan = self._make_plan(grid)
-        if self._storage is not None:
-            if not self.policy.capped:
-                plan = replace(plan, slots=max(plan.slots, self._storage.capacity))
-            with self._timed("compaction"):
-                self._storage.resize(plan)
-        self._grid = grid
+            self._flow.resize(budget)
 
     # --- looking in ---------------------------------------------------------------------------------------------
 
     @property
     def usage(self) -> Usage:
         """Bytes, tokens, frames and seconds so far."""
-        pond = self._pond
+        pond = self._flow.pond
         kept: set[int] = set()
         for times, place in pond.kept():
             for head in range(times.shape[0]):
@@ -457,17 +366,17 @@ class Session:
             live_bytes=pond.live_bytes,
             allocated_bytes=pond.ledger.held,
             peak_bytes=pond.ledger.peak,
-            full_cache_bytes=self._stream_tokens * self.family.geometry.kv_bytes_per_token,
+            full_cache_bytes=self._flow.tokens * self.family.geometry.kv_bytes_per_token,
             frames_seen=self._frames,
             frames_dropped=self._dropped,
             timestamps_kept=len(kept),
             memory_tokens=pond.memory_tokens,
-            stream_tokens=self._stream_tokens,
+            stream_tokens=self._flow.tokens,
             evicted_tokens=pond.evicted,
             compactions=pond.compactions,
-            reanchorings=self._reanchorings,
+            reanchorings=self._flow.reanchorings,
             stream_seconds=(self._last_us or 0) / 1e6,
-            **{f"seconds_{stage}": spent for stage, spent in self._seconds.items()},
+            **{f"seconds_{stage}": spent for stage, spent in self._flow.seconds.items()},
         )
 
     def memory(self) -> tuple[LayerMemory, ...]:
@@ -479,7 +388,7 @@ class Session:
                     row=place[:, :, 0].cpu().numpy().copy(),
                     column=place[:, :, 1].cpu().numpy().copy(),
                 )
-                for times, place in self._pond.kept()
+                for times, place in self._flow.pond.kept()
             )
 
     def fork(self) -> Session:
@@ -487,11 +396,9 @@ class Session:
         with self._exclusive():
             other = object.__new__(Session)
             other.__dict__.update(self.__dict__)
-            other._storage = self._pond.fork()
-            other._storage.ledger.hold("waiting", sum(frame.nbytes for _, frame in self._waiting))
-            other._clock = replace(self._clock)
+            other._flow = self._flow.fork()
+            other._flow.pond.ledger.hold("waiting", sum(frame.nbytes for _, frame in self._waiting))
             other._waiting = list(self._waiting)
-            other._seconds = dict(self._seconds)
             other._turn, other._owner = threading.Lock(), None
             return other
 
@@ -508,18 +415,3 @@ class Session:
                 yield
             finally:
                 self._owner = None
-
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        began = perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[stage] += perf_counter() - began
-
-
-def _places(tokens: Tokens, *, text: bool) -> Tensor:
-    """int16 [n, 2] as the pond stores them: `TEXT` for a turn, `SEPARATOR` for a frame's tokens without a place."""
-    if text:
-        return tokens.place
-    return torch.where(tokens.visual[:, None], tokens.place, torch.tensor(SEPARATOR, dtype=torch.int16))

@@ -51,6 +51,7 @@ def test_the_split_adds_up_under_the_budget(
     assert plan.total_bytes <= budget
     assert plan.memory_tokens >= group
     assert plan.room_tokens >= plan.block_tokens >= group
+    assert plan.room_tokens % plan.block_tokens == 0, "part of a block's room would never be used"
     if reserve is not None:
         assert plan.reserve_tokens == reserve
 

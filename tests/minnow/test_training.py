@@ -12,11 +12,12 @@ import torch
 from scipy.stats import binomtest
 from transformers import Qwen2VLImageProcessorPil
 
+from millpond.accuracy import wilson
 from millpond.families import adapt
 from millpond.families.base import Tokens
 from millpond.minnow.architecture import IMAGE_NUMBERS, Codes, tokenizer
 from millpond.minnow.curriculum import FAMILY_WEIGHTS, LESSONS, Lesson, coded_batch, pick, stream_batch
-from millpond.minnow.evaluate import SUPPORTED, evaluate, wilson
+from millpond.minnow.evaluate import SUPPORTED, evaluate
 from millpond.minnow.language import answer_loss, keep_tokens, layout, place
 from millpond.minnow.loop import Stage, train
 from millpond.minnow.sight import features, patches, round_trip, sight_batch, sight_loss

@@ -65,8 +65,8 @@ class Watched:
 
     def look(self) -> None:
         self.note(held_bytes(self.session))
-        assert self.session._pond.ledger.held <= self.limit
-        assert held_bytes(self.session) <= self.session._pond.ledger.held
+        assert self.session._flow.pond.ledger.held <= self.limit
+        assert held_bytes(self.session) <= self.session._flow.pond.ledger.held
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "llava_onevision"])
@@ -133,7 +133,7 @@ def test_reanchoring_stays_under_the_cap(monkeypatch: pytest.MonkeyPatch) -> Non
     family = tiny("qwen2_5_vl", max_position_embeddings=120)
     session = Session(family, budget="300KiB", positions="contiguous")
     peaks = []
-    import millpond.session as module
+    import millpond.flow as module
 
     for name in ("close_gaps", "shift_uniformly"):
         original = getattr(module, name)

@@ -29,19 +29,19 @@ def tight(family: Family, **options: object) -> Session:
     """A session whose budget is small enough to compact many times on 60 frames."""
     session = Session(family, budget="4GiB", **options)  # type: ignore[arg-type]
     group = session.plan_for(56, 56)
-    slots = len(session._opening) + 6 * group.group_tokens + 40
+    slots = len(session._flow._opening) + 6 * group.group_tokens + 40
     return Session(family, budget=int(slots * family.geometry.bytes_per_token * 1.3) + group.waiting_bytes, **options)  # type: ignore[arg-type]
 
 
 def state(session: Session) -> list[bytes]:
     """Everything that the stream's memory consists of, bit for bit."""
-    pond = session._pond
+    pond = session._flow.pond
     parts = [
         t[:, : pond.length].contiguous().view(torch.uint8).numpy().tobytes()
         for layer in pond.layers
         for t in layer.tensors()
     ]
-    parts.append(repr((session._clock, pond.length, pond._recent, pond._text, pond.compactions)).encode())
+    parts.append(repr((session._flow.clock, pond.length, pond._recent, pond._text, pond.compactions)).encode())
     parts += [frame.tobytes() for _, frame in session._waiting]
     return parts
 
@@ -138,7 +138,7 @@ def test_a_remembered_turn_stays_under_the_cap_and_changes_the_next_answer(qwen:
     kept = session.ask("which one", max_new_tokens=4, remember=True)
     after = session.usage
     assert after.stream_tokens > before.stream_tokens
-    assert session._pond.free >= session.plan.reserve_tokens
+    assert session._flow.pond.free >= session.plan.reserve_tokens
     texts = [(layer.row == -1).sum(axis=1) for layer in session.memory()]
     assert all((count == texts[0][0]).all() and count[0] >= len(kept.token_ids) for count in texts)
     session.ask("and then", max_new_tokens=4)
@@ -239,22 +239,22 @@ def test_a_broken_source_leaves_what_was_seen_answerable(qwen: Family) -> None:
 def test_a_model_fault_in_the_middle_of_a_block_is_rolled_back(qwen: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     session = tight(qwen)
     session.feed(list(moving(20)))
-    lengths = [layer.length for layer in session._pond.layers]
-    clock = replace(session._clock)
-    original = session._pond.update
+    lengths = [layer.length for layer in session._flow.pond.layers]
+    clock = replace(session._flow.clock)
+    original = session._flow.pond.update
 
     def fails(keys: torch.Tensor, values: torch.Tensor, layer: int, *args: object, **kwargs: object) -> object:
         if layer == 1:
             raise RuntimeError("out of memory")
         return original(keys, values, layer, *args, **kwargs)
 
-    monkeypatch.setattr(session._pond, "update", fails)
+    monkeypatch.setattr(session._flow.pond, "update", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         session.feed(list(moving(2, start=10)))
     monkeypatch.undo()
-    assert len({layer.length for layer in session._pond.layers}) == 1
-    assert session._pond.length <= lengths[0]
-    assert session._clock == clock
+    assert len({layer.length for layer in session._flow.pond.layers}) == 1
+    assert session._flow.pond.length <= lengths[0]
+    assert session._flow.clock == clock
     assert session.usage.frames_dropped == 2
     session.feed(list(moving(2, start=12)))
     assert session.ask(QUESTION, max_new_tokens=2) is not None
@@ -327,7 +327,7 @@ def test_a_stream_longer_than_the_trained_range_stays_in_it(name: str, positions
     session = tight(family, positions=positions)
     for frame in moving(160, fps=1):
         session.feed(frame)
-        assert session._clock.next <= 160
+        assert session._flow.clock.next <= 160
     assert session.usage.reanchorings >= 1
     assert session.ask(QUESTION, max_new_tokens=3) is not None
 

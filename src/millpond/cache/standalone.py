@@ -43,7 +43,7 @@ class PondCache(Pond):
     def __init__(
         self, model: Any, budget: str | int | None, policy: str | Policy = "infinipot-v", *, pinned: int = 4
     ) -> None:
-        chosen = policies.get(policy) if isinstance(policy, str) else policy
+        chosen = policies.read(policy) if isinstance(policy, str) else policy
         geometry = Geometry.from_config(model.config, model.dtype)
         plan = make_plan(
             None if budget is None else int(Budget(budget)),

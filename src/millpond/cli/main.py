@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from millpond.cli import demo, inspect
+from millpond.cli import bench, demo, inspect
 from millpond.cli.errors import Commands
 from millpond.cli.options import WatchCommand
 from millpond.cli.watch import watch
@@ -50,6 +50,7 @@ app.command()(inspect.doctor)
 app.command()(inspect.models)
 app.command()(inspect.policies)
 app.command()(demo.demo)
+app.add_typer(bench.app, name="bench")
 app.add_typer(recompute, name="recompute")
 
 

@@ -98,7 +98,7 @@ def budget_for(budget: int | None, policy: str) -> int | None:
     """The default budget, except for a policy that runs without a cap."""
     from millpond import policies
 
-    if budget is None and policies.get(policy).capped:
+    if budget is None and policies.read(policy).capped:
         return parse_bytes(DEFAULT_BUDGET)
     return budget
 

@@ -7,48 +7,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from millpond.accuracy.table import Accuracy, wilson
 from millpond.streams import Stream, generate
 
 if TYPE_CHECKING:
     from millpond.families import Family
 
-__all__ = ["SUPPORTED", "Accuracy", "evaluate", "main", "wilson"]
+__all__ = ["SUPPORTED", "evaluate", "main"]
 
 SUPPORTED = ("colour", "object", "where", "appear", "digit", "first", "last", "now")
 """Question families that Minnow is trained on and ships for."""
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Right answers among those asked, with the 95 % interval of Wilson (1927)."""
-
-    right: int
-    asked: int
-    share: float
-    low: float
-    high: float
-
-
-def wilson(right: int, asked: int) -> Accuracy:
-    """The Wilson score interval at 95 %."""
-    if asked == 0:
-        return Accuracy(0, 0, 0.0, 0.0, 1.0)
-    z, share = 1.959964, right / asked
-    middle = (share + z * z / (2 * asked)) / (1 + z * z / asked)
-    half = z / (1 + z * z / asked) * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
-    return Accuracy(right, asked, round(share, 4), round(middle - half, 4), round(middle + half, 4))
 
 
 def evaluate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import fields
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -10,7 +11,7 @@ from typing import Any
 from millpond.errors import PolicyError
 from millpond.policies.base import Policy
 
-__all__ = ["available", "get"]
+__all__ = ["available", "get", "read"]
 
 GROUP = "millpond.policies"
 
@@ -66,3 +67,22 @@ def get(name: str, **parameters: Any) -> Policy:
     except (TypeError, ValueError) as error:
         given = ", ".join(f"{key}={value!r}" for key, value in parameters.items())
         raise PolicyError(f"{name} cannot be made with {given or 'no parameters'}: {error}") from error
+
+
+def read(text: str) -> Policy:
+    """Make a policy from one word: `name`, or `name:parameter=value:...` as in `infinipot-v:alpha=0.3:pooling=1`.
+
+    Raises:
+        PolicyError: not of this form, or as `get`.
+    """
+    name, *pairs = text.split(":")
+    parameters: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise PolicyError(f"{text!r}: write parameters as {name}:parameter=value")
+        try:
+            parameters[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            parameters[key] = value  # a word
+    return get(name, **parameters)

@@ -1,0 +1,138 @@
+"""From outcomes to figures: accuracy with intervals per cell, question family and age. Knows nothing about models or files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from statistics import fmean
+from typing import Any
+
+from millpond.accuracy.cell import Cell
+from millpond.accuracy.trial import Mark, Outcome
+from millpond.budget import format_bytes
+
+__all__ = ["AGES", "PAST_SECONDS", "Accuracy", "markdown", "summarise", "wilson"]
+
+AGES = (4.0, 16.0, 64.0, 256.0, 1024.0)
+"""Upper bounds in seconds of the classes of age, from an event to its question; above the last there is one more."""
+PAST_SECONDS = 16.0
+"""A question is about the past when its event began at least this long ago."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Right answers among those asked, with the 95 % interval of Wilson (1927)."""
+
+    right: int
+    asked: int
+    share: float
+    low: float
+    high: float
+
+
+def wilson(right: int, asked: int) -> Accuracy:
+    """The Wilson score interval at 95 %."""
+    if asked == 0:
+        return Accuracy(0, 0, 0.0, 0.0, 1.0)
+    z, share = 1.959964, right / asked
+    middle = (share + z * z / (2 * asked)) / (1 + z * z / asked)
+    half = z / (1 + z * z / asked) * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
+    return Accuracy(right, asked, round(share, 4), max(0.0, round(middle - half, 4)), round(middle + half, 4))
+
+
+def summarise(cells: Sequence[Cell], outcomes: Iterable[Outcome], questions: Sequence[str]) -> list[dict[str, Any]]:
+    """One row per cell, in the order of `cells`: accuracy over all questions, per family, per age, and what it cost."""
+    by_cell: dict[str, dict[int, Outcome]] = {cell.name: {} for cell in cells}
+    for outcome in outcomes:
+        if outcome.cell in by_cell:
+            by_cell[outcome.cell][outcome.seed] = outcome
+    return [_row(cell, list(by_cell[cell.name].values()), questions) for cell in cells]
+
+
+def _row(cell: Cell, outcomes: list[Outcome], questions: Sequence[str]) -> dict[str, Any]:
+    seen = [outcome for outcome in outcomes if outcome.refused is None]
+    row: dict[str, Any] = {
+        "policy": cell.policy,
+        "budget": cell.budget_name,
+        "positions": cell.positions,
+        "streams": len(seen),
+        "refused": next((outcome.refused for outcome in outcomes if outcome.refused), None),
+    }
+    if not seen:
+        return row
+    marks = [mark for outcome in seen for mark in outcome.marks]
+    row |= {
+        "all": _share(marks),
+        "past": _share(marks, lambda mark: mark.age is not None and mark.age >= PAST_SECONDS),
+        "families": {name: _share(marks, lambda mark, name=name: mark.family == name) for name in questions},  # type: ignore[misc]
+        "ages": {
+            label: _share(marks, lambda mark, low=low, high=high: mark.age is not None and low <= mark.age < high)  # type: ignore[misc]
+            for label, low, high in _age_classes()
+        },
+        "budget_bytes": seen[0].budget_bytes,
+        "full_cache_bytes": seen[0].full_cache_bytes,
+        "peak_bytes": max(outcome.peak_bytes for outcome in seen),
+        "scratch_bytes": max(outcome.scratch_bytes for outcome in seen),
+        "memory_tokens": round(fmean(outcome.memory_tokens for outcome in seen), 1),
+        "compactions": round(fmean(outcome.compactions for outcome in seen), 1),
+        "seconds_compaction": round(fmean(outcome.seconds_compaction for outcome in seen), 4),
+        "seconds_decoder": round(fmean(outcome.seconds_decoder for outcome in seen), 4),
+    }
+    return row
+
+
+def _share(marks: Iterable[Mark], belongs: Callable[[Mark], bool] = lambda mark: True) -> dict[str, Any]:
+    chosen = [mark.right for mark in marks if belongs(mark)]
+    return asdict(wilson(sum(chosen), len(chosen)))
+
+
+def _age_classes() -> list[tuple[str, float, float]]:
+    bounds = (0.0, *AGES, math.inf)
+    labels = [f"under {AGES[0]:g} s", *(f"{a:g}-{b:g} s" for a, b in pairwise(AGES))]
+    return list(zip([*labels, f"from {AGES[-1]:g} s"], bounds[:-1], bounds[1:], strict=True))
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Three tables: overall, by question family, by age. Per cent, with the 95 % interval where there is room."""
+    shown = [row for row in rows if row["streams"]]
+    parts = [_overall(rows)]
+    for key, title in (("families", "By question"), ("ages", "By seconds from the event to the question")):
+        columns = [name for name in (shown[0][key] if shown else {}) if any(row[key][name]["asked"] for row in shown)]
+        lines = [f"\n{title}:\n", _line(["policy", "budget", *columns]), _line(["---"] * (2 + len(columns)))]
+        lines += [
+            _line([_policy(row), row["budget"], *(_percent(row[key][name]) for name in columns)]) for row in shown
+        ]
+        parts.append("\n".join(lines))
+    return "\n".join(parts) + "\n"
+
+
+def _overall(rows: Sequence[dict[str, Any]]) -> str:
+    head = ["policy", "budget", "all", "95 %", "past", "95 %", "peak", "memory tokens", "compaction / decoder"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for row in rows:
+        if not row["streams"]:
+            lines.append(_line([_policy(row), row["budget"], "refused", *[""] * 6]))
+            continue
+        spent = row["seconds_compaction"] / max(row["seconds_decoder"], 1e-9)
+        cost = [format_bytes(row["peak_bytes"]), f"{row['memory_tokens']:.0f}", f"{spent:.2f}"]
+        shares = [text for key in ("all", "past") for text in (_percent(row[key]), _interval(row[key]))]
+        lines.append(_line([_policy(row), row["budget"], *shares, *cost]))
+    return "\n".join(lines)
+
+
+def _policy(row: dict[str, Any]) -> str:
+    return row["policy"] if row["positions"] == "absolute" else f"{row['policy']} ({row['positions']})"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _percent(share: dict[str, Any]) -> str:
+    return f"{100 * share['share']:.1f}" if share["asked"] else "-"
+
+
+def _interval(share: dict[str, Any]) -> str:
+    return f"{100 * share['low']:.1f}-{100 * share['high']:.1f}"

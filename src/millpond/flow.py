@@ -1,0 +1,207 @@
+"""The one way into the pond: tokens get positions, room is made, they run through the decoder and stay.
+
+Owns the memory of one stream, its clock and its budget. Knows tokens, not frames or questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from time import perf_counter
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from millpond.budget import Budget
+from millpond.cache.pond import Pond
+from millpond.cache.reanchor import close_gaps, shift_uniformly
+from millpond.errors import BudgetError, MillpondError
+from millpond.families.base import Family, Grid, Tokens
+from millpond.plan import Plan, make_plan
+from millpond.policies.base import SEPARATOR, Policy
+from millpond.positions import Clock
+
+__all__ = ["Flow", "Positions", "dated", "places"]
+
+Positions = Literal["absolute", "contiguous"]
+
+
+class Flow:
+    """One stream's memory and the way into it.
+
+    Args:
+        family, policy, positions, system, reserve_tokens: as in `millpond.Session`.
+        budget: bytes; None only for a policy without a cap.
+
+    Attributes:
+        clock: where the next token stands.
+        grid: the largest frame size planned for; None before the first frame.
+        tokens: stream tokens that went in, the prompt among them.
+        reanchorings: how often positions were moved.
+        seconds: spent by stage, see `millpond.Usage`.
+
+    Raises:
+        BudgetError: the budget cannot even hold the prompt and one turn; names the least that works.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        *,
+        budget: int | None,
+        policy: Policy,
+        positions: Positions,
+        system: str | None,
+        reserve_tokens: int | None,
+    ) -> None:
+        self.family = family
+        self.policy = policy
+        self.positions = positions
+        self.clock = Clock()
+        self.grid: Grid | None = None
+        self.tokens = self.reanchorings = 0
+        self.seconds = dict.fromkeys(("source", "vision", "decoder", "compaction", "answers", "total"), 0.0)
+        self._budget = budget
+        self._reserve = reserve_tokens
+        self._opening = family.opening(system)
+        self.plan_for(None)  # refuse now what can never work
+        self._pond: Pond | None = None  # allocated with the first frame or question, when the frames' size is known
+
+    @property
+    def pond(self) -> Pond:
+        """The memory; made, with the prompt pinned in it, when it is first needed."""
+        if self._pond is None:
+            self._pond = Pond(self.family.geometry, self.plan_for(self.grid), self.policy, self.family.device)
+            with torch.no_grad():
+                self.append(self.family.embed(self._opening), text=True)
+        return self._pond
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Count the seconds spent inside as that stage's."""
+        began = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += perf_counter() - began
+
+    # --- tokens -------------------------------------------------------------------------------------------------
+
+    def append(self, tokens: Tokens, *, text: bool) -> None:
+        """Make room for stream tokens, run them through the decoder and keep them; all or nothing."""
+        with self.timed("compaction"):
+            self.pond.admit(len(tokens))
+            self._stay_in_range(len(tokens))
+        mark, clock = self.pond.length, replace(self.clock)
+        try:
+            with self.timed("decoder"):
+                self.run(tokens, text=text)
+        except BaseException:
+            self.roll_back(mark, clock)
+            raise
+        prompt = mark < self.pond.plan.prompt_tokens
+        if not prompt:
+            self.pond.commit(tokens.time_us, places(tokens, text=text))
+        self.tokens += len(tokens)
+
+    def run(self, tokens: Tokens, *, text: bool | None = None) -> Tensor:
+        """One forward of the decoder behind the live tokens; returns hidden states [n, hidden]."""
+        text = not bool(tokens.visual.any()) if text is None else text
+        positions = self.family.place(tokens, self.clock)
+        self.pond.announce(tokens.time_us, places(tokens, text=text), positions)
+        return self.family.forward(tokens, positions, self.pond)
+
+    def _stay_in_range(self, tokens: int) -> None:
+        """Re-anchor when the next block or turn would pass the positions that the weights were trained on."""
+        rope, clock = self.family.rope, self.clock
+        # At most a quarter: tokens of one frame share positions, and a turn that counts them all would re-anchor every block.
+        ahead = min(tokens + self.pond.plan.reserve_tokens, rope.limit // 4)
+        if clock.next + ahead <= rope.limit or self.pond.length == 0:
+            return
+        moved = 0
+        if self.positions == "contiguous":
+            moved = close_gaps(self.pond, rope, clock)
+        if clock.next + ahead > rope.limit * 3 // 4:
+            # Nothing (more) to close: true distances stay, the numbers move into the first half of the range.
+            by = clock.next - rope.limit // 2
+            if by > 0:
+                shift_uniformly(self.pond, rope, clock, by)
+                moved += by
+        self.reanchorings += moved > 0
+
+    def roll_back(self, mark: int, clock: Clock) -> None:
+        """Forget everything from slot `mark` on and put the clock back."""
+        self.pond.truncate(mark)
+        self.clock = clock
+
+    # --- the budget ---------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """How the budget is split now: for the largest frames so far, or for text alone before the first."""
+        return self.plan_for(None) if self._pond is None else self._pond.plan
+
+    def plan_for(self, grid: Grid | None) -> Plan:
+        """How the budget would be split for frames of that size; None: for text alone."""
+        what = "this model's prompt and one turn" if grid is None else f"frames of {grid.width} x {grid.height}"
+        return make_plan(
+            self._budget,
+            self.family.geometry,
+            self.policy,
+            prompt_tokens=len(self._opening),
+            group_tokens=1 if grid is None else grid.tokens,
+            frames_per_group=self.family.frames_per_group,
+            frame_bytes=0 if grid is None else grid.height * grid.width * 3,
+            reserve_tokens=self._reserve,
+            what=what,
+        )
+
+    def fit(self, grid: Grid) -> None:
+        """Split the budget anew when frames turn out larger than planned for."""
+        known = self.grid
+        if known is not None and grid.tokens <= known.tokens and grid.height * grid.width <= known.height * known.width:
+            return
+        plan = self.plan_for(grid)
+        if self._pond is not None:
+            if not self.policy.capped:
+                plan = replace(plan, slots=max(plan.slots, self._pond.capacity))
+            with self.timed("compaction"):
+                self._pond.resize(plan)
+        self.grid = grid
+
+    def resize(self, budget: str | int) -> None:
+        """Change the budget; a smaller one compacts at once. See `millpond.Session.resize`."""
+        if not self.policy.capped:
+            raise BudgetError(f"the policy {self.policy.name!r} has no budget to resize")
+        before, self._budget = self._budget, int(Budget(budget))
+        try:
+            plan = self.plan_for(self.grid)
+            if self._pond is not None:
+                with self.timed("compaction"):
+                    self._pond.resize(plan)
+        except MillpondError:
+            self._budget = before
+            raise
+
+    def fork(self) -> Flow:
+        """A second flow on a copy of the memory."""
+        other = object.__new__(Flow)
+        other.__dict__.update(self.__dict__)
+        other._pond = self.pond.fork()
+        other.clock = replace(self.clock)
+        other.seconds = dict(self.seconds)
+        return other
+
+
+def dated(tokens: Tokens, time_us: int) -> Tokens:
+    """Text tokens with the stream time at which they are said."""
+    return replace(tokens, time_us=torch.full((len(tokens),), time_us, dtype=torch.long))
+
+
+def places(tokens: Tokens, *, text: bool) -> Tensor:
+    """int16 [n, 2] as the pond stores them: `TEXT` for a turn, `SEPARATOR` for a frame's tokens without a place."""
+    if text:
+        return tokens.place
+    return torch.where(tokens.visual[:, None], tokens.place, torch.tensor(SEPARATOR, dtype=torch.int16))

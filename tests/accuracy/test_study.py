@@ -1,0 +1,96 @@
+"""A study from the command line: two processes, resumed, its tables true to its outcomes."""
+
+import json
+import math
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from millpond.accuracy import Cell, summarise, wilson
+from millpond.accuracy.run import outcomes
+from millpond.accuracy.table import markdown
+from millpond.accuracy.trial import Mark, Outcome
+from millpond.cli.main import app
+
+COMMAND = ["bench", "accuracy", "--groups", "24", "--budgets", "1/2", "--policies", "full,recent", "--split", "train"]
+
+
+def bench(*options: str) -> dict:
+    result = CliRunner().invoke(app, [*COMMAND, "--json", *options])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_a_study_is_resumed_not_repeated(tmp_path: Path) -> None:
+    first = bench("--streams", "2", "--out", str(tmp_path))
+    lines = (tmp_path / "outcomes.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+    assert {(row.seed, row.cell) for row in outcomes(tmp_path)} == {
+        (seed, cell) for seed in (0, 1) for cell in ("full @ - absolute", "recent @ 1/2 absolute")
+    }
+    # A crash in the middle of a line: that trial is done again, the others are not.
+    (tmp_path / "outcomes.jsonl").write_text("\n".join(lines)[: -len(lines[-1]) // 2])
+    again = bench("--streams", "2", "--out", str(tmp_path), "--processes", "1")
+    strip = [{key: value for key, value in row.items() if "seconds" not in key} for row in first["rows"]]
+    assert [{key: value for key, value in row.items() if "seconds" not in key} for row in again["rows"]] == strip
+    kept = (tmp_path / "outcomes.jsonl").read_text().splitlines()
+    assert kept[:3] == lines[:3]
+    for name in ("accuracy.json", "accuracy.md", "accuracy.png"):
+        assert (tmp_path / name).stat().st_size > 100
+    assert json.loads((tmp_path / "accuracy.json").read_text())["study"]["streams"] == 2
+
+
+def test_another_study_does_not_mix_with_it(tmp_path: Path) -> None:
+    bench("--streams", "1", "--out", str(tmp_path), "--processes", "1")
+    result = CliRunner().invoke(app, [*COMMAND, "--streams", "1", "--level", "plain", "--out", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "another level ('standard')" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--questions", "colour,taste"], "no question family is called 'taste'"),
+        (["--level", "easy"], "'easy'"),
+        (["--budgets", "half"], "half"),
+        (["--policies", "wisdom"], "no policy is called 'wisdom'"),
+    ],
+)
+def test_bad_input_gets_one_line(tmp_path: Path, options: list[str], line: str) -> None:
+    result = CliRunner().invoke(app, [*COMMAND, *options, "--out", str(tmp_path / "new")])
+    assert result.exit_code == 1
+    assert line in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "new" / "outcomes.jsonl").exists()
+
+
+ages = st.none() | st.floats(0, 5000)
+marks = st.builds(Mark, st.sampled_from(["colour", "now"]), ages, st.booleans())
+
+
+@given(st.lists(marks, max_size=40))
+def test_every_answer_is_counted_once_in_each_table(found: list[Mark]) -> None:
+    cell = Cell("recent", Fraction(1, 2), "absolute")
+    half = len(found) // 2
+    rows = summarise(
+        [cell], [Outcome(0, cell.name, found[:half]), Outcome(1, cell.name, found[half:])], ["colour", "now"]
+    )
+    (row,) = rows
+    assert row["all"]["asked"] == len(found) == sum(share["asked"] for share in row["families"].values())
+    assert row["all"]["right"] == sum(mark.right for mark in found)
+    dated = [mark for mark in found if mark.age is not None]
+    assert sum(share["asked"] for share in row["ages"].values()) == len(dated)
+    assert row["past"]["asked"] == sum(mark.age >= 16 for mark in dated if mark.age is not None)
+    assert markdown(rows).count("recent") == 3
+
+
+@given(st.integers(0, 300), st.integers(1, 300))
+def test_an_interval_holds_its_share(right: int, asked: int) -> None:
+    right = min(right, asked)
+    found = wilson(right, asked)
+    assert 0 <= found.low <= found.share <= found.high <= 1
+    assert math.isclose(found.share, right / asked, abs_tol=1e-4)

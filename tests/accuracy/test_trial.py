@@ -1,0 +1,79 @@
+"""A trial is what a session does: the same answers, one look at each frame group, a refusal where the budget is too small."""
+
+import numpy as np
+import pytest
+import torch
+
+from millpond import Session, families, streams
+from millpond.accuracy import read_cells
+from millpond.accuracy.trial import SeenOnce, watch
+from millpond.families.base import Family
+from millpond.minnow.evaluate import SUPPORTED
+from millpond.streams import Stream
+
+
+@pytest.fixture(scope="module")
+def minnow() -> Family:
+    return families.load("minnow")
+
+
+@pytest.fixture(scope="module")
+def stream() -> Stream:
+    return streams.generate(3, groups=48, level="standard", split="train")
+
+
+def test_groups_are_looked_at_once_and_alike(minnow: Family, stream: Stream) -> None:
+    frames = [minnow.prepare(pixels) for _, pixels in stream.frames()][:8]
+    times = [round(index * 5e5) for index in range(8)]
+    once = SeenOnce(minnow)
+    looks: list[int] = []
+    original = once._look
+    once._look = lambda given, at: looks.append(len(given)) or original(given, at)  # type: ignore[assignment,func-returns-value]
+    first, again = once.family.encode(frames, times), once.family.encode(frames[2:6], times[2:6])
+    assert looks == [2] * 4
+    plain = minnow.encode(frames, times)
+    for name in ("place", "time_us", "visual"):
+        assert torch.equal(getattr(first, name), getattr(plain, name))
+    assert torch.allclose(first.embeds, plain.embeds, atol=1e-5)
+    per_group = len(plain) // 4
+    assert torch.equal(again.embeds, first.embeds[per_group : 3 * per_group])
+    assert minnow.encode.__self__ is minnow, "the family itself stays as it was"  # type: ignore[attr-defined]
+
+
+def test_marks_are_the_answers_of_a_session(minnow: Family, stream: Stream) -> None:
+    (cell,) = read_cells(["infinipot-v"], ["1/4"], "contiguous")
+    (outcome,) = watch(minnow, stream, [cell], SUPPORTED)
+    full = 48 * 16 * minnow.geometry.kv_bytes_per_token
+    session = Session(minnow, budget=full // 4, policy="infinipot-v", positions="contiguous")
+    session.feed(stream.frames())
+    asked = [question for question in stream.questions if question.family in SUPPORTED]
+    right = [session.ask(question.text, max_new_tokens=4).text.strip() == question.answer for question in asked]
+    assert [mark.right for mark in outcome.marks] == right
+    assert [mark.family for mark in outcome.marks] == [question.family for question in asked]
+    ages = [None if q.event_seconds is None else q.ask_seconds - q.event_seconds for q in asked]
+    assert [mark.age for mark in outcome.marks] == ages
+    assert outcome.full_cache_bytes == full
+    assert outcome.peak_bytes <= full // 4 == outcome.budget_bytes
+    assert outcome.compactions == session.usage.compactions > 0
+
+
+def test_the_last_frames_baseline_saw_nothing_else(minnow: Family, stream: Stream) -> None:
+    (cell,) = read_cells(["last-4-frames"], ["1/4"], "absolute")
+    (outcome,) = watch(minnow, stream, [cell], SUPPORTED)
+    assert outcome.memory_tokens == 2 * 16
+    assert outcome.budget_bytes is None
+
+
+def test_a_budget_too_small_is_told_not_hidden(minnow: Family, stream: Stream) -> None:
+    (cell,) = read_cells(["recent"], ["1/32"], "absolute")
+    (outcome,) = watch(minnow, stream, [cell], SUPPORTED)
+    assert outcome.refused is not None
+    assert "the least that works" in outcome.refused
+    assert outcome.marks == []
+
+
+def test_question_families_are_chosen(minnow: Family, stream: Stream) -> None:
+    cells = read_cells(["full"], [], "absolute")
+    (outcome,) = watch(minnow, stream, cells, ("colour", "then"))
+    assert {mark.family for mark in outcome.marks} <= {"colour"}, "two-turn questions are not asked"
+    assert np.isfinite(outcome.seconds_decoder)
