@@ -138,7 +138,7 @@ def best(scores: Tensor, slots: int) -> Tensor | None:
     if library is None or scores.dtype != torch.float32 or not scores.is_contiguous() or not 0 < slots <= tokens:
         return None
     keep = torch.empty(heads, slots, dtype=torch.int64)
-    work = torch.empty(tokens, dtype=torch.int32)
+    work = torch.empty(2 * tokens, dtype=torch.int32)
     sizes = ctypes.c_int64(heads), ctypes.c_int64(tokens), ctypes.c_int64(slots)
     library.millpond_best(_pointer(scores), *sizes, _pointer(work), _pointer(keep))
     return keep

@@ -12,6 +12,7 @@ namespace {
 
 typedef float Floats __attribute__((vector_size(32)));
 typedef uint32_t Words __attribute__((vector_size(32)));
+typedef float Quad __attribute__((vector_size(16)));
 constexpr int64_t LANES = 8;
 
 inline float widen(float x) { return x; }
@@ -36,12 +37,26 @@ inline void load(const uint16_t* from, Floats& one, Floats& other) {
     std::memcpy(&other, &odd, sizeof other);
 }
 
+inline Quad folded(Floats sums) {
+    Quad low, high;
+    std::memcpy(&low, &sums, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&sums) + sizeof low, sizeof high);
+    return low + high;
+}
+// Rows are read once, faster than the processor would fetch them by itself; past the end a fetch does nothing.
+constexpr int64_t AHEAD = 8;
+template <typename T>
+inline void fetch(const T* row, int64_t width) {
+    for (int64_t i = 0; i < width; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i);
+}
+
 inline float total(Floats sums) {
-    return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+    const Quad quad = folded(sums);
+    return (quad[0] + quad[2]) + (quad[1] + quad[3]);
 }
 
 template <typename T>
-inline float norm_of(const T* row, int64_t width) {
+inline float square_of(const T* row, int64_t width) {
     Floats a = {}, b = {}, c = {}, d = {}, x, y;  // four sums, so that one addition need not wait for the one before
     int64_t i = 0;
     for (; i + 4 * LANES <= width; i += 4 * LANES) {
@@ -59,12 +74,12 @@ inline float norm_of(const T* row, int64_t width) {
     }
     float rest = 0;
     for (; i < width; ++i) rest += widen(row[i]) * widen(row[i]);
-    return std::sqrt(total((a + b) + (c + d)) + rest);
+    return total((a + b) + (c + d)) + rest;
 }
 
-// `unit` in the order of `load`, see `add_scaled`.
+// The dot product with `unit`, which is in the order of `load` (see `add_scaled`), and the row's own square.
 template <typename T>
-inline float cosine_to(const T* row, const float* unit, int64_t width, float floor) {
+inline void dot_and_square(const T* row, const float* unit, int64_t width, float& dot, float& square) {
     Floats a = {}, b = {}, c = {}, d = {}, x, y, u, v;
     int64_t i = 0;
     for (; i + 2 * LANES <= width; i += 2 * LANES) {
@@ -75,12 +90,12 @@ inline float cosine_to(const T* row, const float* unit, int64_t width, float flo
         c += x * x;
         d += y * y;
     }
-    float dot = 0, square = 0;
+    dot = total(a + b);
+    square = total(c + d);
     for (; i < width; ++i) {
         dot += widen(row[i]) * unit[i];
         square += widen(row[i]) * widen(row[i]);
     }
-    return (total(a + b) + dot) / (std::sqrt(total(c + d) + square) + floor);
 }
 
 template <typename T>
@@ -101,8 +116,16 @@ inline void add_scaled(const T* row, float scale, int64_t width, float* sum) {
 template <typename T>
 void norms(const T* rows, int64_t head_stride, int64_t heads, int64_t tokens, int64_t width, float* out) {
     for (int64_t h = 0; h < heads; ++h)
-        for (int64_t n = 0; n < tokens; ++n) out[h * tokens + n] = norm_of(rows + h * head_stride + n * width, width);
+        for (int64_t n = 0; n < tokens; ++n) {
+            const T* row = rows + h * head_stride + n * width;
+            fetch(row + AHEAD * width, width);
+            out[h * tokens + n] = square_of(row, width);
+        }
+    // Roots in a pass of their own: many at a time instead of one waiting at the end of each row.
+    for (int64_t i = 0; i < heads * tokens; ++i) out[i] = std::sqrt(out[i]);
 }
+
+constexpr int64_t BATCH = 64;  // tokens whose roots and divisions are done together
 
 // Temporal redundancy of one head; see millpond.policies.infinipot_v.
 template <typename T>
@@ -124,16 +147,26 @@ void redundancy(const T* keys, const int16_t* place, const uint8_t* recent, int6
             const int64_t at = place[2 * n] * cols + place[2 * n + 1] - base;
             if (!recent[n] || place[2 * n] < 0 || at < 0 || at >= span) continue;
             const T* key = keys + n * width;
-            add_scaled(key, 1.0f / (norm_of(key, width) + floor), width, table + at * width);
+            add_scaled(key, 1.0f / (std::sqrt(square_of(key, width)) + floor), width, table + at * width);
             seen[at] += 1.0f;
         }
         for (int64_t at = 0; at < span; ++at)
             if (seen[at] > 1.0f)
                 for (int64_t i = 0; i < width; ++i) table[at * width + i] /= seen[at];
-        for (int64_t n = 0; n < tokens; ++n) {
+        float dots[BATCH], squares[BATCH];
+        int64_t which[BATCH], filled = 0;
+        for (int64_t n = 0; n <= tokens; ++n) {
+            if (filled == BATCH || (n == tokens && filled)) {
+                for (int64_t i = 0; i < filled; ++i) dots[i] /= -(std::sqrt(squares[i]) + floor);
+                for (int64_t i = 0; i < filled; ++i) out[which[i]] = dots[i];
+                filled = 0;
+            }
+            if (n == tokens) break;
             const int64_t row = place[2 * n], col = place[2 * n + 1], at = row * cols + col - base;
             if (recent[n] || row < 0 || row >= rows || col >= cols || at < 0 || at >= span || seen[at] == 0) continue;
-            out[n] = -cosine_to(keys + n * width, table + at * width, width, floor);
+            fetch(keys + (n + AHEAD) * width, width);
+            dot_and_square(keys + n * width, table + at * width, width, dots[filled], squares[filled]);
+            which[filled++] = n;
         }
     }
 }
@@ -165,19 +198,25 @@ inline uint32_t ordered(float score) {
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// The `slots`-th largest of `tokens` numbers, eleven bits at a time; `above` becomes how many are larger.
-uint32_t nth_largest(const uint32_t* numbers, int64_t tokens, int64_t slots, int64_t& above) {
-    uint32_t found = 0, mask = 0;
+// The `slots`-th largest of `tokens` numbers, eleven bits at a time; `above` becomes how many are larger. After each step
+// only the numbers of one bin are left, in `rest` [tokens].
+uint32_t nth_largest(const uint32_t* numbers, int64_t tokens, int64_t slots, uint32_t* rest, int64_t& above) {
+    uint32_t found = 0;
     above = 0;
     for (const int shift : {21, 10, 0}) {
         const uint32_t bins = shift ? 2048 : 1024;
-        int64_t counts[2048] = {};
-        for (int64_t n = 0; n < tokens; ++n)
-            if ((numbers[n] & mask) == found) ++counts[numbers[n] >> shift & (bins - 1)];
+        int32_t counts[2048] = {};
+        for (int64_t n = 0; n < tokens; ++n) ++counts[numbers[n] >> shift & (bins - 1)];
         uint32_t bin = bins - 1;
         while (above + counts[bin] < slots) above += counts[bin--];
         found |= bin << shift;
-        mask |= (bins - 1) << shift;
+        int64_t left = 0;
+        for (int64_t n = 0; n < tokens; ++n) {
+            rest[left] = numbers[n];
+            left += (numbers[n] >> shift & (bins - 1)) == bin;
+        }
+        numbers = rest;
+        tokens = left;
     }
     return found;
 }
@@ -261,12 +300,12 @@ void millpond_pool(float* values, const int64_t* time_us, const int16_t* place, 
 }
 
 // The `slots` best of `tokens` scores in each head, ascending by index; equal scores go to the older token.
-// `work` is uint32 [tokens].
+// `work` is uint32 [2 tokens].
 void millpond_best(const float* scores, int64_t heads, int64_t tokens, int64_t slots, uint32_t* work, int64_t* keep) {
     for (int64_t h = 0; h < heads; ++h) {
         for (int64_t n = 0; n < tokens; ++n) work[n] = ordered(scores[h * tokens + n]);
         int64_t above;
-        const uint32_t least = nth_largest(work, tokens, slots, above);
+        const uint32_t least = nth_largest(work, tokens, slots, work + tokens, above);
         int64_t ties = slots - above, kept = 0;
         int64_t* row = keep + h * slots;
         for (int64_t n = 0; n < tokens && kept < slots; ++n) {
