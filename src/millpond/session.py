@@ -107,6 +107,7 @@ class Session:
         dtype: str | torch.dtype | None = None,
         device: str | None = None,
         attn_implementation: str | None = None,
+        max_pixels: int | None = None,
     ) -> Session:
         """Load a model and start a session on it; the other arguments are those of `Session`.
 
@@ -115,6 +116,7 @@ class Session:
             dtype: for example "bfloat16"; the checkpoint's own by default.
             device: "cpu", "cuda", ...; CUDA where there is one by default.
             attn_implementation: "sdpa" (default), "eager" or "flash_attention_2".
+            max_pixels: most pixels of a frame after resizing: smaller frames cost fewer tokens. Not for a loaded model.
 
         Raises:
             ModelError: not found, or no supported family; BudgetError: too small.
@@ -122,7 +124,9 @@ class Session:
         if isinstance(model, tuple):
             family = families.adapt(*model)
         else:
-            family = families.load(model, dtype=dtype, device=device, attn_implementation=attn_implementation)
+            family = families.load(
+                model, dtype=dtype, device=device, attn_implementation=attn_implementation, max_pixels=max_pixels
+            )
         return cls(
             family, budget=budget, policy=policy, positions=positions, system=system, reserve_tokens=reserve_tokens
         )

@@ -22,7 +22,7 @@ def objects(result: Result) -> dict[str, Any]:
 
 
 def test_plan_shows_the_session_s_own_split(model: str) -> None:
-    words = ("plan", "--model", model, "--device", "cpu", "--budget", "3MiB", "--size", "112x56", "--fps", 4)
+    words = ("plan", "--model", model, "--budget", "3MiB", "--size", "112x56", "--fps", 4)
     split = Session(families.load(model, device="cpu"), budget="3MiB").plan_for(56, 112)
     found = objects(millpond(*words, "--json"))
     assert {name: found[name] for name in split.to_dict()} == split.to_dict()
@@ -43,7 +43,7 @@ def test_plan_shows_the_session_s_own_split(model: str) -> None:
 
 @pytest.mark.parametrize("budget", ["1kB", "least for the prompt"])
 def test_a_budget_too_small_names_the_least_and_that_works(model: str, budget: str) -> None:
-    words = ("plan", "--model", model, "--device", "cpu", "--size", "112x112")
+    words = ("plan", "--model", model, "--size", "112x112")
     if budget != "1kB":
         # Enough for text alone, not for frames.
         family = families.load(model, device="cpu")

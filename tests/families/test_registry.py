@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from millpond import ModelError
+from millpond import ModelError, Session
 from millpond.families import Supported, adapt, load, supported
 from tests.cache.text_model import text_model
 from tests.families.tiny import FAMILIES, tiny
@@ -181,3 +181,25 @@ def test_frequencies_that_change_with_the_length_are_refused(kind: str) -> None:
     family.model.config.get_text_config().rope_parameters["rope_type"] = kind
     with pytest.raises(ModelError, match=f"'{kind}' depend on the length"):
         adapt(family.model, family.tokenizer)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_without_weights_a_plan_is_the_same(name: str, tmp_path: Path) -> None:
+    folder = saved(name, tmp_path)
+    whole, empty = load(folder), load(folder, weights=False)
+    assert all(weight.is_meta for weight in empty.model.parameters())
+    assert empty.geometry == whole.geometry
+    assert empty.opening() == whole.opening()
+    assert empty.grid(112, 168) == whole.grid(112, 168)
+    assert torch.equal(empty.rope.inv_freq, whole.rope.inv_freq)
+    plans = [Session(family, budget="8MiB").plan_for(112, 168) for family in (whole, empty)]
+    assert plans[0] == plans[1]
+
+
+def test_fewer_pixels_cost_fewer_tokens_where_frames_keep_their_shape(qwen: Path, tmp_path: Path) -> None:
+    most = load(qwen).grid(448, 448)
+    few = load(qwen, max_pixels=112 * 112)
+    assert few.grid(448, 448).height * few.grid(448, 448).width <= 112 * 112
+    assert few.grid(448, 448).tokens < most.tokens
+    with pytest.raises(ModelError, match="max_pixels does not apply"):
+        load(saved("llava_onevision", tmp_path), max_pixels=112 * 112)

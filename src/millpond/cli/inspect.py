@@ -13,14 +13,15 @@ from rich.text import Text
 
 from millpond.cli.errors import FAILED, announce
 from millpond.cli.options import (
+    DEFAULT_MODEL,
     DEFAULT_POLICY,
     BudgetOption,
-    DeviceOption,
     DtypeOption,
     FpsOption,
     FrameSize,
     JsonFlag,
     ModelOption,
+    PixelsOption,
     PolicyOption,
     QuietFlag,
     SystemOption,
@@ -38,7 +39,7 @@ __all__ = ["doctor", "models", "plan", "policies"]
 
 def plan(
     context: typer.Context,
-    model: ModelOption,
+    model: ModelOption = DEFAULT_MODEL,
     budget: BudgetOption = None,
     size: Annotated[
         FrameSize,
@@ -50,7 +51,7 @@ def plan(
     policy: PolicyOption = DEFAULT_POLICY,
     system: SystemOption = None,
     dtype: DtypeOption = None,
-    device: DeviceOption = None,
+    max_pixels: PixelsOption = None,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -60,7 +61,7 @@ def plan(
     from millpond.cli.watch import silence
 
     silence()
-    family = families.load(model, dtype=dtype, device=device)
+    family = families.load(model, dtype=dtype, max_pixels=max_pixels, weights=False)
     split = _split(family, budget_for(budget, policy), policy, system, size)
     if as_json:
         seconds = {"fps": fps, "seconds_in_full": split.seconds_in_full(fps)}

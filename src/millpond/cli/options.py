@@ -26,6 +26,7 @@ __all__ = [
     "JsonFlag",
     "ModelOption",
     "Moment",
+    "PixelsOption",
     "PolicyOption",
     "PositionsOption",
     "QuietFlag",
@@ -37,8 +38,9 @@ __all__ = [
 ]
 
 DEFAULT_POLICY = "infinipot-v"
+DEFAULT_MODEL = "minnow"
 DEFAULT_BUDGET = "2MiB"
-"""Enough for a tiny model; real ones need hundreds of MiB (`millpond plan` tells)."""
+"""Enough for the model that ships; others need hundreds of MiB (`millpond plan` tells)."""
 
 
 class Positions(StrEnum):
@@ -139,7 +141,18 @@ def _is_number(word: str) -> bool:
 
 ModelOption = Annotated[
     str,
-    typer.Option("--model", "-m", envvar="MILLPOND_MODEL", help="A local folder, or a hub id."),
+    typer.Option("--model", "-m", envvar="MILLPOND_MODEL", help="minnow (ships inside), a local folder, or a hub id."),
+]
+PixelsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-pixels",
+        envvar="MILLPOND_MAX_PIXELS",
+        min=1,
+        metavar="PIXELS",
+        show_default="the model's own",
+        help="Most pixels of a frame after resizing; fewer cost fewer tokens.",
+    ),
 ]
 BudgetOption = Annotated[
     int | None,

@@ -14,6 +14,7 @@ import typer
 
 from millpond.cli.errors import FAILED, announce, one_line
 from millpond.cli.options import (
+    DEFAULT_MODEL,
     DEFAULT_POLICY,
     BudgetOption,
     DeviceOption,
@@ -22,6 +23,7 @@ from millpond.cli.options import (
     JsonFlag,
     ModelOption,
     Moment,
+    PixelsOption,
     PolicyOption,
     Positions,
     PositionsOption,
@@ -45,7 +47,7 @@ def watch(
     source: Annotated[
         str, typer.Argument(help="A video file, rtsp://, http:// or tcp:// URL, /dev/video0, a folder of images, or -.")
     ],
-    model: ModelOption,
+    model: ModelOption = DEFAULT_MODEL,
     ask: Annotated[
         list[str], typer.Option("--ask", "-a", metavar="QUESTION", help="Ask when the stream has ended. Repeatable.")
     ] = [],  # noqa: B006
@@ -74,6 +76,7 @@ def watch(
     ] = False,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
+    max_pixels: PixelsOption = None,
     live: Annotated[
         bool,
         typer.Option("--live", envvar="MILLPOND_LIVE", help="Drop frames rather than fall behind, as for cameras."),
@@ -105,6 +108,7 @@ def watch(
         system=system,
         dtype=dtype,
         device=device,
+        max_pixels=max_pixels,
     )
     watching = Watch(
         session,

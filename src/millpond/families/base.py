@@ -78,6 +78,8 @@ class Family(ABC):
 
     model_types: ClassVar[tuple[str, ...]]
     """`config.model_type` values that this adapter serves."""
+    any_size: ClassVar[bool] = False
+    """Whether frames keep their shape, up to `max_pixels`; otherwise every frame is resized to one size."""
     frames_per_group: int
     """Frames that the vision tower folds into one temporal group (Qwen: temporal_patch_size, LLaVA: 1)."""
     geometry: Geometry

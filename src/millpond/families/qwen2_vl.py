@@ -40,6 +40,7 @@ class Qwen2VL(DecoderFamily):
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
+    any_size: ClassVar[bool] = True
     mean: tuple[float, ...] = _CLIP_MEAN
     std: tuple[float, ...] = _CLIP_STD
     frame_tokens: ClassVar[tuple[int, int]] = (128, 768)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from transformers.utils import cached_file
 
@@ -79,6 +80,8 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | None = None,
     attn_implementation: str | None = None,
+    max_pixels: int | None = None,
+    weights: bool = True,
 ) -> Family:
     """Load a model from a folder or by hub id and wrap it.
 
@@ -87,9 +90,11 @@ def load(
         dtype: for example "bfloat16"; the checkpoint's own by default.
         device: CUDA where there is one by default.
         attn_implementation: "sdpa", "eager" or "flash_attention_2"; transformers' choice by default.
+        max_pixels: most pixels of a frame after resizing, for families that take frames of any size.
+        weights: False leaves the weights away: the family can plan and lay out, but not run.
 
     Raises:
-        ModelError: not found, not readable, or not a supported family.
+        ModelError: not found, not readable, not a supported family, or a fixed frame size where `max_pixels` is given.
     """
     kind = _torch_dtype(dtype)
     source = str(_shipped() if name == _SHIPPED else name)
@@ -102,17 +107,19 @@ def load(
             f"no model at {source!r}: give a folder, or a hub id that is cached or can be reached: {_first_line(error)}"
         ) from error
     adapter = _adapter(config.model_type)
+    if max_pixels is not None and not adapter.any_size:
+        raise ModelError(f"{config.model_type} resizes every frame to one size: max_pixels does not apply")
     try:
+        if not weights:
+            model, tokenizer, image = _empty(config, kind), _tokenizer(source), _image_numbers(source, max_pixels)
+            return adapter(model, tokenizer, image)
         model, report = transformers.AutoModelForImageTextToText.from_pretrained(
             source,
             dtype=kind,
             output_loading_info=True,
             **({"attn_implementation": attn_implementation} if attn_implementation else {}),
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        if not getattr(tokenizer, "chat_template", None):
-            tokenizer.chat_template = _template(source)
-        image = _image_numbers(source)
+        tokenizer, image = _tokenizer(source), _image_numbers(source, max_pixels)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load the model at {str(name)!r}: {_first_line(error)}") from error
     # transformers fills gaps with random numbers. LLaVA's towers may lack the layers behind the one whose features are used.
@@ -145,14 +152,34 @@ def _torch_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
     return found
 
 
-def _image_numbers(source: str) -> dict[str, Any]:
+def _empty(config: Any, dtype: str | torch.dtype) -> Any:
+    """The model without weights; its small buffers, such as the rotary frequencies, are real."""
+    kind = getattr(config, "dtype", None) if dtype == "auto" else dtype
+    with init_empty_weights(include_buffers=False):
+        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=kind or torch.float32)
+    return model.eval()
+
+
+def _tokenizer(source: str) -> Any:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    if not getattr(tokenizer, "chat_template", None):
+        tokenizer.chat_template = _template(source)
+    return tokenizer
+
+
+def _image_numbers(source: str, max_pixels: int | None) -> dict[str, Any]:
+    numbers: dict[str, Any] = {}
     for file, entry in _IMAGE_FILES:
         numbers = _read_json(source, file)
         if entry is not None:
             numbers = numbers.get(entry) or {}
         if numbers:
-            return numbers
-    return {}
+            break
+    if max_pixels is None:
+        return numbers
+    # What a user says is taken as it is; what a processor's file says is capped by the family.
+    stays = {key: value for key, value in numbers.items() if key in ("image_mean", "image_std", "min_pixels")}
+    return {**stays, "max_pixels": max_pixels}
 
 
 def _template(source: str) -> str | None:
