@@ -1,0 +1,81 @@
+"""Each bench runs with tiny numbers and writes the JSON that the README's figures are read from. No figure is asserted."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+def run(script: str, out: Path, *options: str) -> dict[str, Any]:
+    """Run a bench as its reader would; return the JSON that it wrote."""
+    command = [sys.executable, str(BENCH / script), "--out", str(out), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(out.read_text())
+    check_machine(result["machine"])
+    assert "shared" in result["noise"]
+    return result
+
+
+def check_machine(machine: dict[str, Any]) -> None:
+    assert set(machine) == {"cpu", "cores", "memory_gib", "gpu", "os", "python", "torch", "transformers", "threads"}
+    assert machine["threads"] == 1
+    assert machine["memory_gib"] > 0
+    # A description is published: neither this host's name nor a path may be in it.
+    text = json.dumps(machine)
+    assert os.uname().nodename not in text
+    assert str(Path.home()) not in text
+
+
+def finite(values: Any) -> bool:
+    """Whether every number in nested dicts is finite."""
+    if isinstance(values, dict):
+        return all(finite(value) for value in values.values())
+    return not isinstance(values, float) or math.isfinite(values)
+
+
+def test_endless(tmp_path: Path) -> None:
+    out = tmp_path / "results" / "endless.json"
+    result = run("endless.py", out, "--frames", "400", "--window", "50", "--limit", "256", "--budget", "256KiB")
+    assert result["frames"] == 400
+    assert [window["frames"] for window in result["windows"]] == list(range(50, 401, 50))
+    summary = result["summary"]
+    assert finite(summary)
+    for name in ("wall_ms", "cpu_ms", "vision_ms", "decoder_ms", "compaction_ms"):
+        assert set(summary["ms_per_frame"][name]) == {"start", "middle", "end"}
+    assert set(summary["paired"]) >= {"old_cpu_ms", "new_cpu_ms", "old_over_new"}
+    for window in result["windows"]:
+        # What the garbage collector finds agrees with the ledger, and both stay under the cap.
+        assert 0 < window["live_bytes"] <= window["tensor_bytes"] <= result["budget_bytes"]
+        assert window["tensor_bytes"] == window["storage_bytes"]
+        assert window["storage_bytes"] <= window["allocated_bytes"] <= window["peak_bytes"] <= result["budget_bytes"]
+    assert summary["compactions"] > 0
+    assert summary["reanchorings"] > 1
+
+
+def test_endless_refuses_a_window_that_does_not_fit(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH / "endless.py"), "--frames", "100", "--window", "30"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "--window" in done.stderr
+
+
+def test_overhead(tmp_path: Path) -> None:
+    out = tmp_path / "overhead.json"
+    result = run("overhead.py", out, "--small", "--layers", "1", "--slots", "1600", "--blocks", "2")
+    assert set(result["results"]) == {"float32"}
+    found = result["results"]["float32"]
+    assert finite(found)
+    assert found["blocks"] == 2
+    assert found["frame_tokens"] == 144
+    assert found["compactions"] > 0
+    for name in ("share_of_totals", "share_median_block"):
+        assert 0 < found[name] < 1
+    for name in ("decoder_ms_a_block", "compaction_ms_a_block"):
+        assert 0 < found[name]["least"] <= found[name]["median"] <= found[name]["most"]
