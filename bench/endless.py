@@ -153,10 +153,14 @@ def compare(old: Session, new: Session, first: int, turns: int, count: int) -> d
 
 
 def slope(windows: np.ndarray, name: str) -> float:
-    """Growth of a reading per 1,000 frames, least squares over the second half."""
+    """Growth of a reading per 1,000 frames: the median slope between windows of the second half (Theil and Sen).
+
+    Least squares would follow the single steps by which an allocator takes or gives back pages.
+    """
     half = windows[len(windows) // 2 :]
-    frames = half["frames"] - half["frames"].mean()
-    return round(float(np.polyfit(frames, half[name].astype(np.float64), 1)[0] * 1000), 1)
+    low, high = np.triu_indices(len(half), 1)
+    rise = half[name][high].astype(np.float64) - half[name][low]
+    return round(float(np.median(rise / (half["frames"][high] - half["frames"][low])) * 1000), 1)
 
 
 def summary(windows: np.ndarray) -> dict[str, object]:
