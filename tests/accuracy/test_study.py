@@ -30,7 +30,7 @@ def test_a_study_is_resumed_not_repeated(tmp_path: Path) -> None:
     lines = (tmp_path / "outcomes.jsonl").read_text().splitlines()
     assert len(lines) == 4
     assert {(row.seed, row.cell) for row in outcomes(tmp_path)} == {
-        (seed, cell) for seed in (0, 1) for cell in ("full @ - absolute", "recent @ 1/2 absolute")
+        (seed, cell) for seed in (0, 1) for cell in ("full @ - contiguous", "recent @ 1/2 contiguous")
     }
     # A crash in the middle of a line: that trial is done again, the others are not.
     (tmp_path / "outcomes.jsonl").write_text("\n".join(lines)[: -len(lines[-1]) // 2])

@@ -123,7 +123,7 @@ def _overall(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _policy(row: dict[str, Any]) -> str:
-    return row["policy"] if row["positions"] == "absolute" else f"{row['policy']} ({row['positions']})"
+    return row["policy"] if row["positions"] == "contiguous" else f"{row['policy']} ({row['positions']})"
 
 
 def _line(cells: Iterable[str]) -> str:

@@ -40,7 +40,7 @@ def accuracy(
     level: Annotated[str, typer.Option(help="How much the streams distract.")] = "standard",
     split: Annotated[str, typer.Option(help="Tune on train and validation, measure on test.")] = "test",
     positions: Annotated[list[Positions], typer.Option(help="As in `millpond watch`; repeatable.")] = [  # noqa: B006
-        Positions.absolute
+        Positions.contiguous
     ],
     questions: Annotated[
         str | None, typer.Option(metavar="A,B,...", help="Question families; by default those that Minnow supports.")

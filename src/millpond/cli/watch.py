@@ -66,7 +66,7 @@ def watch(
     budget: BudgetOption = None,
     fps: FpsOption = 2.0,
     policy: PolicyOption = DEFAULT_POLICY,
-    positions: PositionsOption = Positions.absolute,
+    positions: PositionsOption = Positions.contiguous,
     system: SystemOption = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, envvar="MILLPOND_MAX_NEW_TOKENS", help="The longest answer, in tokens.")
