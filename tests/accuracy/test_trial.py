@@ -72,6 +72,13 @@ def test_a_budget_too_small_is_told_not_hidden(minnow: Family, stream: Stream) -
     assert outcome.marks == []
 
 
+def test_a_budget_too_small_for_a_policy_is_told_too(minnow: Family, stream: Stream) -> None:
+    (cell,) = read_cells(["infinipot-v-released"], ["200KiB"], "contiguous")
+    (outcome,) = watch(minnow, stream, [cell], SUPPORTED)
+    assert outcome.refused is not None
+    assert "0.25 of" in outcome.refused
+
+
 def test_question_families_are_chosen(minnow: Family, stream: Stream) -> None:
     cells = read_cells(["full"], [], "absolute")
     (outcome,) = watch(minnow, stream, cells, ("colour", "then"))

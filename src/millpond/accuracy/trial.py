@@ -12,7 +12,7 @@ import torch
 
 from millpond import policies
 from millpond.accuracy.cell import LAST_FRAMES, Cell
-from millpond.errors import BudgetError
+from millpond.errors import BudgetError, PolicyError
 from millpond.families.base import Tokens
 from millpond.session import Session
 from millpond.streams import Stream
@@ -40,7 +40,7 @@ class Outcome:
         seed: of the stream.
         cell: the cell's name.
         marks: one per question; empty where `refused` says why.
-        refused: the budget's error where it is too small for this model, else None.
+        refused: the error where the budget is too small for this model or this policy, else None.
         budget_bytes, peak_bytes, full_cache_bytes, scratch_bytes, memory_tokens, compactions: as the session counts them.
         seconds_compaction: spent in selection, compaction and re-anchoring.
         seconds_decoder: spent in the decoder while watching.
@@ -88,9 +88,9 @@ def _run(
     try:
         session = Session(family, budget=cell.bytes_of(full), policy=policy, positions=cell.positions)
         session.plan_for(*frames[0][1].shape[:2])
-    except BudgetError as error:
+        session.feed(frames[-4:] if last else frames)
+    except (BudgetError, PolicyError) as error:  # a policy too may need more than this budget has room for
         return Outcome(stream.seed, cell.name, refused=str(error))
-    session.feed(frames[-4:] if last else frames)
     marks = []
     for question in stream.questions:
         if question.family not in questions or question.earlier is not None:
