@@ -73,7 +73,7 @@ def test_a_budget_too_small_is_told_not_hidden(minnow: Family, stream: Stream) -
 
 
 def test_a_budget_too_small_for_a_policy_is_told_too(minnow: Family, stream: Stream) -> None:
-    (cell,) = read_cells(["infinipot-v-released"], ["200KiB"], "contiguous")
+    (cell,) = read_cells(["infinipot-v-released"], ["250KiB"], "contiguous")
     (outcome,) = watch(minnow, stream, [cell], SUPPORTED)
     assert outcome.refused is not None
     assert "0.25 of" in outcome.refused
