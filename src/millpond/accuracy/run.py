@@ -6,6 +6,7 @@ Every finished (stream, cell) is one line of `outcomes.jsonl` in the study's fol
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -70,7 +71,7 @@ def run(study: Study, cells: Sequence[Cell], folder: Path, *, processes: int = 2
     jobs = iter(missing.items())
     with (
         (folder / _OUTCOMES).open("a", encoding="utf-8") as file,
-        ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
+        ProcessPoolExecutor(processes, get_context("spawn"), initializer=_leave_interrupts) as pool,
     ):
         running: set[Future[list[Outcome]]] = set()
         try:
@@ -114,17 +115,25 @@ def _claim(path: Path, study: Study) -> None:
         )
 
 
+def _leave_interrupts() -> None:
+    """Ctrl-C reaches every process of a terminal; only the parent answers it, by ending the study after the running trials."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 _family = None  # one per worker process
 
 
 def _trial(study: Study, seed: int, cells: list[Cell]) -> list[Outcome]:
     import torch
 
+    from transformers.utils import logging
+
     from millpond import families
 
     global _family
     if _family is None:
         torch.set_num_threads(1)
+        logging.disable_progress_bar()
         _family = families.load(study.model)
     stream = generate(seed, groups=study.groups, level=study.level, split=study.split)
     return watch(_family, stream, cells, study.questions)
