@@ -125,7 +125,6 @@ _family = None  # one per worker process
 
 def _trial(study: Study, seed: int, cells: list[Cell]) -> list[Outcome]:
     import torch
-
     from transformers.utils import logging
 
     from millpond import families
