@@ -21,6 +21,7 @@ class Usage:
         peak_bytes: the most ever held at once, scratch included; never above the budget.
         full_cache_bytes: what a plain cache of the same stream would take by now (keys and values alone).
         frames_seen, frames_dropped: raw frames taken in, and dropped by a live source.
+        frames_skipped, frames_reduced: of those taken in, which the admission left out, and which it thinned.
         timestamps_kept: distinct frame times that some head of some layer still remembers.
         memory_tokens: tokens remembered per head, the prompt not counted.
         stream_tokens: tokens that went by, the prompt included.
@@ -39,6 +40,8 @@ class Usage:
     full_cache_bytes: int
     frames_seen: int
     frames_dropped: int
+    frames_skipped: int
+    frames_reduced: int
     timestamps_kept: int
     memory_tokens: int
     stream_tokens: int

@@ -9,15 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from time import perf_counter
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from millpond.admission.base import Admission, Verdict
+from millpond.admission.gate import sift
 from millpond.budget import Budget
 from millpond.cache.pond import Pond
 from millpond.cache.reanchor import close_gaps, shift_uniformly
-from millpond.errors import BudgetError, MillpondError
+from millpond.errors import BudgetError, MillpondError, PolicyError
 from millpond.families.base import Family, Grid, Tokens
 from millpond.plan import Plan, make_plan
 from millpond.policies.base import SEPARATOR, Policy
@@ -32,7 +34,7 @@ class Flow:
     """One stream's memory and the way into it.
 
     Args:
-        family, policy, positions, system, reserve_tokens: as in `millpond.Session`.
+        family, policy, positions, system, reserve_tokens, admission: as in `millpond.Session`.
         budget: bytes; None only for a policy without a cap.
 
     Attributes:
@@ -55,9 +57,14 @@ class Flow:
         positions: Positions,
         system: str | None,
         reserve_tokens: int | None,
+        admission: Admission | None = None,
     ) -> None:
+        if admission is not None and policy.whole_frames:
+            raise PolicyError(f"{policy.name} keeps whole frames of one size, which {admission.name} thins")
         self.family = family
         self.policy = policy
+        self.admission = admission
+        self._seen: Any = None  # the admission's state
         self.positions = positions
         self.clock = Clock()
         self.grid: Grid | None = None
@@ -74,6 +81,7 @@ class Flow:
         """The memory; made, with the prompt pinned in it, when it is first needed."""
         if self._pond is None:
             self._pond = Pond(self.family.geometry, self.plan_for(self.grid), self.policy, self.family.device)
+            self._pond.ledger.hold("admission", self._pond.plan.state_bytes)
             with torch.no_grad():
                 self.append(self.family.embed(self._opening), text=True)
         return self._pond
@@ -89,27 +97,44 @@ class Flow:
 
     # --- tokens -------------------------------------------------------------------------------------------------
 
-    def append(self, tokens: Tokens, *, text: bool) -> None:
-        """Make room for stream tokens, run them through the decoder and keep them; all or nothing."""
+    def append(self, tokens: Tokens, *, text: bool, admitted: Tensor | None = None) -> None:
+        """Make room for stream tokens, run them through the decoder and keep them; all or nothing.
+
+        `admitted`, int64 [m], names those that are let in; every token takes its position on the clock all the same.
+        """
         with self.timed("compaction"):
-            self.pond.admit(len(tokens))
+            self.pond.admit(len(tokens) if admitted is None else len(admitted))
             self._stay_in_range(len(tokens))
         mark, clock = self.pond.length, replace(self.clock)
         try:
             with self.timed("decoder"):
-                self.run(tokens, text=text)
+                positions = self.family.place(tokens, self.clock)
+                taken = tokens if admitted is None else tokens.pick(admitted)
+                if len(taken):
+                    self._forward(taken, positions if admitted is None else positions[:, admitted], text=text)
         except BaseException:
             self.roll_back(mark, clock)
             raise
         prompt = mark < self.pond.plan.prompt_tokens
-        if not prompt:
-            self.pond.commit(tokens.time_us, places(tokens, text=text))
+        if not prompt and len(taken):
+            self.pond.commit(taken.time_us, places(taken, text=text))
         self.tokens += len(tokens)
 
-    def run(self, tokens: Tokens, *, text: bool | None = None) -> Tensor:
-        """One forward of the decoder behind the live tokens; returns hidden states [n, hidden]."""
-        text = not bool(tokens.visual.any()) if text is None else text
-        positions = self.family.place(tokens, self.clock)
+    def watch(self, frames: Tokens) -> tuple[Verdict, ...] | None:
+        """Append a block of frames as far as the admission lets them in; returns its verdict on each group, None without one."""
+        if self.admission is None:
+            self.append(frames, text=False)
+            return None
+        admitted, verdicts, seen = sift(self.admission, frames, self._seen)
+        self.append(frames, text=False, admitted=admitted)
+        self._seen = seen
+        return verdicts
+
+    def run(self, tokens: Tokens) -> Tensor:
+        """One forward of the decoder over a turn behind the live tokens; returns hidden states [n, hidden]."""
+        return self._forward(tokens, self.family.place(tokens, self.clock), text=not bool(tokens.visual.any()))
+
+    def _forward(self, tokens: Tokens, positions: Tensor, *, text: bool) -> Tensor:
         self.pond.announce(tokens.time_us, places(tokens, text=text), positions)
         return self.family.forward(tokens, positions, self.pond)
 
@@ -155,6 +180,7 @@ class Flow:
             frames_per_group=self.family.frames_per_group,
             frame_bytes=0 if grid is None else grid.height * grid.width * 3,
             reserve_tokens=self._reserve,
+            state_bytes=0 if self.admission is None else self.admission.state_bytes(self.family.hidden),
             what=what,
         )
 
@@ -190,6 +216,7 @@ class Flow:
         other = object.__new__(Flow)
         other.__dict__.update(self.__dict__)
         other._pond = self.pond.fork()
+        other._pond.ledger.hold("admission", self.pond.plan.state_bytes)
         other.clock = replace(self.clock)
         other.seconds = dict(self.seconds)
         return other

@@ -1,7 +1,7 @@
 """How a budget in bytes is split: prompt, memory, room for the incoming block, reserve for the turn, scratch.
 
     slots = prompt + memory |C| + room + reserve
-    bytes = slots x bytes_per_token + frames in waiting + scratch  <=  budget
+    bytes = slots x bytes_per_token + frames in waiting + scratch + an admission's state  <=  budget
 
 Arithmetic only; nothing is allocated here.
 """
@@ -47,6 +47,7 @@ class Plan:
         waiting_bytes: frames at model resolution that wait for their block to fill.
         scratch_bytes: the most that compaction or re-anchoring takes at any instant.
         chunk: tokens of one head worked on at a time.
+        state_bytes: what an admission remembers of the stream.
     """
 
     budget: int | None
@@ -64,11 +65,12 @@ class Plan:
     waiting_bytes: int
     scratch_bytes: int
     chunk: int
+    state_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """Everything the plan may hold at once; at most the budget."""
-        return self.slots * self.bytes_per_token + self.waiting_bytes + self.scratch_bytes
+        return self.slots * self.bytes_per_token + self.waiting_bytes + self.scratch_bytes + self.state_bytes
 
     def seconds_in_full(self, fps: float) -> float:
         """Seconds of video at `fps` that fit into the memory in full detail."""
@@ -89,6 +91,7 @@ def make_plan(
     frames_per_group: int = 1,
     frame_bytes: int = 0,
     reserve_tokens: int | None = None,
+    state_bytes: int = 0,
     what: str = "this model",
 ) -> Plan:
     """Split `budget` bytes for a model and a frame size.
@@ -98,6 +101,7 @@ def make_plan(
         prompt_tokens: pinned tokens.
         group_tokens, frames_per_group, frame_bytes: one frame group in tokens and raw frames, one waiting frame in bytes.
         reserve_tokens: slots kept free for a turn; by default an eighth of all, between 32 and 512.
+        state_bytes: what an admission remembers of the stream.
         what: named in errors.
 
     Raises:
@@ -133,6 +137,7 @@ def make_plan(
             waiting_bytes=groups * frames_per_group * frame_bytes,
             scratch_bytes=scratch_bytes(policy, geometry, slots - prompt_tokens, group_tokens, chunk),
             chunk=chunk,
+            state_bytes=state_bytes,
         )
 
     if not policy.capped:

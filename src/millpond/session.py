@@ -17,7 +17,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from millpond import admission as admissions
 from millpond import families, frames, policies
+from millpond.admission.base import Admission
 from millpond.answer import Answer, LayerMemory, Usage
 from millpond.budget import Budget
 from millpond.decoding import TextPieces
@@ -46,9 +48,12 @@ class Session:
             in docs/accuracy.md.
         system: a system message, pinned with the prompt.
         reserve_tokens: slots kept free for a question and its answer; by default an eighth of all, 32 to 512.
+        admission: what of each frame is let in at all, before the policy: a name ("curvestream") or an `Admission`. None lets
+            every frame in whole. Frames still waiting for their group are shown to a question whole, whatever it is.
 
     Raises:
         BudgetError: the budget cannot even hold the prompt and one turn; names the least that works.
+        PolicyError: no such policy or admission, or the two do not go together.
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class Session:
         positions: Positions = DEFAULT_POSITIONS,
         system: str | None = None,
         reserve_tokens: int | None = None,
+        admission: str | Admission | None = None,
     ) -> None:
         if positions not in ("absolute", "contiguous"):
             raise MillpondError(f"positions must be 'absolute' or 'contiguous', not {positions!r}")
@@ -70,6 +76,7 @@ class Session:
             positions=positions,
             system=system,
             reserve_tokens=reserve_tokens,
+            admission=admissions.read(admission) if isinstance(admission, str) else admission,
         )
         self._turn = threading.Lock()
         self._owner: int | None = None
@@ -78,7 +85,7 @@ class Session:
         self._video_open = True  # the opening ends where the first frame goes
         self._last_us: int | None = None
         self._interval_us = 0
-        self._frames = self._dropped = 0
+        self._frames = self._dropped = self._skipped = self._thinned = 0
 
     @property
     def family(self) -> Family:
@@ -105,6 +112,7 @@ class Session:
         positions: Positions = DEFAULT_POSITIONS,
         system: str | None = None,
         reserve_tokens: int | None = None,
+        admission: str | Admission | None = None,
         dtype: str | torch.dtype | None = None,
         device: str | None = None,
         attn_implementation: str | None = None,
@@ -129,7 +137,13 @@ class Session:
                 model, dtype=dtype, device=device, attn_implementation=attn_implementation, max_pixels=max_pixels
             )
         return cls(
-            family, budget=budget, policy=policy, positions=positions, system=system, reserve_tokens=reserve_tokens
+            family,
+            budget=budget,
+            policy=policy,
+            positions=positions,
+            system=system,
+            reserve_tokens=reserve_tokens,
+            admission=admission,
         )
 
     # --- watching -----------------------------------------------------------------------------------------------
@@ -208,8 +222,12 @@ class Session:
                 if not self._video_open:
                     self._flow.append(dated(self.family.embed(self.family.reopening()), block[0][0]), text=True)
                     self._video_open = True
-                self._flow.append(self._encode(block), text=False)
+                verdicts = self._flow.watch(self._encode(block))
             done = True
+            for index, verdict in enumerate(verdicts or ()):
+                frames_of_it = min(size, count - index * size)
+                self._skipped += frames_of_it * (verdict == "drop")
+                self._thinned += frames_of_it * (verdict == "reduced")
         finally:
             # A block that the model could not take is dropped, not tried for ever; the memory was rolled back.
             self._dropped += 0 if done else count
@@ -374,6 +392,8 @@ class Session:
             full_cache_bytes=self._flow.tokens * self.family.geometry.kv_bytes_per_token,
             frames_seen=self._frames,
             frames_dropped=self._dropped,
+            frames_skipped=self._skipped,
+            frames_reduced=self._thinned,
             timestamps_kept=len(kept),
             memory_tokens=pond.memory_tokens,
             stream_tokens=self._flow.tokens,

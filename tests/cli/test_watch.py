@@ -117,6 +117,15 @@ def test_stopping_to_ask_leaves_the_stream_as_it_is(clip: Path, model: str) -> N
         assert asked["usage"][name] == plain["usage"][name], name
 
 
+def test_an_admission_stands_before_the_memory(clip: Path, model: str) -> None:
+    plain = last_object(watch(clip, model, "--json"))["usage"]
+    thinned = last_object(watch(clip, model, "--json", "--admission", "curvestream:k=0.5"))["usage"]
+    assert plain["frames_skipped"] == plain["frames_reduced"] == 0
+    assert thinned["frames_skipped"] + thinned["frames_reduced"] > 0
+    assert thinned["memory_tokens"] < plain["memory_tokens"]
+    assert thinned["stream_seconds"] == plain["stream_seconds"]
+
+
 def test_quiet_says_nothing_on_stderr(clip: Path, model: str) -> None:
     result = watch(clip, model, "--quiet", "--ask", "what is there")
     assert result.exit_code == 0

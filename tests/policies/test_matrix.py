@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millpond import PolicyError, native, policies
+from millpond.plugins import Plugins
 from millpond.policies.base import Policy, View, keep_top
 from tests.policies.views import grid_view, joined, thinned, with_text
 from tests.session.measure import transient_peak
@@ -219,16 +220,16 @@ def test_a_broken_package_breaks_only_its_own_policy(monkeypatch: pytest.MonkeyP
 
     from millpond.policies import registry
 
-    found = {**registry._found()}
-    found["broken"] = EntryPoint("broken", "no.such.module:Thing", registry.GROUP)
-    found["wrong"] = EntryPoint("wrong", "math:pi", registry.GROUP)
-    monkeypatch.setattr(registry, "_found", lambda: found)
+    found = {**registry.POLICIES.found}
+    found["broken"] = EntryPoint("broken", "no.such.module:Thing", registry.POLICIES.group)
+    found["wrong"] = EntryPoint("wrong", "math:pi", registry.POLICIES.group)
+    monkeypatch.setattr(registry.POLICIES, "found", found)
     assert "recent" in [p.name for p in policies.available()]
     with pytest.raises(PolicyError, match=r"'broken' .* cannot be loaded"):
         policies.get("broken")
     with pytest.raises(PolicyError, match="not a millpond Policy"):
         policies.get("wrong")
-    found["mine"] = EntryPoint("mine", "millpond.policies.recent:Recent", registry.GROUP)
+    found["mine"] = EntryPoint("mine", "millpond.policies.recent:Recent", registry.POLICIES.group)
     with pytest.raises(PolicyError, match=r"'mine' .* must have this as its class attribute"):
         policies.get("mine")
 
@@ -240,8 +241,9 @@ def test_no_package_can_take_the_name_of_a_built_in_policy(monkeypatch: pytest.M
     from millpond.policies import registry
 
     both = [
-        EntryPoint("recent", "millpond.policies.recent:Recent", registry.GROUP),
-        EntryPoint("recent", "elsewhere:Recent", registry.GROUP),
+        EntryPoint("recent", "millpond.policies.recent:Recent", registry.POLICIES.group),
+        EntryPoint("recent", "elsewhere:Recent", registry.POLICIES.group),
     ]
-    monkeypatch.setattr(registry, "entry_points", lambda group: both[::order])
-    assert registry._found.__wrapped__()["recent"].module == "millpond.policies.recent"
+    monkeypatch.setattr("millpond.plugins.entry_points", lambda group: both[::order])
+    fresh = Plugins(registry.POLICIES.group, Policy, "policy")
+    assert fresh.found["recent"].module == "millpond.policies.recent"

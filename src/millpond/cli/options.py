@@ -18,6 +18,7 @@ from millpond.errors import BudgetError
 
 __all__ = [
     "DEFAULT_BUDGET",
+    "AdmissionOption",
     "BudgetOption",
     "DeviceOption",
     "DtypeOption",
@@ -169,6 +170,16 @@ BudgetOption = Annotated[
 PolicyOption = Annotated[
     str,
     typer.Option("--policy", "-p", envvar="MILLPOND_POLICY", help="What to forget; `millpond policies` lists them."),
+]
+AdmissionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--admission",
+        envvar="MILLPOND_ADMISSION",
+        metavar="NAME",
+        show_default="everything",
+        help="What of each frame is let in, before any policy: curvestream.",
+    ),
 ]
 PositionsOption = Annotated[
     Positions,

@@ -16,6 +16,7 @@ from millpond.cli.errors import FAILED, announce, one_line
 from millpond.cli.options import (
     DEFAULT_MODEL,
     DEFAULT_POLICY,
+    AdmissionOption,
     BudgetOption,
     DeviceOption,
     DtypeOption,
@@ -66,6 +67,7 @@ def watch(
     budget: BudgetOption = None,
     fps: FpsOption = 2.0,
     policy: PolicyOption = DEFAULT_POLICY,
+    admission: AdmissionOption = None,
     positions: PositionsOption = Positions.contiguous,
     system: SystemOption = None,
     max_new_tokens: Annotated[
@@ -104,6 +106,7 @@ def watch(
         model,
         budget=budget_for(budget, policy),
         policy=policy,
+        admission=admission,
         positions=positions.value,
         system=system,
         dtype=dtype,

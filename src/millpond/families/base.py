@@ -65,6 +65,17 @@ class Tokens:
     def __len__(self) -> int:
         return self.embeds.shape[0]
 
+    def pick(self, index: Tensor) -> Tokens:
+        """The tokens at `index`, int64 [m] on the CPU, ascending."""
+        seen = (self.visual.cumsum(0) - 1)[index][self.visual[index]]
+        return Tokens(
+            embeds=self.embeds[index.to(self.embeds.device)],
+            place=self.place[index],
+            time_us=self.time_us[index],
+            visual=self.visual[index],
+            deepstack=tuple(layer[seen.to(layer.device)] for layer in self.deepstack),
+        )
+
 
 class Family(ABC):
     """One adapter per model family; see the module docstring for the way through it.
