@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Literal
 
 from millpond import policies
-from millpond.budget import parse_bytes
+from millpond.budget import format_bytes, parse_bytes
 from millpond.errors import BudgetError
 
 __all__ = ["LAST_FRAMES", "Cell", "read_budget", "read_cells"]
@@ -35,11 +35,14 @@ class Cell:
     @property
     def name(self) -> str:
         """Unique, readable, and what a resumed study recognises a finished trial by."""
-        return f"{self.policy} @ {self.budget_name} {self.positions}"
+        return f"{self.policy} @ {'-' if self.budget is None else self.budget} {self.positions}"
 
     @property
     def budget_name(self) -> str:
-        return "-" if self.budget is None else str(self.budget)
+        """For tables."""
+        if self.budget is None:
+            return "-"
+        return str(self.budget) if isinstance(self.budget, Fraction) else format_bytes(self.budget)
 
     def bytes_of(self, full_cache_bytes: int) -> int | None:
         """The budget in bytes for a stream whose full cache takes that many."""
