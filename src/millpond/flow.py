@@ -6,7 +6,7 @@ Owns the memory of one stream, its clock and its budget. Knows tokens, not frame
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from time import perf_counter
 from typing import Any, Literal
@@ -18,9 +18,11 @@ from millpond.admission.base import Admission, Verdict
 from millpond.admission.gate import sift
 from millpond.budget import Budget
 from millpond.cache.pond import Pond
+from millpond.cache.queries import add_sums
 from millpond.cache.reanchor import close_gaps, shift_uniformly
 from millpond.errors import BudgetError, MillpondError, PolicyError
 from millpond.families.base import Family, Grid, Tokens
+from millpond.families.queries import See
 from millpond.plan import Plan, make_plan
 from millpond.policies.base import SEPARATOR, Policy
 from millpond.positions import Clock
@@ -73,6 +75,7 @@ class Flow:
         self._budget = budget
         self._reserve = reserve_tokens
         self._opening = family.opening(system)
+        self._proxy_tokens = len(family.question("", after_video=True)) if policy.proxy == "prompt" else 0
         self.plan_for(None)  # refuse now what can never work
         self._pond: Pond | None = None  # allocated with the first frame or question, when the frames' size is known
 
@@ -103,7 +106,7 @@ class Flow:
         `admitted`, int64 [m], names those that are let in; every token takes its position on the clock all the same.
         """
         with self.timed("compaction"):
-            self.pond.admit(len(tokens) if admitted is None else len(admitted))
+            self.make_room(len(tokens) if admitted is None else len(admitted))
             self._stay_in_range(len(tokens))
         mark, clock = self.pond.length, replace(self.clock)
         try:
@@ -111,7 +114,10 @@ class Flow:
                 positions = self.family.place(tokens, self.clock)
                 taken = tokens if admitted is None else tokens.pick(admitted)
                 if len(taken):
-                    self._forward(taken, positions if admitted is None else positions[:, admitted], text=text)
+                    positions = positions if admitted is None else positions[:, admitted]
+                    # A remembered turn is never looked at: it holds a question.
+                    see = self._sight(positions) if not text or mark == 0 else None
+                    self._forward(taken, positions, text=text, see=see)
         except BaseException:
             self.roll_back(mark, clock)
             raise
@@ -134,9 +140,37 @@ class Flow:
         """One forward of the decoder over a turn behind the live tokens; returns hidden states [n, hidden]."""
         return self._forward(tokens, self.family.place(tokens, self.clock), text=not bool(tokens.visual.any()))
 
-    def _forward(self, tokens: Tokens, positions: Tensor, *, text: bool) -> Tensor:
+    def _forward(self, tokens: Tokens, positions: Tensor, *, text: bool, see: See | None = None) -> Tensor:
         self.pond.announce(tokens.time_us, places(tokens, text=text), positions)
-        return self.family.forward(tokens, positions, self.pond)
+        with self.family.showing_queries(see) if see else nullcontext():
+            return self.family.forward(tokens, positions, self.pond)
+
+    def _sight(self, positions: Tensor) -> See | None:
+        """What the policy wants to see of the queries of a block at `positions`, [axes, n]; None when it does not."""
+        pond, rope = self.pond, self.family.rope
+        if self.policy.sums:
+            return lambda layer, queries: add_sums(pond, layer, queries, positions, rope)
+        if self.policy.proxy:
+            return lambda layer, queries: pond.queries.note(layer, queries, positions, rope)
+        return None
+
+    def make_room(self, tokens: int) -> None:
+        """Compact, if `tokens` stream tokens would not fit beside the turn's reserve."""
+        if self.pond.overrun(tokens) > 0:
+            self.ask_proxy()
+        self.pond.admit(tokens)
+
+    def ask_proxy(self) -> None:
+        """Run the chat template's tokens behind the live ones, in the turn's reserve, for their queries; then take them back."""
+        if not self._proxy_tokens or self.pond.memory_tokens == 0:
+            return
+        mark, clock = self.pond.length, replace(self.clock)
+        proxy = self.family.question("", after_video=True)
+        try:
+            positions = self.family.place(proxy, self.clock)
+            self._forward(proxy, positions, text=True, see=self._sight(positions))
+        finally:
+            self.roll_back(mark, clock)
 
     def _stay_in_range(self, tokens: int) -> None:
         """Re-anchor when the next block or turn would pass the positions that the weights were trained on."""
@@ -181,6 +215,7 @@ class Flow:
             frame_bytes=0 if grid is None else grid.height * grid.width * 3,
             reserve_tokens=self._reserve,
             state_bytes=0 if self.admission is None else self.admission.state_bytes(self.family.hidden),
+            proxy_tokens=self._proxy_tokens,
             what=what,
         )
 
@@ -194,6 +229,7 @@ class Flow:
             if not self.policy.capped:
                 plan = replace(plan, slots=max(plan.slots, self._pond.capacity))
             with self.timed("compaction"):
+                self.ask_proxy()
                 self._pond.resize(plan)
         self.grid = grid
 
@@ -206,6 +242,7 @@ class Flow:
             plan = self.plan_for(self.grid)
             if self._pond is not None:
                 with self.timed("compaction"):
+                    self.ask_proxy()
                     self._pond.resize(plan)
         except MillpondError:
             self._budget = before

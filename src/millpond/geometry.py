@@ -19,6 +19,7 @@ __all__ = ["Geometry", "metadata_bytes"]
 _TIME_BYTES = 8
 _PLACE_BYTES = 4
 _POSITION_BYTES = 4
+_SUM_BYTES = 4
 
 
 def metadata_bytes(axes: int) -> int:
@@ -36,6 +37,8 @@ class Geometry:
         head_dim: width D of a key or value vector.
         dtype: of keys and values.
         axes: rotary position axes, 3 for M-RoPE (t, h, w), 1 for RoPE.
+        group: query heads that share a KV head.
+        sums: whether a stored token also carries the attention that it received, float32 per KV head.
     """
 
     layers: int
@@ -43,6 +46,8 @@ class Geometry:
     head_dim: int
     dtype: torch.dtype
     axes: int = 1
+    group: int = 1
+    sums: bool = False
 
     @classmethod
     def from_config(cls, config: Any, dtype: torch.dtype, axes: int = 1) -> Geometry:
@@ -59,12 +64,14 @@ class Geometry:
                 f"only decoders with full attention in every layer are supported; this one also has {others}"
             )
         heads = text.num_attention_heads
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
         return cls(
             layers=text.num_hidden_layers,
-            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            kv_heads=kv_heads,
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
             dtype=dtype,
             axes=axes,
+            group=heads // kv_heads,
         )
 
     @property
@@ -80,4 +87,10 @@ class Geometry:
     @property
     def bytes_per_token(self) -> int:
         """Bytes that a stored token costs over all layers, metadata included."""
-        return self.kv_bytes_per_token + self.layers * self.kv_heads * metadata_bytes(self.axes)
+        beside = metadata_bytes(self.axes) + (_SUM_BYTES if self.sums else 0)
+        return self.kv_bytes_per_token + self.layers * self.kv_heads * beside
+
+    @property
+    def query_bytes(self) -> int:
+        """Bytes of one token's queries over all layers and query heads."""
+        return self.layers * self.kv_heads * self.group * self.vector_bytes

@@ -1,7 +1,7 @@
 """How a budget in bytes is split: prompt, memory, room for the incoming block, reserve for the turn, scratch.
 
     slots = prompt + memory |C| + room + reserve
-    bytes = slots x bytes_per_token + frames in waiting + scratch + an admission's state  <=  budget
+    bytes = slots x bytes_per_token + frames in waiting + scratch + an admission's state + a proxy's queries  <=  budget
 
 Arithmetic only; nothing is allocated here.
 """
@@ -9,7 +9,7 @@ Arithmetic only; nothing is allocated here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from millpond.budget import format_bytes
@@ -48,6 +48,7 @@ class Plan:
         scratch_bytes: the most that compaction or re-anchoring takes at any instant.
         chunk: tokens of one head worked on at a time.
         state_bytes: what an admission remembers of the stream.
+        query_bytes: a policy's proxy queries.
     """
 
     budget: int | None
@@ -66,11 +67,13 @@ class Plan:
     scratch_bytes: int
     chunk: int
     state_bytes: int = 0
+    query_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """Everything the plan may hold at once; at most the budget."""
-        return self.slots * self.bytes_per_token + self.waiting_bytes + self.scratch_bytes + self.state_bytes
+        beside = self.waiting_bytes + self.scratch_bytes + self.state_bytes + self.query_bytes
+        return self.slots * self.bytes_per_token + beside
 
     def seconds_in_full(self, fps: float) -> float:
         """Seconds of video at `fps` that fit into the memory in full detail."""
@@ -92,6 +95,7 @@ def make_plan(
     frame_bytes: int = 0,
     reserve_tokens: int | None = None,
     state_bytes: int = 0,
+    proxy_tokens: int = 0,
     what: str = "this model",
 ) -> Plan:
     """Split `budget` bytes for a model and a frame size.
@@ -102,16 +106,21 @@ def make_plan(
         group_tokens, frames_per_group, frame_bytes: one frame group in tokens and raw frames, one waiting frame in bytes.
         reserve_tokens: slots kept free for a turn; by default an eighth of all, between 32 and 512.
         state_bytes: what an admission remembers of the stream.
+        proxy_tokens: length of the text that a policy with the proxy "prompt" is shown; the reserve is never shorter.
         what: named in errors.
 
     Raises:
         BudgetError: too small; names the least that works.
     """
+    geometry = replace(geometry, sums=policy.sums)
+    proxy_tokens = proxy_tokens if policy.proxy == "prompt" else 0
+    query_bytes = (proxy_tokens or policy.queries) * geometry.query_bytes
+    reserve_least = max(_RESERVE_LEAST if reserve_tokens is None else reserve_tokens, proxy_tokens)
 
     def split(slots: int) -> Plan:
-        reserve = reserve_tokens
-        if reserve is None:
-            reserve = max(_RESERVE_LEAST, min(_RESERVE_MOST, slots // _RESERVE_SHARE))
+        reserve = reserve_least
+        if reserve_tokens is None:
+            reserve = max(reserve, min(_RESERVE_MOST, slots // _RESERVE_SHARE))
         behind_prompt = slots - prompt_tokens - reserve
         groups = next((g for g in _BLOCK_GROUPS if g * group_tokens <= behind_prompt // 4), 1)
         block = groups * group_tokens
@@ -138,6 +147,7 @@ def make_plan(
             scratch_bytes=scratch_bytes(policy, geometry, slots - prompt_tokens, group_tokens, chunk),
             chunk=chunk,
             state_bytes=state_bytes,
+            query_bytes=query_bytes,
         )
 
     if not policy.capped:
@@ -145,7 +155,7 @@ def make_plan(
     if budget is None:
         raise BudgetError(f"the policy {policy.name!r} needs a budget; only 'full' runs without one")
     # The least that works: one group remembered, one coming in, and room for a turn.
-    fewest = prompt_tokens + 2 * group_tokens + (_RESERVE_LEAST if reserve_tokens is None else reserve_tokens)
+    fewest = prompt_tokens + 2 * group_tokens + reserve_least
     fewest = _first(lambda slots: split(slots).memory_tokens >= group_tokens, fewest)
     least = split(fewest).total_bytes
     if budget < least:

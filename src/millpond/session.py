@@ -245,7 +245,7 @@ class Session:
         if self._waiting and self._waiting_grid is not None:
             reopening = 0 if self._video_open else len(self.family.reopening())
             with self._flow.timed("compaction"):
-                self._flow.pond.admit(reopening + self._waiting_grid.tokens)
+                self._flow.make_room(reopening + self._waiting_grid.tokens)
 
     # --- asking -------------------------------------------------------------------------------------------------
 
@@ -303,6 +303,8 @@ class Session:
             kept.append(self._encode(self._waiting))
             video = True
         kept.append(dated(self.family.question(question, after_video=video), asked_us))
+        if remember:
+            self._flow.ask_proxy()  # while its reserve is free, and before it could see the question
         self._flow.pond.admit_turn(sum(len(part) for part in kept) + 1)
         for part in kept:
             hidden = self._flow.run(part)

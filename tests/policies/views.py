@@ -20,8 +20,13 @@ def grid_view(
     layer: int = 1,
     layers: int = 4,
     chunk: int = 16,
+    group: int = 2,
+    window: int = 3,
 ) -> View:
-    """A first pass: every head holds every token of `frames` whole frames. Keys and values are slices of larger storage."""
+    """A first pass: every head holds every token of `frames` whole frames. Keys and values are slices of larger storage.
+
+    Proxy queries and sums of attention are there for whoever looks at them.
+    """
     random = torch.Generator().manual_seed(seed)
     size = rows * cols
     tokens = frames * size
@@ -44,6 +49,9 @@ def grid_view(
         layers=layers,
         block=size,
         chunk=chunk,
+        queries=torch.randn(heads, group, window, width, generator=random).to(dtype),
+        prompt_keys=storage[0][:, :3],
+        sums=torch.rand(heads, tokens + 7, generator=random)[:, inner],
     )
 
 
@@ -59,6 +67,7 @@ def thinned(view: View, keep: torch.Tensor, recent: int) -> View:
         time_us=times,
         place=view.place.gather(1, at.expand(-1, -1, 2)),
         protected=torch.isin(times, latest),
+        sums=None if view.sums is None else view.sums.gather(1, keep),
     )
 
 
@@ -83,4 +92,5 @@ def joined(first: View, second: View) -> View:
         time_us=both(first.time_us, second.time_us + 10**9),
         place=both(first.place, second.place),
         protected=both(torch.zeros_like(first.protected), second.protected),
+        sums=None if first.sums is None or second.sums is None else both(first.sums, second.sums),
     )

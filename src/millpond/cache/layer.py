@@ -30,6 +30,7 @@ class PondLayer(CacheLayerMixin):
         time_us: int64 [H, capacity], stream time of each token in microseconds.
         place: int16 [H, capacity, 2], row and column on the frame's grid (see `millpond.policies.base`).
         positions: int32 [H, capacity, axes], rotary position of each stored key.
+        sums: float32 [H, capacity], attention received; None unless the geometry has it.
         length: live slots.
     """
 
@@ -53,6 +54,7 @@ class PondLayer(CacheLayerMixin):
         self.time_us = torch.zeros(heads, capacity, dtype=torch.int64, device=self.device)
         self.place = torch.zeros(heads, capacity, 2, dtype=torch.int16, device=self.device)
         self.positions = torch.zeros(heads, capacity, self.geometry.axes, dtype=torch.int32, device=self.device)
+        self.sums = torch.zeros(heads, capacity, device=self.device) if self.geometry.sums else None
 
     @property
     def capacity(self) -> int:
@@ -60,7 +62,8 @@ class PondLayer(CacheLayerMixin):
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Every tensor of the layer as [H, capacity, ...] views of its storage."""
-        return self.keys[0], self.values[0], self.time_us, self.place, self.positions
+        every = self.keys[0], self.values[0], self.time_us, self.place, self.positions
+        return every if self.sums is None else (*every, self.sums)
 
     @property
     def nbytes(self) -> int:
@@ -125,6 +128,8 @@ class PondLayer(CacheLayerMixin):
         self.time_us[:, start:end] = time_us
         self.place[:, start:end] = place
         self.positions[:, start:end] = positions
+        if self.sums is not None:
+            self.sums[:, start:end] = 0
 
     def compact(self, keep: Tensor, start: int, chunk: int) -> None:
         """Move the kept tokens down in place, head by head; the rest is forgotten.

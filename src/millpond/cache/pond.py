@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from millpond import native
 from millpond.cache.layer import PondLayer
 from millpond.cache.ledger import Ledger
+from millpond.cache.queries import ProxyQueries
 from millpond.cache.resize import resize_pond
 from millpond.errors import BudgetError, PolicyError
 from millpond.geometry import Geometry
@@ -41,6 +42,7 @@ class Pond(Cache):
         ledger: the books; made from the plan's budget when not given.
 
     Attributes:
+        queries: what the policy's proxy asked last.
         compactions: passes so far.
         evicted: tokens forgotten so far (per head; all heads forget equally many).
     """
@@ -48,12 +50,14 @@ class Pond(Cache):
     def __init__(
         self, geometry: Geometry, plan: Plan, policy: Policy, device: torch.device, ledger: Ledger | None = None
     ) -> None:
-        self.geometry = geometry
+        self.geometry = geometry = replace(geometry, sums=policy.sums)
         self.plan = plan
         self.policy = policy
         self.device = device
         self.ledger = ledger if ledger is not None else Ledger(plan.budget if policy.capped else None)
         self.ledger.hold("storage", plan.slots * geometry.bytes_per_token)
+        self.ledger.hold("queries", plan.query_bytes)
+        self.queries = ProxyQueries(geometry, plan.query_bytes // geometry.query_bytes, device)
         super().__init__(layers=[PondLayer(geometry, plan.slots, device) for _ in range(geometry.layers)])
         self.compactions = 0
         self.evicted = 0
@@ -99,7 +103,7 @@ class Pond(Cache):
         Raises:
             BudgetError: the block cannot fit even into an empty memory; nothing was forgotten.
         """
-        overrun = self.length + tokens + self.plan.reserve_tokens - self.capacity
+        overrun = self.overrun(tokens)
         if overrun <= 0:
             return
         if not self.policy.capped:
@@ -109,6 +113,10 @@ class Pond(Cache):
         if slots < 1:
             self._refuse(f"a block of {tokens} tokens", tokens + self.plan.prompt_tokens + self.plan.group_tokens)
         self.compact(slots)
+
+    def overrun(self, tokens: int) -> int:
+        """Slots by which a block of `tokens` stream tokens would reach into the turn's reserve; then `admit` compacts."""
+        return self.length + tokens + self.plan.reserve_tokens - self.capacity
 
     def admit_turn(self, tokens: int) -> None:
         """Make sure that `tokens` tokens of a question and its answer fit; the stream's memory stays as it is.
@@ -226,7 +234,7 @@ class Pond(Cache):
 
     def _view(self, index: int, layer: PondLayer, since: int, text: int) -> View:
         start, end = self.plan.prompt_tokens, layer.length
-        keys, values, time_us, place, _ = (tensor[:, start:end] for tensor in layer.tensors())
+        keys, values, time_us, place, _, *sums = (tensor[:, start:end] for tensor in layer.tensors())
         protected = time_us >= since
         if self._text is not None:
             for head in range(protected.shape[0]):
@@ -236,7 +244,20 @@ class Pond(Cache):
                 protected[head] &= ~said
                 protected[head] |= said & (after < text)
         block = self._recent[-1][1] if self._recent else 1
-        return View(keys, values, time_us, place, protected, index, len(self.layers), block, self.plan.chunk)
+        return View(
+            keys,
+            values,
+            time_us,
+            place,
+            protected,
+            index,
+            len(self.layers),
+            block,
+            self.plan.chunk,
+            queries=self.queries.layer(index) if self.policy.proxy else None,
+            prompt_keys=layer.keys[0, :, :start] if self.policy.proxy else None,
+            sums=sums[0] if sums else None,
+        )
 
     @staticmethod
     def _newest(view: View, slots: int) -> Tensor:
@@ -283,6 +304,7 @@ class Pond(Cache):
             copy.adopt(mine)
         other.compactions, other.evicted, other._text = self.compactions, self.evicted, self._text
         other._recent = self._recent.copy()
+        other.queries.adopt(self.queries)
         return other
 
 

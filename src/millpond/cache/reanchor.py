@@ -28,6 +28,7 @@ def shift_uniformly(pond: Pond, rope: Rope, clock: Clock, by: int) -> None:
             for head in range(layer.positions.shape[0]):
                 shift = torch.full((1, rope_axes(layer)), by, dtype=torch.int64, device=layer.device)
                 _turn(layer, head, rope, shift.expand(layer.length, -1), pond.plan.chunk)
+        pond.queries.turn(rope, torch.full((pond.geometry.axes,), -by), pond.plan.chunk)
     clock.shift(spatial=by, temporal=by)
 
 
@@ -49,6 +50,11 @@ def close_gaps(pond: Pond, rope: Rope, clock: Clock) -> int:
                 for head in range(layer.positions.shape[0]):
                     shift = _shifts(layer, head, clock, base, before, after)
                     _turn(layer, head, rope, shift, pond.plan.chunk)
+            # The proxy's tokens stand at the end of the stream, behind every gap, and move with the clock.
+            moved = torch.full((pond.geometry.axes,), before + after)
+            if clock.base is not None:
+                moved[1:] = before
+            pond.queries.turn(rope, -moved, pond.plan.chunk)
     clock.shift(spatial=before, temporal=before + after)
     return before + after
 

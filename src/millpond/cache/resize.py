@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["resize_pond"]
 
 _VECTORS = ("keys", "values")
-_METADATA = ("time_us", "place", "positions")
+_METADATA = ("time_us", "place", "positions", "sums")
 
 
 def resize_pond(pond: Pond, plan: Plan) -> None:
@@ -53,7 +53,8 @@ def resize_pond(pond: Pond, plan: Plan) -> None:
         for names in (_VECTORS, _METADATA) if shrinking else (_METADATA, _VECTORS):
             for layer in pond.layers:
                 for name in names:
-                    _move(pond, layer, name, plan.slots, limit)
+                    if getattr(layer, name) is not None:
+                        _move(pond, layer, name, plan.slots, limit)
     ledger.limit = plan.budget if pond.policy.capped else None
     pond.plan = plan
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from millpond import policies
 from millpond.budget import Budget
 from millpond.cache.pond import Pond
-from millpond.errors import BudgetError
+from millpond.errors import BudgetError, PolicyError
 from millpond.geometry import Geometry
 from millpond.plan import make_plan
 from millpond.policies.base import TEXT, Policy
@@ -38,12 +38,15 @@ class PondCache(Pond):
     Raises:
         BudgetError: too small; names the least that works.
         ModelError: layers without plain keys and values.
+        PolicyError: the policy looks at queries, which a cache is never given.
     """
 
     def __init__(
         self, model: Any, budget: str | int | None, policy: str | Policy = "infinipot-v", *, pinned: int = 4
     ) -> None:
         chosen = policies.read(policy) if isinstance(policy, str) else policy
+        if chosen.proxy or chosen.sums:
+            raise PolicyError(f"the policy {chosen.name!r} looks at the model's queries, which only a Session shows it")
         geometry = Geometry.from_config(model.config, model.dtype)
         plan = make_plan(
             None if budget is None else int(Budget(budget)),

@@ -7,6 +7,7 @@ cache -> logits. A family knows its model, processor numbers and tokenizer; it n
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from millpond.families.queries import See
 from millpond.geometry import Geometry
 from millpond.positions import Clock, Rope
 
@@ -186,6 +188,10 @@ class Family(ABC):
         Returns:
             The last hidden state, [n, hidden], after the final norm.
         """
+
+    @abstractmethod
+    def showing_queries(self, see: See) -> AbstractContextManager[None]:
+        """Within it, `forward` calls `see` behind each layer's attention; nobody else's use of the model changes."""
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:

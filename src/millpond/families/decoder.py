@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from millpond.errors import ModelError
 from millpond.families.base import Family, Tokens
 from millpond.families.chat import Chat
+from millpond.families.queries import QueryTap, See
 from millpond.geometry import Geometry
 from millpond.positions import Rope
 
@@ -54,6 +56,7 @@ class DecoderFamily(Family):
         template = getattr(tokenizer, "chat_template", None)
         self.chat = Chat(self.tokenizer, self.video_id, template if isinstance(template, str) else None)
         self.stop_ids = _stop_ids(model, self.tokenizer)
+        self._tap: QueryTap | None = None
 
     def _rope_axis(self, frequencies: int, text: Any) -> Tensor:
         """One axis for every frequency: 1-D RoPE."""
@@ -90,6 +93,11 @@ class DecoderFamily(Family):
     def _beside(self, tokens: Tokens) -> dict[str, Any]:
         """More arguments of the decoder, for families that have them."""
         return {}
+
+    def showing_queries(self, see: See) -> AbstractContextManager[None]:
+        if self._tap is None:
+            self._tap = QueryTap(self.decoder, self.geometry.head_dim)
+        return self._tap.showing(see)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

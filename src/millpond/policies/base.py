@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -43,6 +43,11 @@ class View:
         block: tokens of one frame group as they arrived last.
         chunk: tokens of one head that may be worked on at once where an intermediate of width D is needed; keeps the
             scratch of a compaction bounded.
+        queries: [H, g, w, D], the proxy's queries, grouped by KV head, rotary embedding applied at their own positions; None
+            unless the policy declares a `proxy`.
+        prompt_keys: [H, P, D], the pinned prompt's keys, which share the softmax with the memory's; with `queries`.
+        sums: float32 [H, n], attention that the token received from all stream tokens after it, summed over queries and the
+            group's heads; None unless the policy declares `sums`.
     """
 
     keys: Tensor
@@ -54,6 +59,9 @@ class View:
     layers: int
     block: int
     chunk: int
+    queries: Tensor | None = None
+    prompt_keys: Tensor | None = None
+    sums: Tensor | None = None
 
     @property
     def heads(self) -> int:
@@ -78,6 +86,11 @@ class Policy(ABC):
     """False for the reference that keeps everything and ignores the budget."""
     whole_frames: ClassVar[bool] = False
     """True when `slots` must be a multiple of `View.block`; the plan rounds the memory down to it."""
+    proxy: ClassVar[Literal["latest", "prompt"] | None] = None
+    """Whose queries `View.queries` shows: those of the latest stream tokens that ran (never a question's), or those of the chat
+    template's own tokens behind the video, run for each compaction and taken back; None for nobody's."""
+    sums: ClassVar[bool] = False
+    """True when the cache must sum up the attention that every token receives (`View.sums`); 4 bytes a head and slot."""
 
     @abstractmethod
     def keep(self, view: View, slots: int) -> Tensor:
@@ -90,6 +103,11 @@ class Policy(ABC):
     def recent(self, frames: int) -> int:
         """How many of the latest frame groups are protected, of the `frames` groups that the memory holds; at least 1."""
         return 1
+
+    @property
+    def queries(self) -> int:
+        """The most tokens whose queries are kept for the proxy "latest"; charged to the cap."""
+        return 0
 
     def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
         """Upper bound in bytes of what `keep` allocates at any instant, its result included; charged to the cap.

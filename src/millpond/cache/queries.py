@@ -1,0 +1,87 @@
+"""Queries beside the cache: those of a policy's proxy, kept for the next compaction, and the sums of attention that they pay.
+
+Knows nothing about who asks; `millpond.flow` decides whose queries come here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from millpond.geometry import Geometry
+from millpond.policies.attention import add_columns
+from millpond.positions import Rope
+
+if TYPE_CHECKING:
+    from millpond.cache.pond import Pond
+
+__all__ = ["ProxyQueries", "add_sums"]
+
+
+class ProxyQueries:
+    """The queries of at most `size` tokens in every layer, in storage that is allocated once.
+
+    Attributes:
+        rows: [layers, H * g * size * D], of which each layer uses as much as it has queries.
+        counts: tokens noted, per layer.
+    """
+
+    def __init__(self, geometry: Geometry, size: int, device: torch.device) -> None:
+        self._geometry, self._size = geometry, size
+        width = geometry.kv_heads * geometry.group * size * geometry.head_dim
+        self.rows = torch.zeros(geometry.layers, width, dtype=geometry.dtype, device=device)
+        self.counts = [0] * geometry.layers
+
+    def layer(self, index: int) -> Tensor:
+        """One layer's queries, [H, g, w, D], a view of the storage; w is 0 before anything was noted."""
+        shape = self._geometry.kv_heads, self._geometry.group, self.counts[index], self._geometry.head_dim
+        return self.rows[index, : torch.Size(shape).numel()].view(shape)
+
+    def note(self, index: int, queries: Tensor, positions: Tensor, rope: Rope) -> None:
+        """Keep a layer's queries of the last tokens of a block; those of the block before are forgotten.
+
+        Args:
+            queries: [n, H * g, D], without their rotation. positions: int64 [axes, n].
+        """
+        latest = queries[-self._size :]
+        self.counts[index] = latest.shape[0]
+        kept = self.layer(index)
+        kept.copy_(latest.transpose(0, 1).view_as(kept))
+        rope.rotate_(kept, positions[:, -latest.shape[0] :].T)
+
+    def turn(self, rope: Rope, by: Tensor, chunk: int) -> None:
+        """Turn all queries by `by` positions, int64 [axes], `chunk` at a time."""
+        for index in range(len(self.counts)):
+            for part in self.layer(index).view(-1, self._geometry.head_dim).split(chunk):
+                rope.rotate_(part, by.expand(part.shape[0], -1))
+
+    def adopt(self, other: ProxyQueries) -> None:
+        """Copy what another of the same size holds."""
+        self.rows.copy_(other.rows)
+        self.counts = list(other.counts)
+
+
+def add_sums(pond: Pond, index: int, queries: Tensor, positions: Tensor, rope: Rope) -> None:
+    """Add to each live token's sum the attention that the block just run pays it; called behind the layer's attention.
+
+    The rows of the softmax are built anew from the block's queries, a piece at a time.
+
+    Args:
+        queries: [n, H * g, D] of the last n live tokens, without their rotation. positions: int64 [axes, n].
+    """
+    layer, group, chunk = pond.layers[index], pond.geometry.group, pond.plan.chunk
+    keys, sums, count = layer.keys[0, :, : layer.length], layer.sums[:, : layer.length], queries.shape[0]
+    at_once = max(1, chunk // group)
+    with pond.ledger.borrow("scratch", pond.plan.scratch_bytes):
+        for first in range(0, count, at_once):
+            last = min(first + at_once, count)
+            own = torch.arange(layer.length - count + first, layer.length - count + last, device=keys.device)
+            for head in range(keys.shape[0]):
+                piece = (
+                    queries[first:last, head * group : (head + 1) * group].transpose(0, 1).to(torch.float32, copy=True)
+                )
+                rope.rotate_(piece, positions[:, first:last].T)
+                rows = piece.reshape(-1, piece.shape[2])
+                add_columns(rows, keys[head, :0], keys[head], sums[head], chunk, own.repeat(group))

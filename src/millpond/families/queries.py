@@ -1,0 +1,81 @@
+"""A decoder's queries, shown to whoever runs it: hooks that do nothing while nobody looks.
+
+They see what q_proj gives (behind q_norm, where there is one), before the rotary embedding. Knows nothing about positions,
+caches or policies.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["QueryTap", "See"]
+
+See = Callable[[int, Tensor], None]
+"""Called with a layer's index and its block's queries [n, query heads, D], right behind that layer's attention."""
+
+
+class _Look:
+    """One running forward that is looked at."""
+
+    def __init__(self, tap: object, see: See) -> None:
+        self.tap, self.see = tap, see
+        self.queries: Tensor | None = None
+
+
+# Who looks is a matter of the running thread: other sessions on the model, and other users of it, are not looked at.
+_looking: ContextVar[_Look | None] = ContextVar("millpond_looking", default=None)
+
+
+class QueryTap:
+    """Hooks on every `self_attn` of a decoder; they are gone when the tap is.
+
+    Args:
+        decoder: with `layers[i].self_attn.q_proj`.
+        head_dim: D.
+    """
+
+    def __init__(self, decoder: Any, head_dim: int) -> None:
+        key = self._key = object()  # the hooks must not keep the tap alive
+        handles = []
+        for index, layer in enumerate(decoder.layers):
+            attention = layer.self_attn
+            source = attention.q_norm if hasattr(attention, "q_norm") else attention.q_proj
+            handles.append(source.register_forward_hook(_catch(key, head_dim)))
+            handles.append(attention.register_forward_hook(_show(key, index)))
+        weakref.finalize(self, lambda: [handle.remove() for handle in handles])
+
+    @contextmanager
+    def showing(self, see: See) -> Iterator[None]:
+        """Show every layer's queries of the forwards that this thread runs within."""
+        token = _looking.set(_Look(self._key, see))
+        try:
+            yield
+        finally:
+            _looking.reset(token)
+
+
+def _catch(key: object, head_dim: int) -> Callable[..., None]:
+    def hook(module: Any, args: Any, output: Tensor) -> None:
+        look = _looking.get()
+        if look is not None and look.tap is key:
+            look.queries = output.detach().reshape(output.shape[1], -1, head_dim)
+
+    return hook
+
+
+def _show(key: object, index: int) -> Callable[..., None]:
+    @torch.no_grad()
+    def hook(module: Any, args: Any, output: Any) -> None:
+        look = _looking.get()
+        if look is not None and look.tap is key and look.queries is not None:
+            queries, look.queries = look.queries, None
+            look.see(index, queries)
+
+    return hook

@@ -1,0 +1,110 @@
+"""Attention of a few proxy queries over the whole memory, in chunks: softmax(q k / sqrt(D)) over the prompt and the view.
+
+A first pass gathers each row's log-sum-exp, a second one what is wanted of the probabilities; the w x n matrix is never held.
+Every query sees all of the memory and the prompt: there is no causal mask among the latest tokens, and the proxy's own keys,
+which a compaction never sees, do not count. Knows nothing about where the queries come from.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from millpond.errors import PolicyError
+from millpond.policies.base import View
+
+__all__ = ["add_columns", "attention_moments", "attention_scratch", "proxy_attention"]
+
+
+def proxy_attention(view: View) -> Tensor:
+    """Mean over the proxy's queries and the group's heads of the attention on each token: float32 [H, n].
+
+    Raises:
+        PolicyError: the view shows no queries.
+    """
+    queries, prompt = _proxy(view)
+    out = torch.zeros(view.heads, view.tokens, device=view.keys.device)
+    for head, row in enumerate(out):
+        rows = queries[head].flatten(0, 1)
+        for part in rows.split(max(1, view.chunk)):
+            add_columns(part, prompt[head], view.keys[head], row, view.chunk)
+        row /= rows.shape[0]
+    return out
+
+
+def attention_moments(view: View) -> tuple[Tensor, Tensor]:
+    """Mean and variance over the proxy's queries of the attention on each token: float32 [H, n] each.
+
+    Both are taken for each query head over its w rows (the variance unbiased; 0 for a single row), then averaged over the group.
+
+    Raises:
+        PolicyError: the view shows no queries.
+    """
+    queries, prompt = _proxy(view)
+    group, count = queries.shape[1:3]
+    mean, variance = torch.zeros(2, view.heads, view.tokens, device=view.keys.device)
+    for head in range(view.heads):
+        for member in range(group):
+            scaled = _scaled(queries[head, member])
+            level = _levels(scaled, prompt[head], view.keys[head], view.chunk)
+            for first in range(0, view.tokens, view.chunk):
+                share = _scores(scaled, view.keys[head], first, view.chunk).sub_(level[:, None]).exp_()
+                middle = share.mean(0)
+                mean[head, first : first + view.chunk] += middle / group
+                if count > 1:
+                    spread = share.sub_(middle).square_().sum(0)
+                    variance[head, first : first + view.chunk] += spread / (group * (count - 1))
+    return mean, variance
+
+
+def add_columns(
+    queries: Tensor, prompt: Tensor, keys: Tensor, out: Tensor, chunk: int, last: Tensor | None = None
+) -> None:
+    """Add to `out`, float32 [n], the sum over queries [r, D] of their attention on each key [n, D]; `chunk` keys at a time.
+
+    Args:
+        prompt: keys [P, D] that share the softmax but get no sum.
+        last: int64 [r], the last key that each query sees; None for all.
+    """
+    scaled = _scaled(queries)
+    level = _levels(scaled, prompt, keys, chunk, last)
+    for first in range(0, keys.shape[0], chunk):
+        share = _scores(scaled, keys, first, chunk, last).sub_(level[:, None]).exp_()
+        out[first : first + chunk] += share.sum(0)
+
+
+def attention_scratch(rows: int, head_dim: int, chunk: int) -> int:
+    """The most bytes that attention of `rows` queries at a time allocates, beside its result."""
+    # float32: queries and their scaled copy; a chunk of keys; its scores, their exponentials and a mask; levels and columns.
+    return 4 * (2 * rows * head_dim + chunk * head_dim + 3 * rows * chunk + 8 * (rows + chunk))
+
+
+def _proxy(view: View) -> tuple[Tensor, Tensor]:
+    if view.queries is None or view.prompt_keys is None or view.queries.shape[2] == 0:
+        raise PolicyError("there are no proxy queries to score the memory by: only a Session shows them to a policy")
+    return view.queries, view.prompt_keys
+
+
+def _scaled(queries: Tensor) -> Tensor:
+    scaled: Tensor = queries.float() * queries.shape[1] ** -0.5
+    return scaled
+
+
+def _scores(scaled: Tensor, keys: Tensor, first: int, chunk: int, last: Tensor | None = None) -> Tensor:
+    """float32 [r, c] scores of the keys from `first` on; -inf for those that a query does not see."""
+    part = keys[first : first + chunk]
+    scores: Tensor = scaled @ part.float().T
+    if last is not None:
+        at = torch.arange(first, first + part.shape[0], device=keys.device)
+        scores.masked_fill_(at > last[:, None], -torch.inf)
+    return scores
+
+
+def _levels(scaled: Tensor, prompt: Tensor, keys: Tensor, chunk: int, last: Tensor | None = None) -> Tensor:
+    """Each row's log-sum-exp over the prompt and the keys that it sees: float32 [r]."""
+    level = torch.full((scaled.shape[0],), -torch.inf, device=scaled.device)
+    for first in range(0, prompt.shape[0], chunk):
+        level = torch.logaddexp(level, _scores(scaled, prompt, first, chunk).logsumexp(1))
+    for first in range(0, keys.shape[0], chunk):
+        level = torch.logaddexp(level, _scores(scaled, keys, first, chunk, last).logsumexp(1))
+    return level

@@ -1,0 +1,65 @@
+"""CAKE's score of a token: attention that is high or changes. Knows neither time nor place, nor other layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+from torch.nn.functional import avg_pool1d
+
+from millpond.errors import PolicyError
+from millpond.policies.attention import attention_moments, attention_scratch
+from millpond.policies.base import Policy, View, keep_top
+from millpond.policies.snapkv import keep_window
+
+__all__ = ["CAKE"]
+
+_KERNEL = 5
+
+
+@dataclass(frozen=True)
+class CAKE(Policy):
+    """Keep the latest `window` tokens and, of the others, those with the best
+
+        score(i) = pool over 5 neighbours of  mean_w(A_i) + gamma * var_w(A_i),
+
+    with A the attention of the window's w queries. Mean and variance are taken per query head, then averaged over a KV head's
+    group. Every layer keeps equally many tokens here; the paper's budgets by a layer's entropy and variance are an allocator's.
+
+    Attributes:
+        window: latest tokens that ask. Published: 32.
+        gamma: weight of the variance. Published: 200.
+    """
+
+    name: ClassVar[str] = "cake"
+    source: ClassVar[str] = (
+        "Qin et al., CAKE, ICLR 2025 (arXiv 2503.12491): cache and scoring code, the value of gamma from notes"
+    )
+    proxy: ClassVar[Literal["latest"]] = "latest"
+
+    window: int = 32
+    gamma: float = 200.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.window, int) or self.window < 1:
+            raise PolicyError(f"cake: window must be a whole number of tokens, at least 1, not {self.window!r}")
+        if not 0 <= self.gamma < float("inf"):
+            raise PolicyError(f"cake: gamma must be a number of at least 0, not {self.gamma}")
+
+    @property
+    def queries(self) -> int:
+        return self.window
+
+    def keep(self, view: View, slots: int) -> Tensor:
+        scores, variance = attention_moments(view)
+        scores += variance.mul_(self.gamma)
+        del variance
+        for row in scores:
+            row.copy_(avg_pool1d(row[None], _KERNEL, stride=1, padding=_KERNEL // 2)[0])
+        return keep_top(scores, keep_window(view, self.window, slots), slots)
+
+    def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
+        moments = 4 * heads * tokens
+        choice = super().scratch(heads, tokens, head_dim, block, chunk)
+        return choice + moments + attention_scratch(self.window, head_dim, chunk)

@@ -1,0 +1,87 @@
+"""HERMES: recency in shallow layers, attention in deep ones, a mix between. Knows neither time nor place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import exp
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from millpond.errors import PolicyError
+from millpond.policies.attention import attention_scratch, proxy_attention
+from millpond.policies.base import Policy, View, keep_top
+
+__all__ = ["HERMES"]
+
+
+@dataclass(frozen=True)
+class HERMES(Policy):
+    """Score the tokens of layer l of L by recency and by the chat template's attention, each scaled to 0..1:
+
+        score(i) = (1 - a) * attention(i) + a * recency(i),    recency(i) = exp(-k * d_i),
+
+    d_i from 0 (latest) to 1 (oldest). The first `shallow` share of the layers takes a = 1, the last `deep` share a = 0; between,
+    with p running from 0 to 1, a = 0.75 - 0.6 p and k = 20 - 19.5 p.
+
+    Not here: the mean token into which deep layers fold what they evict; the blend of each layer's scores with the next deeper
+    one's (weights 0.1 to 0.4), which would need two layers at once. Ours: the chat template's tokens ask for every layer, where
+    the authors run three generic questions (and earlier turns of the user, which would not be agnostic); heads choose for
+    themselves, where theirs share the mean over heads. Positions are the session's matter (`positions="contiguous"`).
+
+    Attributes:
+        shallow: share of the layers that go by recency alone. Published: 0.3.
+        deep: share of the layers that go by attention alone. Published: 0.3.
+        recency: weight a where the mix begins. Published: 0.75.
+        fade: by how much a falls over the mix. Published: 0.6.
+    """
+
+    name: ClassVar[str] = "hermes"
+    source: ClassVar[str] = "Zhang et al., HERMES, 2026 (arXiv 2601.14724): code; without its folding and blending"
+    proxy: ClassVar[Literal["prompt"]] = "prompt"
+
+    shallow: float = 0.3
+    deep: float = 0.3
+    recency: float = 0.75
+    fade: float = 0.6
+
+    def __post_init__(self) -> None:
+        for field in ("shallow", "deep", "recency", "fade"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise PolicyError(f"hermes: {field} must lie between 0 and 1, not {getattr(self, field)}")
+        if self.shallow + self.deep > 1 or self.fade > self.recency:
+            raise PolicyError("hermes: shallow + deep must be at most 1, and fade at most recency")
+
+    def keep(self, view: View, slots: int) -> Tensor:
+        weight, steepness = self.mix(view.layer, view.layers)
+        if weight == 1:
+            recency = _recency(view.tokens, steepness, view.keys.device)
+            return keep_top(recency.repeat(view.heads, 1), view.protected, slots)
+        scores = proxy_attention(view)
+        for row in scores:
+            low = row.min()
+            row.sub_(low).div_(row.max() + 1e-6)
+            if weight:
+                row.mul_(1 - weight).add_(_recency(view.tokens, steepness, row.device), alpha=weight)
+        return keep_top(scores, view.protected, slots)
+
+    def mix(self, layer: int, layers: int) -> tuple[float, float]:
+        """The weight of recency in a layer, and how steeply recency falls."""
+        first, last = int(layers * self.shallow), int(layers * (1 - self.deep))
+        if layer < first:
+            return 1.0, 20.0
+        if layer >= last:
+            return 0.0, 0.0
+        progress = (layer - first) / (last - first)
+        return self.recency - self.fade * progress, 20 - 19.5 * progress
+
+    def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
+        return super().scratch(heads, tokens, head_dim, block, chunk) + attention_scratch(chunk, head_dim, chunk)
+
+
+def _recency(tokens: int, steepness: float, device: torch.device) -> Tensor:
+    """exp(-k d) of every token, scaled to 0..1: float32 [n]."""
+    distance = torch.linspace(1, 0, tokens, device=device)
+    least = exp(-steepness)
+    return distance.mul_(-steepness).exp_().sub_(least).div_(1 - least + 1e-6)
