@@ -70,7 +70,9 @@ class Watched:
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "llava_onevision"])
-@pytest.mark.parametrize("policy", ["infinipot-v", "recent", "uniform", "random", "snapkv", "h2o", "cake", "streammem", "hermes"])
+@pytest.mark.parametrize(
+    "policy", ["infinipot-v", "recent", "uniform", "random", "snapkv", "h2o", "cake", "streammem", "hermes"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_phase_ever_passes_the_budget(
     name: str, policy: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

@@ -114,8 +114,11 @@ def _print_plan(split: Plan, title: str, fps: float) -> None:
         ("reserve", split.reserve_tokens, split.reserve_tokens * each, "a question and its answer"),
         ("waiting frames", None, split.waiting_bytes, "until their block is full"),
         ("scratch", None, split.scratch_bytes, "compaction and re-anchoring"),
+        ("admission", None, split.state_bytes, "what it remembers of the stream"),
+        ("queries", None, split.query_bytes, "the policy's proxy"),
         ("total", split.slots, split.total_bytes, _of_budget(split)),
     ]
+    rows = [row for row in rows if row[2] or row[0] not in ("admission", "queries")]
     table = Table(title=Text(title), title_justify="left")
     for name, justify in (("", "left"), ("tokens", "right"), ("bytes", "right"), ("", "right"), ("what for", "left")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
