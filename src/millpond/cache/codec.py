@@ -28,7 +28,8 @@ class Codec:
 
     A group with minimum m and maximum M has the step s = (M - m) / (2^bits - 1); x becomes q = round((x - m) / s) and is read as
     q s + m (KIVI, section 2). s and m are rounded to float16 first and q is fitted to the rounded ones, so that an error is at
-    most s / 2, or what the roundings cut off at the group's ends.
+    most s / 2, or what the roundings cut off at the group's ends. Writing never fails, because it happens while a cache is half
+    moved: what lies outside float16's range becomes its end, and what is not a number becomes 0.
 
     Attributes:
         bits: of a code, one of `BITS`.
@@ -89,12 +90,9 @@ class Codec:
         Args:
             keys: [m * G, D], a floating dtype.
             codes: uint8 [m, G, R], written. scales: float16 [m, 2, D], steps and minima, written.
-
-        Raises:
-            PolicyError: a key that is not a number or too large for float16; nothing was written.
         """
-        floats = keys.to(torch.float32, copy=True).view(-1, self.group, keys.shape[1])
-        step, low = self._bounds(floats, 1, "keys")
+        floats = _finite(keys).view(-1, self.group, keys.shape[1])
+        step, low = self._bounds(floats, 1)
         scales[:, 0], scales[:, 1] = step, low
         self._pack(self._quantise(floats, step[:, None], low[:, None]), codes)
 
@@ -120,13 +118,10 @@ class Codec:
         Args:
             values: [m * G, D], a floating dtype.
             codes: uint8 [m, G, R], written. scales: float16 [m, G, 2, C], steps and minima of C channel groups, written.
-
-        Raises:
-            PolicyError: a value that is not a number or too large for float16.
         """
-        floats = values.to(torch.float32, copy=True).view(-1, self.group, values.shape[1])
+        floats = _finite(values).view(-1, self.group, values.shape[1])
         for index, part in enumerate(floats.split(self.group, dim=2)):
-            step, low = self._bounds(part, 2, "values")
+            step, low = self._bounds(part, 2)
             scales[:, :, 0, index], scales[:, :, 1, index] = step, low
             self._quantise(part, step[:, :, None], low[:, :, None])
         self._pack(floats, codes)
@@ -145,13 +140,10 @@ class Codec:
         """Codes in a word, and the word's bytes: the least whole bytes that whole codes fill."""
         return (8, 3) if self.bits == 3 else (8 // self.bits, 1)
 
-    def _bounds(self, floats: Tensor, axis: int, what: str) -> tuple[Tensor, Tensor]:
+    def _bounds(self, floats: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         """float16 step and minimum of each group."""
         low, high = floats.aminmax(dim=axis)
-        step, low = ((high - low) / (2**self.bits - 1)).to(_SCALE), low.to(_SCALE)
-        if not bool((step.isfinite() & low.isfinite()).all()):
-            raise PolicyError(f"{what} that are not finite in float16 cannot be stored in {self.bits} bits")
-        return step, low
+        return ((high - low) / (2**self.bits - 1)).to(_SCALE), low.to(_SCALE)
 
     def _quantise(self, floats: Tensor, step: Tensor, low: Tensor) -> Tensor:
         """In place: values to codes, still as floats. A step that vanishes in float16 makes a group constant."""
@@ -188,3 +180,9 @@ class Codec:
             part = floats[..., place::values]
             part.copy_((words[..., : part.shape[-1]] >> (self.bits * place)) & (2**self.bits - 1))
         return floats
+
+
+def _finite(rows: Tensor) -> Tensor:
+    """A float32 copy within float16's range."""
+    most = torch.finfo(_SCALE).max
+    return rows.to(torch.float32, copy=True).nan_to_num_(nan=0.0).clamp_(-most, most)
