@@ -33,12 +33,13 @@ from millpond.machine import describe
 from millpond.plan import make_plan
 from millpond.policies.base import Policy
 
-LAYERS, HEADS, WIDTH = 28, 4, 128
+LAYERS, HEADS, GROUP, WIDTH = 28, 4, 7, 128
 ROWS = COLS = 12
 FRAME = ROWS * COLS
 FRAMES, KEPT = 42, 4_536
 TOKENS = FRAMES * FRAME
 CHUNK = 512
+PROXY = 14  # tokens of a chat template behind the video
 
 
 def fill(pond: Pond) -> None:
@@ -53,6 +54,10 @@ def fill(pond: Pond) -> None:
         layer.keys.normal_()
         layer.values.normal_()
         layer.length = TOKENS
+        if layer.sums is not None:
+            layer.sums.uniform_()
+    pond.queries.rows.normal_()
+    pond.queries.counts = [pond.plan.query_bytes // pond.geometry.query_bytes] * LAYERS
 
 
 def scatter(pond: Pond) -> None:
@@ -68,9 +73,11 @@ def scatter(pond: Pond) -> None:
 
 
 def new_pond(dtype: torch.dtype, policy: Policy) -> Pond:
-    geometry = Geometry(LAYERS, HEADS, WIDTH, dtype, axes=3)
+    geometry = Geometry(LAYERS, HEADS, WIDTH, dtype, axes=3, group=GROUP)
     budget = TOKENS * geometry.bytes_per_token * 11 // 10
-    plan = make_plan(budget, geometry, policy, prompt_tokens=0, group_tokens=FRAME, reserve_tokens=0)
+    plan = make_plan(
+        budget, geometry, policy, prompt_tokens=0, group_tokens=FRAME, reserve_tokens=0, proxy_tokens=PROXY
+    )
     return Pond(geometry, replace(plan, slots=TOKENS, chunk=CHUNK), policy, torch.device("cpu"))
 
 

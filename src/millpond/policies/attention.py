@@ -44,15 +44,16 @@ def attention_moments(view: View) -> tuple[Tensor, Tensor]:
     group, count = queries.shape[1:3]
     mean, variance = torch.zeros(2, view.heads, view.tokens, device=view.keys.device)
     for head in range(view.heads):
-        for member in range(group):
-            scaled = _scaled(queries[head, member])
+        for members in queries[head].split(max(1, view.chunk // count)):
+            scaled = _scaled(members.flatten(0, 1))
             level = _levels(scaled, prompt[head], view.keys[head], view.chunk)
             for first in range(0, view.tokens, view.chunk):
-                share = _scores(scaled, view.keys[head], first, view.chunk).sub_(level[:, None]).exp_()
-                middle = share.mean(0)
-                mean[head, first : first + view.chunk] += middle / group
+                rows = _scores(scaled, view.keys[head], first, view.chunk).sub_(level[:, None]).exp_()
+                share = rows.unflatten(0, members.shape[:2])
+                middle = share.mean(1, keepdim=True)
+                mean[head, first : first + view.chunk] += middle.sum((0, 1)) / group
                 if count > 1:
-                    spread = share.sub_(middle).square_().sum(0)
+                    spread = share.sub_(middle).square_().sum((0, 1))
                     variance[head, first : first + view.chunk] += spread / (group * (count - 1))
     return mean, variance
 

@@ -62,4 +62,4 @@ class CAKE(Policy):
     def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
         moments = 4 * heads * tokens
         choice = super().scratch(heads, tokens, head_dim, block, chunk)
-        return choice + moments + attention_scratch(self.window, head_dim, chunk)
+        return choice + moments + attention_scratch(max(self.window, chunk), head_dim, chunk)
