@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from threading import Lock
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ __all__ = ["DecoderFamily"]
 
 # These change their frequencies with the length of the sequence, so a stored key could not be turned afterwards.
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
+_TAPPING = Lock()
 
 
 class DecoderFamily(Family):
@@ -95,8 +97,9 @@ class DecoderFamily(Family):
         return {}
 
     def showing_queries(self, see: See) -> AbstractContextManager[None]:
-        if self._tap is None:
-            self._tap = QueryTap(self.decoder, self.geometry.head_dim)
+        with _TAPPING:  # sessions on one family may start at once
+            if self._tap is None:
+                self._tap = QueryTap(self.decoder, self.geometry.head_dim)
         return self._tap.showing(see)
 
     @torch.no_grad()
