@@ -144,7 +144,9 @@ def make_plan(
             frames_per_group=frames_per_group,
             frames_in_full=memory // group_tokens * frames_per_group,
             waiting_bytes=groups * frames_per_group * frame_bytes,
-            scratch_bytes=scratch_bytes(policy, geometry, slots - prompt_tokens, group_tokens, chunk),
+            scratch_bytes=scratch_bytes(
+                policy, geometry, int((slots - prompt_tokens) * policy.layer_share), group_tokens, chunk
+            ),
             chunk=chunk,
             state_bytes=state_bytes,
             query_bytes=query_bytes,

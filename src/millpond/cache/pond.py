@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from millpond import native
+from millpond.cache.arena import Arena
 from millpond.cache.layer import PondLayer
 from millpond.cache.ledger import Ledger
 from millpond.cache.queries import ProxyQueries
@@ -22,6 +23,7 @@ from millpond.cache.resize import resize_pond
 from millpond.errors import BudgetError, PolicyError
 from millpond.geometry import Geometry
 from millpond.plan import Plan
+from millpond.policies.allocation import apportion
 from millpond.policies.base import TEXT, Policy, View, keep_top
 
 __all__ = ["Pond"]
@@ -43,6 +45,7 @@ class Pond(Cache):
 
     Attributes:
         queries: what the policy's proxy asked last.
+        arena: the layers' common storage, for a policy with layer budgets; None when each layer has its own.
         compactions: passes so far.
         evicted: tokens forgotten so far (per head; all heads forget equally many).
     """
@@ -58,7 +61,12 @@ class Pond(Cache):
         self.ledger.hold("storage", plan.slots * geometry.bytes_per_token)
         self.ledger.hold("queries", plan.query_bytes)
         self.queries = ProxyQueries(geometry, plan.query_bytes // geometry.query_bytes, device)
-        super().__init__(layers=[PondLayer(geometry, plan.slots, device) for _ in range(geometry.layers)])
+        layered = policy.layer_share > 1
+        super().__init__(
+            layers=[PondLayer(geometry, 0 if layered else plan.slots, device) for _ in range(geometry.layers)]
+        )
+        self.arena = Arena(self.layers, [plan.slots] * geometry.layers) if layered else None
+        self._ahead = [0] * geometry.layers  # how many tokens more than the first layer each one holds
         self.compactions = 0
         self.evicted = 0
         self._text: int | None = None  # newest text tokens that are whole in every head; None while there was no text
@@ -66,34 +74,40 @@ class Pond(Cache):
 
     @property
     def length(self) -> int:
-        """Live slots, the same in every layer between forwards."""
+        """Live slots of the first layer; between forwards the same in every layer, but for a policy with layer budgets."""
         length: int = self.layers[0].length
         return length
 
     @property
     def capacity(self) -> int:
-        """Slots allocated."""
+        """Slots allocated, in the mean over the layers."""
         return self.plan.slots
 
     @property
     def free(self) -> int:
-        """Slots not in use."""
-        return self.capacity - self.length
+        """Slots not in use, in the layer that has fewest."""
+        return min(int(layer.capacity - layer.length) for layer in self.layers)
+
+    @property
+    def uneven(self) -> bool:
+        """Whether layers hold different numbers of tokens, so that each needs a mask of its own."""
+        return any(self._ahead)
 
     @property
     def memory_tokens(self) -> int:
-        """Live tokens behind the pinned prompt."""
-        return max(0, self.length - self.plan.prompt_tokens)
+        """Live tokens behind the pinned prompt, in the mean over the layers, rounded down."""
+        return max(0, self.length + sum(self._ahead) // len(self._ahead) - self.plan.prompt_tokens)
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated by all layers, metadata included."""
-        return sum(layer.nbytes for layer in self.layers)
+        return self.arena.nbytes if self.arena else sum(layer.nbytes for layer in self.layers)
 
     @property
     def live_bytes(self) -> int:
         """Bytes that the live tokens take."""
-        return self.length * self.geometry.bytes_per_token
+        live: int = sum(layer.length for layer in self.layers)
+        return live * self.geometry.bytes_per_token // len(self.layers)
 
     # --- growing ------------------------------------------------------------------------------------------------
 
@@ -116,7 +130,8 @@ class Pond(Cache):
 
     def overrun(self, tokens: int) -> int:
         """Slots by which a block of `tokens` stream tokens would reach into the turn's reserve; then `admit` compacts."""
-        return self.length + tokens + self.plan.reserve_tokens - self.capacity
+        free: int = self.free
+        return tokens + self.plan.reserve_tokens - free
 
     def admit_turn(self, tokens: int) -> None:
         """Make sure that `tokens` tokens of a question and its answer fit; the stream's memory stays as it is.
@@ -175,14 +190,16 @@ class Pond(Cache):
             held -= self._recent.popleft()[1]
 
     def truncate(self, length: int) -> None:
-        """Forget everything from slot `length` on: the end of a turn that is not remembered, or a failed block."""
-        for layer in self.layers:
-            layer.length = min(layer.length, length)
+        """Forget everything from slot `length` of the first layer on: the end of a turn that is not remembered, or a failed block."""
+        for layer, ahead in zip(self.layers, self._ahead, strict=True):
+            layer.length = min(layer.length, length + ahead)
 
     # --- shrinking ----------------------------------------------------------------------------------------------
 
     def compact(self, slots: int) -> None:
         """Keep `slots` tokens behind the prompt in every head of every layer, chosen by the policy, in place.
+
+        With layer budgets `slots` is the mean over the layers, whose regions are cut anew to what each was granted.
 
         Raises:
             PolicyError: the policy failed or broke its contract. The memory stays whole: nothing has moved, or, where other
@@ -197,19 +214,28 @@ class Pond(Cache):
             raise BudgetError(f"the policy {self.policy.name!r} keeps whole frames, and not one fits")
         since, text = self._protect(slots)
         fault: Exception | None = None
+        moved = False
         with self.ledger.borrow("scratch", plan.scratch_bytes):
-            for index, layer in enumerate(self.layers):
+            granted = self._grant(slots, since, text)
+            for index, (layer, share) in enumerate(zip(self.layers, granted, strict=True)):
+                if share == layer.length - start:
+                    continue
                 view = self._view(index, layer, since, text)
                 try:
-                    keep = self.policy.keep(view, slots) if fault is None else self._newest(view, slots)
-                    self._check(keep, view, slots)
+                    keep = self.policy.keep(view, share) if fault is None else self._newest(view, share)
+                    self._check(keep, view, share)
                 except Exception as error:
-                    if index == 0:
+                    if not moved:
                         raise
                     # Some layers have moved already: finish the pass by recency, so that the memory stays whole.
-                    fault, keep = error, self._newest(view, slots)
+                    fault, keep = error, self._newest(view, share)
                 del view
                 layer.compact(keep, start, plan.chunk)
+                moved = True
+            if self.arena:
+                # Beside its memory every layer keeps the same room: blocks and turns are equally long in all of them.
+                self.arena.cut([start + share + self.capacity - start - slots for share in granted], plan.chunk)
+        self._ahead = [layer.length - self.length for layer in self.layers]
         self.compactions += 1
         self.evicted += tokens - slots
         # What was not protected is no longer whole in every head, and can never be protected again.
@@ -217,6 +243,18 @@ class Pond(Cache):
         self._text = text
         if fault is not None:
             raise fault
+
+    def _grant(self, slots: int, since: int, text: int) -> list[int]:
+        """Tokens that each layer keeps behind the prompt, `slots` of them in the mean."""
+        if self.arena is None:
+            return [slots] * len(self.layers)
+        held = [layer.length - self.plan.prompt_tokens for layer in self.layers]
+        weights = self.policy.layer_weights(self._view(at, layer, since, text) for at, layer in enumerate(self.layers))
+        whole = int(self._view(0, self.layers[0], since, text).protected[0].sum())
+        most = [min(count, int(self.policy.layer_share * slots)) for count in held]
+        granted = apportion(slots * len(held), weights, [max(1, whole)] * len(held), most)
+        assert sum(granted) <= slots * len(held)
+        return granted
 
     def _protect(self, slots: int) -> tuple[int, int]:
         """The stream time from which frames are protected, and how many of the newest text tokens are."""
@@ -281,9 +319,9 @@ class Pond(Cache):
 
     def kept(self) -> Iterator[tuple[Tensor, Tensor]]:
         """For each layer, stream times int64 [H, n] and places int16 [H, n, 2] of the live tokens behind the prompt."""
-        start, end = self.plan.prompt_tokens, self.length
+        start = self.plan.prompt_tokens
         for layer in self.layers:
-            yield layer.time_us[:, start:end], layer.place[:, start:end]
+            yield layer.time_us[:, start : layer.length], layer.place[:, start : layer.length]
 
     # --- storage ------------------------------------------------------------------------------------------------
 
@@ -300,8 +338,11 @@ class Pond(Cache):
     def fork(self) -> Pond:
         """A second pond with a copy of the memory and books of its own."""
         other = Pond(self.geometry, self.plan, self.policy, self.device)
+        if self.arena and other.arena:
+            other.arena.cut(self.arena.capacities, self.plan.chunk)
         for mine, copy in zip(self.layers, other.layers, strict=True):
             copy.adopt(mine)
+        other._ahead = list(self._ahead)
         other.compactions, other.evicted, other._text = self.compactions, self.evicted, self._text
         other._recent = self._recent.copy()
         other.queries.adopt(self.queries)

@@ -15,6 +15,7 @@ from torch import Tensor
 from millpond.errors import BudgetError
 
 if TYPE_CHECKING:
+    from millpond.cache.arena import Arena
     from millpond.cache.layer import PondLayer
     from millpond.cache.pond import Pond
     from millpond.plan import Plan
@@ -27,6 +28,9 @@ _METADATA = ("time_us", "place", "positions", "sums")
 
 def resize_pond(pond: Pond, plan: Plan) -> None:
     """See `Pond.resize`."""
+    if pond.arena is not None:
+        _resize_arena(pond, pond.arena, plan)
+        return
     old, ledger = pond.plan, pond.ledger
     shrinking = plan.slots < old.slots
     if pond.policy.capped:
@@ -57,6 +61,68 @@ def resize_pond(pond: Pond, plan: Plan) -> None:
                         _move(pond, layer, name, plan.slots, limit)
     ledger.limit = plan.budget if pond.policy.capped else None
     pond.plan = plan
+
+
+def _resize_arena(pond: Pond, arena: Arena, plan: Plan) -> None:
+    """The same for layers in one arena: its keys and its values are one tensor each, so less fits beside the old ones.
+
+    Where even the live rows of one do not fit into the tail of the other, shrinking forgets down to half of the new slots,
+    and growing leaves the storage as it is.
+    """
+    old, ledger, layers = pond.plan, pond.ledger, len(pond.layers)
+    assert plan.budget is not None  # layer budgets have a cap
+    limit, shrinking = max(old.budget or 0, plan.budget), plan.slots < old.slots
+    small, large = (layers * _tensor_bytes(pond, slots) for slots in (old.slots, plan.slots))
+    held = ledger.held
+    if shrinking:
+        target = min(plan.memory_tokens, plan.slots - plan.reserve_tokens - plan.prompt_tokens)
+        if held + large > limit:
+            target = min(target, plan.slots // 2 - plan.prompt_tokens)
+        if target < 1:
+            raise BudgetError(f"the pond cannot shrink to {plan.slots} slots", least=old.budget)
+        pond.compact(target)
+    else:
+        held += (plan.slots - old.slots) * (pond.geometry.bytes_per_token - pond.geometry.kv_bytes_per_token)
+        live = sum(layer.length for layer in pond.layers)
+        beside = held + large <= limit or 2 * live <= layers * old.slots
+        if not beside or (held + 2 * large - small > limit and 2 * live > layers * plan.slots):
+            spare = plan.slots - old.slots
+            plan = replace(plan, slots=old.slots, memory_tokens=max(plan.group_tokens, plan.memory_tokens - spare))
+    ledger.limit = limit
+    if plan.slots != old.slots:
+        with ledger.borrow("scratch", old.scratch_bytes):
+            rows = arena.pack(old.chunk)
+        for kind in (*arena.vectors, *arena.metadata) if shrinking else (*arena.metadata, *arena.vectors):
+            _replace(pond, arena, kind, rows, plan.slots * layers, limit)
+        share = (plan.slots * layers - sum(layer.length for layer in pond.layers)) // layers
+        arena.unpack([layer.length + share for layer in pond.layers], old.chunk)
+    ledger.limit = plan.budget
+    pond.plan = plan
+
+
+def _replace(pond: Pond, arena: Arena, kind: str, rows: int, slots: int, limit: int) -> None:
+    """Give a packed arena storage of another size for one kind, with the same first `rows` rows."""
+    old, ledger = arena.flat(kind), pond.ledger
+    old_size = old.untyped_storage().nbytes()
+    size = old_size // len(old) * slots * pond.geometry.kv_heads
+    held = ledger.account("storage")
+    if kind in arena.metadata or ledger.held + size <= limit:
+        ledger.hold("storage", held + size)
+        new = arena.empty(kind, slots)
+        new[:rows].copy_(old[:rows])
+        arena.replace(kind, new)
+        del old
+        ledger.hold("storage", held + size - old_size)
+        return
+    (other,) = (name for name in arena.vectors if name != kind)
+    tail = arena.flat(other)[rows : 2 * rows]
+    tail.copy_(old[:rows])
+    arena.replace(kind, old[:0].clone())
+    del old
+    ledger.hold("storage", held - old_size + size)
+    new = arena.empty(kind, slots)
+    new[:rows].copy_(tail)
+    arena.replace(kind, new)
 
 
 def _tensor_bytes(pond: Pond, slots: int) -> int:

@@ -47,6 +47,8 @@ class PondCache(Pond):
         chosen = policies.read(policy) if isinstance(policy, str) else policy
         if chosen.proxy or chosen.sums:
             raise PolicyError(f"the policy {chosen.name!r} looks at the model's queries, which only a Session shows it")
+        if chosen.layer_share > 1:
+            raise PolicyError(f"the policy {chosen.name!r} has layer budgets, which need the masks of a Session")
         geometry = Geometry.from_config(model.config, model.dtype)
         plan = make_plan(
             None if budget is None else int(Budget(budget)),

@@ -12,6 +12,7 @@ from torch import Tensor
 from millpond.errors import ModelError
 from millpond.families.base import Family, Tokens
 from millpond.families.chat import Chat
+from millpond.families.masks import give_layers_their_masks
 from millpond.families.queries import QueryTap, See
 from millpond.geometry import Geometry
 from millpond.positions import Rope
@@ -46,6 +47,7 @@ class DecoderFamily(Family):
         if kind in _LENGTH_DEPENDENT:
             raise ModelError(f"rotary embeddings of type {kind!r} depend on the length and are not supported")
         self.decoder = model.model.language_model
+        give_layers_their_masks(self.decoder)
         self.hidden = text.hidden_size
         inv_freq = self.decoder.rotary_emb.inv_freq.detach().to(torch.float32)
         axis = self._rope_axis(inv_freq.shape[0], text)

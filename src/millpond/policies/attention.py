@@ -13,7 +13,7 @@ from torch import Tensor
 from millpond.errors import PolicyError
 from millpond.policies.base import View
 
-__all__ = ["add_columns", "attention_moments", "attention_scratch", "proxy_attention"]
+__all__ = ["add_columns", "attention_moments", "attention_scratch", "attention_spread", "proxy_attention"]
 
 
 def proxy_attention(view: View) -> Tensor:
@@ -56,6 +56,32 @@ def attention_moments(view: View) -> tuple[Tensor, Tensor]:
                     spread = share.sub_(middle).square_().sum((0, 1))
                     variance[head, first : first + view.chunk] += spread / (group * (count - 1))
     return mean, variance
+
+
+def attention_spread(view: View) -> tuple[float, float]:
+    """How wide and how changing the proxy's attention on one layer is, its own (the latest) tokens left out as keys.
+
+    Returns:
+        The entropy -sum p log p over query heads, queries and keys; the sum over query heads and keys of the variance over the
+        queries (unbiased; 0 for a single query).
+
+    Raises:
+        PolicyError: the view shows no queries.
+    """
+    queries, prompt = _proxy(view)
+    count, entropy, variance = queries.shape[2], 0.0, 0.0
+    others = max(0, view.tokens - count)
+    for head in range(view.heads):
+        for members in queries[head].split(max(1, view.chunk // count)):
+            scaled = _scaled(members.flatten(0, 1))
+            level = _levels(scaled, prompt[head], view.keys[head], view.chunk)
+            for first in range(0, others, view.chunk):
+                logs = _scores(scaled, view.keys[head, :others], first, view.chunk).sub_(level[:, None])
+                share = logs.exp()
+                entropy -= float(logs.mul_(share).sum())
+                if count > 1:
+                    variance += float(share.unflatten(0, members.shape[:2]).var(dim=1).sum())
+    return entropy, variance
 
 
 def add_columns(

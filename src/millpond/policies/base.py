@@ -8,6 +8,7 @@ pinned prompt, which therefore survives whatever a policy does.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -17,12 +18,14 @@ from torch import Tensor
 from millpond import native
 from millpond.errors import PolicyError
 
-__all__ = ["SEPARATOR", "TEXT", "Policy", "View", "keep_top"]
+__all__ = ["LAYER_SHARE", "SEPARATOR", "TEXT", "Policy", "View", "keep_top"]
 
 TEXT = -1
 """`View.place` row and column of a token of a remembered turn."""
 SEPARATOR = -2
 """`View.place` row and column of a frame's token that lies on no grid (a timestamp, a newline)."""
+LAYER_SHARE = 2.0
+"""`Policy.layer_share` of the policies here that have layer budgets. Ours: it bounds the scratch of a compaction."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +111,19 @@ class Policy(ABC):
     def queries(self) -> int:
         """The most tokens whose queries are kept for the proxy "latest"; charged to the cap."""
         return 0
+
+    @property
+    def layer_share(self) -> float:
+        """The most that one layer may keep, in units of the layers' mean; 1 when all layers keep equally many."""
+        return 1.0
+
+    def layer_weights(self, views: Iterator[View]) -> list[float]:
+        """In what proportion the layers share the memory, asked before each compaction when `layer_share` is above 1.
+
+        `views` gives one layer at a time, in order. The cache turns the weights into whole numbers whose sum is exact, within
+        `layer_share` and with room for what is protected in each layer.
+        """
+        return [1.0 for _ in views]
 
     def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
         """Upper bound in bytes of what `keep` allocates at any instant, its result included; charged to the cap.

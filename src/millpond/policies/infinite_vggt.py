@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from millpond.policies.base import TEXT, Policy, View, keep_top
+from millpond.errors import PolicyError
+from millpond.policies.allocation import Diversity
+from millpond.policies.base import LAYER_SHARE, TEXT, Policy, View, keep_top
 from millpond.policies.keydiff import distinctiveness
 
 __all__ = ["InfiniteVGGT"]
@@ -22,17 +25,33 @@ class InfiniteVGGT(Policy):
     -cos(k_i, mean unit key), with the mean over the candidates alone, as the code has it. The anchor comes right after what
     the memory protects; where not even both fit, its first tokens stay and no candidate does.
 
-    Here every layer has the same budget.
+    Layers share the memory as `Diversity` has it: softmax over the layers of (1 - s_l) / temperature, s_l the mean alikeness
+    of the candidates' keys. Ours is that no layer keeps more than twice the mean, and that rounding loses no token.
+
+    Attributes:
+        temperature: of the layer budgets. Published: 0.5. None for equal budgets.
     """
 
     name: ClassVar[str] = "infinite-vggt"
     source: ClassVar[str] = "Yuan et al., InfiniteVGGT, 2026 (arXiv 2601.02281): code of attention and budgets"
 
+    temperature: float | None = 0.5
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None and not self.temperature > 0:
+            raise PolicyError(f"infinite-vggt: temperature must be above 0 or None, not {self.temperature!r}")
+
+    @property
+    def layer_share(self) -> float:
+        return 1.0 if self.temperature is None else LAYER_SHARE
+
+    def layer_weights(self, views: Iterator[View]) -> list[float]:
+        assert self.temperature is not None  # else nobody asks
+        return Diversity(self.temperature).weights(views, _anchors)
+
     def keep(self, view: View, slots: int) -> Tensor:
         scores = torch.empty(view.heads, view.tokens, device=view.keys.device)
-        for keys, times, place, row in zip(view.keys, view.time_us, view.place, scores, strict=True):
-            seen = times[place[:, 0] != TEXT]
-            anchor = int((times <= seen[0]).sum()) if len(seen) else 0
+        for keys, anchor, row in zip(view.keys, _anchors(view), scores, strict=True):
             row[:anchor] = torch.inf
             distinctiveness(keys[anchor:], view.chunk, row[anchor:])
         return keep_top(scores, view.protected, slots)
@@ -40,3 +59,12 @@ class InfiniteVGGT(Policy):
     def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
         # As KeyDiff; the masks and times of one head are gone before its ranking begins.
         return super().scratch(heads, tokens, head_dim, block, chunk) + 4 * (2 * chunk + 4) * (head_dim + 2)
+
+
+def _anchors(view: View) -> list[int]:
+    """Tokens of each head up to the end of the first frame."""
+    anchors = []
+    for times, place in zip(view.time_us, view.place, strict=True):
+        seen = times[place[:, 0] != TEXT]
+        anchors.append(int((times <= seen[0]).sum()) if len(seen) else 0)
+    return anchors

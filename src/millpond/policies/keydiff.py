@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from millpond.policies.base import Policy, View, keep_top
 
-__all__ = ["KeyDiff", "distinctiveness"]
+__all__ = ["KeyDiff", "distinctiveness", "mean_unit_key"]
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,14 @@ class KeyDiff(Policy):
 
 def distinctiveness(keys: Tensor, chunk: int, out: Tensor) -> None:
     """Write -cos(k, mean of the unit keys) of one head's keys [n, D] to `out`, float32 [n]; `chunk` keys at a time."""
-    mean = torch.zeros(keys.shape[1], device=keys.device)
-    for part in keys.split(chunk):
-        mean += normalize(part.float(), dim=1).sum(0)
-    common = normalize(mean, dim=0)
+    common = normalize(mean_unit_key(keys, chunk), dim=0)
     for part, score in zip(keys.split(chunk), out.split(chunk), strict=True):
         score.copy_(normalize(part.float(), dim=1) @ common).neg_()
+
+
+def mean_unit_key(keys: Tensor, chunk: int) -> Tensor:
+    """The mean of k / ||k|| over one head's keys [n, D]: float32 [D]; `chunk` keys at a time."""
+    total = torch.zeros(keys.shape[1], device=keys.device)
+    for part in keys.split(chunk):
+        total += normalize(part.float(), dim=1).sum(0)
+    return total / len(keys)

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from millpond.errors import PolicyError
 from millpond.plugins import Plugins
+from millpond.policies.allocation import ALLOCATORS, Layered
 from millpond.policies.base import Policy
 
 __all__ = ["POLICIES", "available", "get", "read"]
 
 POLICIES: Plugins[Policy] = Plugins("millpond.policies", Policy, "policy")  # type: ignore[type-abstract]
-available, get, read = POLICIES.available, POLICIES.get, POLICIES.read
+available, get = POLICIES.available, POLICIES.get
+
+
+def read(text: str) -> Policy:
+    """Make a policy from one word: `name`, `name:parameter=value:...`, or `policy+allocator` for layer budgets.
+
+    Raises:
+        PolicyError: not of this form, unknown, or the policy cannot be given layer budgets.
+    """
+    policy, plus, allocator = text.partition("+")
+    if plus and not allocator:
+        raise PolicyError(f"{text!r}: name an allocator behind the plus: {', '.join(sorted(ALLOCATORS.found))}")
+    scorer = POLICIES.read(policy)
+    return Layered(scorer, ALLOCATORS.read(allocator)) if plus else scorer
