@@ -134,7 +134,8 @@ class Layered(Policy):
     allocator: Allocator
 
     def __post_init__(self) -> None:
-        if not self.scorer.capped or self.scorer.whole_frames or self.scorer.layer_share > 1:
+        packs = getattr(self.scorer, "tier", None) is not None  # a low-bit tier goes with equal layers only
+        if packs or not self.scorer.capped or self.scorer.whole_frames or self.scorer.layer_share > 1:
             raise PolicyError(f"the policy {self.scorer.name!r} cannot be given layer budgets")
 
     @property
