@@ -137,9 +137,9 @@ def test_a_question_leaves_no_trace_and_streams_repeat(policy: str) -> None:
     twin = first.fork()
     assert state(twin) == asked
     for session in (first, second, twin):
-        session.feed(list(moving(20, start=30)))
+        session.feed(list(moving(10, start=30)))
         session.resize(session.plan.budget * 9 // 10)  # type: ignore[operator]
-        session.feed(list(moving(20, start=50)))
+        session.feed(list(moving(10, start=50)))
         session.resize(session.plan.budget * 2)  # type: ignore[operator]
         session.feed(list(moving(6, start=70)))
     assert state(first) == state(second) == state(twin)
@@ -165,7 +165,7 @@ def test_two_threads_on_one_model_do_not_disturb_each_other(policy: str) -> None
     family = tiny("qwen2_5_vl")
     alone = [tight(family, policy) for _ in range(2)]
     together = [tight(family, policy) for _ in range(2)]
-    streams = [list(moving(60, seed=seed)) for seed in range(2)]
+    streams = [list(moving(40, seed=seed)) for seed in range(2)]
     for session, frames in zip(alone, streams, strict=True):
         session.feed(frames)
     threads = [threading.Thread(target=s.feed, args=(f,)) for s, f in zip(together, streams, strict=True)]
@@ -244,7 +244,7 @@ def test_noted_queries_follow_the_end_of_the_stream_when_gaps_close() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "close_gaps", watched)
-        session.feed(list(moving(200, fps=1, start=60)))
+        session.feed(list(moving(120, fps=1, start=60)))
     assert sum(compared) > 0
 
 
