@@ -47,7 +47,7 @@ _LATER = {
     "Session": "millpond.session",
     "Usage": "millpond.answer",
 }
-_ROOMS = ("families", "frames", "policies", "recompute")
+_ROOMS = ("families", "frames", "policies", "precision", "recompute")
 
 
 def __getattr__(name: str) -> Any:

@@ -5,11 +5,20 @@ MillpondError
 ├── SourceError     a file, camera, stream or codec
 ├── ModelError      a model family that is not supported (lists those that are)
 ├── PolicyError     a policy that does not exist, or whose parameters cannot work here
+├── PrecisionError  a quantized model that is damaged, of another version, or asked for a width it does not hold
 ├── RecomputeError  a step that recomputation cannot train (in `millpond.recompute`)
 └── SnapshotError   a saved session that cannot be resumed
 """
 
-__all__ = ["BudgetError", "MillpondError", "ModelError", "PolicyError", "SnapshotError", "SourceError"]
+__all__ = [
+    "BudgetError",
+    "MillpondError",
+    "ModelError",
+    "PolicyError",
+    "PrecisionError",
+    "SnapshotError",
+    "SourceError",
+]
 
 
 class MillpondError(Exception):
@@ -37,6 +46,10 @@ class ModelError(MillpondError):
 
 class PolicyError(MillpondError):
     """A policy is unknown, or its parameters cannot work with this cache."""
+
+
+class PrecisionError(MillpondError):
+    """A quantized model is damaged or of another version, or cannot be read as asked."""
 
 
 class SnapshotError(MillpondError):

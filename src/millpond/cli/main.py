@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from millpond.cli import bench, demo, inspect
+from millpond.cli import bench, demo, inspect, precision
 from millpond.cli.errors import Commands
 from millpond.cli.options import WatchCommand
 from millpond.cli.watch import watch
@@ -50,6 +50,8 @@ app.command()(inspect.doctor)
 app.command()(inspect.models)
 app.command()(inspect.policies)
 app.command()(demo.demo)
+app.command()(precision.quantize)
+app.command()(precision.calibrate)
 app.add_typer(bench.app, name="bench")
 app.add_typer(recompute, name="recompute")
 

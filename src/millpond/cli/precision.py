@@ -1,0 +1,124 @@
+"""`millpond quantize` and `millpond calibrate`: weights stored once, read at a precision chosen per layer and step. Options and files only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from millpond.budget import format_bytes
+from millpond.cli.errors import announce
+from millpond.cli.options import QuietFlag
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["calibrate", "quantize"]
+
+CalibrationText = Annotated[
+    Path, typer.Option("--calibration", metavar="FILE", help="Plain text, of the kind that the model will read.")
+]
+Samples = Annotated[int, typer.Option(min=1, help="Runs of calibration text.")]
+Length = Annotated[int, typer.Option(min=16, help="Tokens in a run.")]
+
+
+def quantize(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="minnow, a local folder, a hub id, or a GGUF file.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; an interrupted run in it is taken up again.")],
+    calibration: CalibrationText,
+    widths: Annotated[str, typer.Option(metavar="LOW-HIGH", help="Least and greatest bits that can be read.")] = "3-8",
+    samples: Samples = 100,
+    length: Length = 512,
+    quiet: QuietFlag = False,
+) -> None:
+    """Store a model's decoder weights as nested bit planes, readable at every width (Any-Precision)."""
+    announce(context, quiet=quiet)
+    low, dash, high = widths.partition("-")
+    if not (dash and low.isdigit() and high.isdigit()):
+        raise typer.BadParameter(f"{widths!r} is not of the form 3-8", param_hint="--widths")
+    from millpond.cli.watch import silence
+    from millpond.precision.quantize import quantize
+
+    silence()
+    loaded, tokenizer = _load(model)
+    runs = _runs(tokenizer, calibration, samples, length)
+    made = quantize(loaded, tokenizer, out, runs, source=model, widths=(int(low), int(high)), quiet=quiet)
+    size = sum((out / name).stat().st_size for name in made.files)
+    typer.echo(f"{out}: {made.layers} layers, {low} to {high} bits, {format_bytes(size)}")
+
+
+def calibrate(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="What `millpond quantize` wrote.")],
+    calibration: CalibrationText,
+    target_bits: Annotated[
+        list[float], typer.Option("--target-bits", metavar="BITS", help="Mean bits of a decoding step. Repeatable.")
+    ],
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Most bytes of all weights together, for example 90MiB.")
+    ] = None,
+    samples: Samples = 24,
+    length: Length = 256,
+    quiet: QuietFlag = False,
+) -> None:
+    """Choose the width of every layer, and how each decoding step picks between two (DP-LLM)."""
+    announce(context, quiet=quiet)
+    from millpond.cli.watch import silence
+    from millpond.precision.calibrate import calibrate
+    from millpond.precision.folder import Description
+
+    silence()
+    Description.load(folder)  # a wrong folder is told before a tokenizer is looked for
+    runs = _runs(_tokenizer(str(folder)), calibration, samples, length)
+    made = calibrate(folder, runs, target_bits, memory=memory, quiet=quiet)
+    mean = sum(made.widths.values()) / len(made.widths)
+    targets = ", ".join(f"{target:g}" for target in sorted(made.targets))
+    typer.echo(f"{folder}: targets of {targets} bits; greatest widths {mean:.2f} bits on average")
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    """A float model and its tokenizer."""
+    import torch
+    import transformers
+
+    from millpond.errors import ModelError
+
+    if name == "minnow":
+        from millpond.minnow import folder
+
+        name = str(folder())
+    path = Path(name)
+    gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    source = str(path.parent) if gguf else name
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **gguf)
+        image = type(config) in transformers.AutoModelForImageTextToText._model_mapping
+        auto = transformers.AutoModelForImageTextToText if image else transformers.AutoModelForCausalLM
+        model = auto.from_pretrained(source, dtype=torch.float32, **gguf)
+        return model.eval(), _tokenizer(source, **gguf)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"cannot load the model at {name!r}: {str(error).strip().splitlines()[0]}") from error
+
+
+def _tokenizer(source: str, **gguf: str) -> Any:
+    import transformers
+
+    from millpond.errors import ModelError
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source, **gguf)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no tokenizer at {source!r}: {str(error).strip().splitlines()[0]}") from error
+
+
+def _runs(tokenizer: Any, file: Path, samples: int, length: int) -> Tensor:
+    from millpond.errors import PrecisionError
+    from millpond.precision.sensitivity import samples_of
+
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PrecisionError(f"the calibration text {file} cannot be read: {error}") from error
+    return samples_of(tokenizer, text, samples=samples, length=length)

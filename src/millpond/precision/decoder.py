@@ -1,0 +1,58 @@
+"""Where the quantized linears of a decoder are: q, k, v, o, gate, up, down of every layer. Knows names, not numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from millpond.errors import ModelError
+
+__all__ = ["ATTENTION", "MLP", "decoder_of", "effective_bits", "linears", "replace"]
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def decoder_of(model: Any) -> Any:
+    """The stack of decoder layers: the language model inside a multimodal one, or the body of a text model.
+
+    Raises:
+        ModelError: the model has no layers with separate q, k, v, o, gate, up and down.
+    """
+    body = getattr(model, "model", model)
+    body = getattr(body, "language_model", body)
+    layers = getattr(body, "layers", None)
+    if layers is None or not all(_is_plain(layer) for layer in layers):
+        raise ModelError("only decoders with separate q, k, v, o, gate, up and down projections can be quantized")
+    return body
+
+
+def _is_plain(layer: Any) -> bool:
+    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    return all(hasattr(attention, name) for name in ATTENTION) and all(hasattr(mlp, name) for name in MLP)
+
+
+def linears(model: Any) -> Iterator[tuple[str, Any]]:
+    """(name, module) of every quantized linear in the order in which a token meets them, such as `3.self_attn.q_proj`."""
+    for index, layer in enumerate(decoder_of(model).layers):
+        for room, names in (("self_attn", ATTENTION), ("mlp", MLP)):
+            for name in names:
+                yield f"{index}.{room}.{name}", getattr(getattr(layer, room), name)
+
+
+def replace(model: Any, name: str, module: nn.Module) -> None:
+    """Put another module in the place of a linear."""
+    index, room, leaf = name.split(".")
+    setattr(getattr(decoder_of(model).layers[int(index)], room), leaf, module)
+
+
+def effective_bits(model: Any) -> float:
+    """Mean width of all decoding steps so far, weighted by the size of the matrices: sum(count b N K) / sum(count N K)."""
+    bits = total = 0
+    for _, linear in linears(model):
+        for width, count in linear.counts.items():
+            bits += count * width * linear.size
+            total += count * linear.size
+    return bits / total if total else 0.0

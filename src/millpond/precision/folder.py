@@ -1,0 +1,193 @@
+"""A quantized model on disk: planes and tables as safetensors, one file a decoder layer, the rest beside them, and a description.
+
+`millpond_precision.json` names every file with its SHA-256, so that what is damaged, altered or of another version is refused in one line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from millpond.errors import PrecisionError
+from millpond.precision.nested import NestedWeight
+
+__all__ = ["DESCRIPTION", "Description", "Layer", "read_layer", "read_rest", "write_layer", "write_rest"]
+
+DESCRIPTION = "millpond_precision.json"
+_VERSION = 1
+_REST = "rest.safetensors"
+
+
+@dataclass
+class Description:
+    """What a folder holds.
+
+    Attributes:
+        source: name of the model that was quantized.
+        widths: least and greatest width stored.
+        layers: decoder layers.
+        columns: K of every linear, by name.
+        files: SHA-256 of every file, by name.
+        version: of the format.
+    """
+
+    source: str
+    widths: tuple[int, int]
+    layers: int
+    columns: dict[str, int] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    version: int = _VERSION
+
+    def save(self, folder: Path) -> None:
+        """Write the description; the last thing that is written, so that its presence means a whole model."""
+        (folder / DESCRIPTION).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Description:
+        """Read it.
+
+        Raises:
+            PrecisionError: there is none, or it is of another version.
+        """
+        path = folder / DESCRIPTION
+        try:
+            read = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise PrecisionError(f"{folder} holds no quantized model: run `millpond quantize MODEL {folder}`") from None
+        except (OSError, ValueError) as error:
+            raise PrecisionError(f"{path} cannot be read: {error}") from error
+        if not isinstance(read, dict) or read.get("version") != _VERSION:
+            version = read.get("version") if isinstance(read, dict) else None
+            raise PrecisionError(
+                f"{folder} is of format {version}; this millpond reads format {_VERSION}: quantize again"
+            )
+        try:
+            low, high = (int(width) for width in read["widths"])
+            found = cls(**{**read, "widths": (low, high)})
+            columns = {str(name): int(count) for name, count in found.columns.items()}
+            files = {str(name): str(sha) for name, sha in found.files.items()}
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise PrecisionError(f"{path} is not a description of a quantized model: {error}") from error
+        found.columns, found.files = columns, files
+        found.check(folder, "config.json")
+        return found
+
+    def check(self, folder: Path, name: str) -> Path:
+        """The path of a file that is the one that was written.
+
+        Raises:
+            PrecisionError: it is missing, truncated or altered.
+        """
+        path = folder / name
+        if not path.exists():
+            raise PrecisionError(f"{folder} lacks {name}: quantize again")
+        if digest(path) != self.files.get(name):
+            raise PrecisionError(f"{path} is not the file that was written: it is truncated or altered")
+        return path
+
+
+def layer_file(index: int) -> str:
+    """Name of a decoder layer's file."""
+    return f"layer-{index:03d}.safetensors"
+
+
+def write_layer(
+    folder: Path, index: int, weights: dict[str, NestedWeight], biases: dict[str, Tensor], errors: dict[str, Tensor]
+) -> None:
+    """Write one decoder layer; names are those of `millpond.precision.decoder.linears`, errors as in `Layer`."""
+    tensors = {f"{name}.bias": bias for name, bias in biases.items()} | {
+        f"{name}.errors": e for name, e in errors.items()
+    }
+    for name, weight in weights.items():
+        tensors[f"{name}.planes"] = weight.planes
+        tensors |= {f"{name}.table.{bits}": table for bits, table in weight.tables.items()}
+    _save(tensors, folder / layer_file(index))
+
+
+def write_rest(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write what is not quantized: embeddings, norms, head, vision tower."""
+    _save(tensors, folder / _REST)
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    part = path.with_suffix(".part")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part)
+    part.replace(path)  # a file that is there is whole
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One decoder layer, by name of the linear.
+
+    Attributes:
+        weights: all widths.
+        biases: where there are any.
+        errors: float64 [2, widths], what each width costs: first and second order, see `millpond.precision.quantize`.
+    """
+
+    weights: dict[str, NestedWeight]
+    biases: dict[str, Tensor]
+    errors: dict[str, Tensor]
+
+
+def read_layer(folder: Path, description: Description, index: int) -> Layer:
+    """One decoder layer.
+
+    Raises:
+        PrecisionError: the file is missing or not the one that was written.
+    """
+    tensors = _load(folder, description, layer_file(index))
+    layer = Layer({}, {}, {})
+    for key, tensor in tensors.items():
+        name, _, what = key.rpartition(".")
+        if what == "planes":
+            tables = {
+                int(k.rpartition(".")[2]): table for k, table in tensors.items() if k.startswith(f"{name}.table.")
+            }
+            if name not in description.columns:
+                raise PrecisionError(f"the description of {folder} does not know {name}: quantize again")
+            layer.weights[name] = NestedWeight(tensor, tables, description.columns[name])
+        elif what == "bias":
+            layer.biases[name] = tensor
+        elif what == "errors":
+            layer.errors[name] = tensor
+    return layer
+
+
+def read_rest(folder: Path, description: Description) -> dict[str, Tensor]:
+    """What is not quantized.
+
+    Raises:
+        PrecisionError: as for a layer.
+    """
+    return _load(folder, description, _REST)
+
+
+def _load(folder: Path, description: Description, name: str) -> dict[str, Tensor]:
+    path = description.check(folder, name)
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise PrecisionError(f"{path} cannot be read: {error}") from error
+    return tensors
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a shard that an interrupted run left can be used."""
+    try:
+        load_file(path)
+    except (SafetensorError, OSError):
+        return False
+    return True

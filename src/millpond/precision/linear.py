@@ -1,0 +1,100 @@
+"""A linear layer that reads only the bit planes it needs, at a width chosen per layer and per decoding step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from millpond.errors import PrecisionError
+from millpond.precision.nested import NestedWeight, product
+
+__all__ = ["NestedLinear"]
+
+
+class NestedLinear(nn.Module):
+    """y = x W_b^T + bias for a nested weight.
+
+    A prompt (more than one token a sequence) runs at the greatest width kept. A decoding step runs at `low` or `high`: where these
+    differ, `choose` says for each row which of the two.
+
+    Args:
+        weight: the planes and tables that are kept.
+        bias: [N], or None.
+
+    Attributes:
+        low, high: the pair of widths of a decoding step; equal for a fixed width.
+        choose: rows [T, K] -> bool [T], True for the high width; None takes the high one.
+        every_token: treat each token of a longer input as a decoding step of its own (for measuring; same numbers, see
+            `millpond.precision.perplexity`).
+        counts: rows of decoding steps that ran at each width.
+    """
+
+    def __init__(self, weight: NestedWeight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.columns = weight.columns
+        self.register_buffer("planes", weight.planes)
+        for bits, table in weight.tables.items():
+            self.register_buffer(f"table_{bits}", table)
+        self.widths = tuple(sorted(weight.tables))
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.low = self.high = self.widths[-1]
+        self.choose: Callable[[Tensor], Tensor] | None = None
+        self.every_token = False
+        self.counts: dict[int, int] = {}
+
+    @property
+    def weight(self) -> NestedWeight:
+        """The stored weight (no copy)."""
+        tables = {bits: getattr(self, f"table_{bits}") for bits in self.widths}
+        return NestedWeight(self.planes, tables, self.columns)  # type: ignore[arg-type]
+
+    @property
+    def size(self) -> int:
+        """Number of weights, N x K."""
+        return int(self.planes.shape[0]) * self.columns  # type: ignore[index]
+
+    def set_widths(self, low: int, high: int) -> None:
+        """The pair of a decoding step.
+
+        Raises:
+            PrecisionError: a width without a table.
+        """
+        for width in (low, high):
+            if width not in self.widths:
+                raise PrecisionError(
+                    f"no table for {width} bits is kept; there are: {', '.join(map(str, self.widths))}"
+                )
+        self.low, self.high = low, high
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N] in x's dtype."""
+        rows = x.reshape(-1, self.columns)
+        step = x.dim() < 2 or x.shape[-2] == 1 or self.every_token
+        if not step:
+            y = product(self.weight, self.widths[-1], rows)
+        elif self.low == self.high or self.choose is None:
+            y = product(self.weight, self.high, rows)
+            self._count(self.high, len(rows))
+        else:
+            y = self._chosen(rows)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.reshape(*x.shape[:-1], -1)
+
+    def _chosen(self, rows: Tensor) -> Tensor:
+        assert self.choose is not None
+        high = self.choose(rows)
+        picked = int(high.sum())
+        self._count(self.high, picked)
+        self._count(self.low, len(rows) - picked)
+        if picked in (0, len(rows)):
+            return product(self.weight, self.high if picked else self.low, rows)
+        y = rows.new_empty(len(rows), int(self.planes.shape[0]))  # type: ignore[index]
+        y[high] = product(self.weight, self.high, rows[high])
+        y[~high] = product(self.weight, self.low, rows[~high])
+        return y
+
+    def _count(self, width: int, rows: int) -> None:
+        if rows:
+            self.counts[width] = self.counts.get(width, 0) + rows

@@ -1,0 +1,134 @@
+"""A quantized model from its folder: built without weights, then filled, so that the full-precision one never exists in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from torch import nn
+
+from millpond.budget import format_bytes, parse_bytes
+from millpond.errors import BudgetError, ModelError, PrecisionError
+from millpond.precision.calibration import Calibration
+from millpond.precision.decoder import effective_bits, linears, replace
+from millpond.precision.folder import Description, read_layer, read_rest
+from millpond.precision.linear import NestedLinear
+from millpond.precision.nested import NestedWeight
+from millpond.precision.selection import select
+
+__all__ = ["assemble", "load", "stored_bytes"]
+
+
+def load(
+    folder: str | Path,
+    *,
+    memory: str | int | None = None,
+    target_bits: float | None = None,
+    width: int | None = None,
+) -> Any:
+    """Load a model that `millpond quantize` wrote, as a transformers model whose linears read only the planes they need.
+
+    The model gains `set_target_bits(bits)`, which switches to another calibrated target at once, reading no file, and
+    `effective_bits()`, the mean width of its decoding steps so far. Prompts run at the greatest widths kept.
+
+    Args:
+        memory: bytes that all weights may take ("90MiB"); the calibration must have been made for no more.
+        target_bits: a calibrated mean of bits a decoding step; by default the greatest widths kept.
+        width: one fixed width for all linears, in place of a calibration.
+
+    Raises:
+        PrecisionError: not calibrated for this, no such target or width, or a damaged folder.
+        BudgetError: the weights take more than `memory`; names the least that works.
+    """
+    path = Path(folder)
+    description = Description.load(path)
+    if width is not None and target_bits is not None:
+        raise PrecisionError("give target_bits or width, not both")
+    if width is not None and not description.widths[0] <= width <= description.widths[1]:
+        raise PrecisionError(f"{path} holds widths {description.widths[0]} to {description.widths[1]}, not {width}")
+    calibration = Calibration.load(path) if width is None else None
+    if target_bits is not None and calibration is None:
+        raise PrecisionError(f"{path} has not been calibrated: run `millpond calibrate {path}`")
+
+    def keep(name: str, weight: NestedWeight) -> NestedWeight:
+        if width is not None:
+            return weight.kept(width, {width})
+        return weight if calibration is None else weight.kept(calibration.widths[name], calibration.tables(name))
+
+    model = assemble(path, description, keep)
+    if memory is not None and (taken := stored_bytes(model)) > parse_bytes(memory):
+        raise BudgetError(
+            f"these weights take {taken} bytes ({format_bytes(taken)}), more than {memory}: "
+            f"run `millpond calibrate {path} --memory {memory}`, or give at least that much",
+            least=taken,
+        )
+    _give_targets(model, calibration)
+    if target_bits is not None:
+        model.set_target_bits(target_bits)
+    return model
+
+
+def assemble(path: Path, description: Description, keep: Callable[[str, NestedWeight], NestedWeight]) -> Any:
+    """The model with what `keep` leaves of every linear; one decoder layer at a time is whole in memory."""
+    model = _empty(path)
+    for name, tensor in read_rest(path, description).items():
+        set_module_tensor_to_device(model, name, "cpu", value=tensor)
+    for index in range(description.layers):
+        layer = read_layer(path, description, index)
+        for name, weight in layer.weights.items():
+            replace(model, name, NestedLinear(keep(name, weight), layer.biases.get(name)))
+    model.tie_weights()
+    return model.eval()
+
+
+def stored_bytes(model: Any) -> int:
+    """Bytes of all parameters and buffers, each storage once, and of the estimators of every target."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for choices in getattr(model, "precision_targets", {}).values():
+        tensors += [choice.projection for choice in choices.values() if choice.projection is not None]
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def _empty(path: Path) -> Any:
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise PrecisionError(f"{path} has no readable config: {str(error).splitlines()[0]}") from error
+    kind = type(config)
+    for auto in (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM):
+        if kind in auto._model_mapping:
+            dtype = getattr(config, "dtype", None) or torch.float32
+            with init_empty_weights(include_buffers=False):
+                model = auto.from_config(config, dtype=dtype)
+            for name, _ in linears(model):
+                replace(model, name, nn.Identity())
+            return model
+    raise ModelError(f"the model type {config.model_type!r} is neither a causal nor an image-text model")
+
+
+def _give_targets(model: Any, calibration: Calibration | None) -> None:
+    model.precision_targets = {} if calibration is None else calibration.targets
+    model.precision_hooks = []
+    model.set_target_bits = MethodType(_set_target_bits, model)
+    model.effective_bits = MethodType(effective_bits, model)
+
+
+def _set_target_bits(model: Any, bits: float) -> None:
+    """Switch every linear to a calibrated target.
+
+    Raises:
+        PrecisionError: not calibrated for that many bits; lists those that are.
+    """
+    choices = model.precision_targets.get(float(bits))
+    if choices is None:
+        known = ", ".join(f"{target:g}" for target in sorted(model.precision_targets)) or "none"
+        raise PrecisionError(f"no target of {bits:g} bits is calibrated; there are: {known}")
+    for hook in model.precision_hooks:
+        hook.remove()
+    model.precision_hooks = select(model, choices)

@@ -1,0 +1,30 @@
+"""Perplexity as decoding would have it: every token decided and multiplied as a step of its own, many at once."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from millpond.precision.selection import every_token
+
+__all__ = ["perplexity"]
+
+
+@torch.no_grad()
+def perplexity(model: Any, samples: Tensor) -> float:
+    """exp of the mean loss over runs of text, int64 [S, T].
+
+    A decision depends only on its own token's inputs, so running the tokens together gives each what it would have had in a
+    step by itself (tests/precision/test_selection.py compares the two).
+    """
+    loss, count = 0.0, 0
+    with every_token(model):
+        for ids in samples:
+            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+            loss += float(functional.cross_entropy(logits, ids[1:], reduction="sum"))
+            count += len(ids) - 1
+    return math.exp(loss / count)

@@ -1,0 +1,125 @@
+"""From a transformers model to a folder of nested weights. Resumable: a layer that is on disk is not done again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from millpond.errors import PrecisionError
+from millpond.precision.decoder import linears
+from millpond.precision.folder import DESCRIPTION, Description, digest, is_whole, layer_file, write_layer, write_rest
+from millpond.precision.nested import NestedWeight, nest
+from millpond.precision.sensitivity import STATE, Sensitivity, sensitivities
+
+__all__ = ["quantize"]
+
+RUN = "unfinished.json"
+"""What a run that has not ended works on."""
+
+
+def quantize(
+    model: Any,
+    tokenizer: Any,
+    out: Path,
+    samples: Tensor,
+    *,
+    source: str,
+    widths: tuple[int, int] = (3, 8),
+    quiet: bool = False,
+) -> Description:
+    """Write a model's decoder linears as nested bit planes into a folder, everything else as it is.
+
+    Args:
+        model: a transformers causal or image-text model, float32 or bfloat16.
+        tokenizer: its tokenizer or processor; saved beside it.
+        samples: int64 [S, T] of calibration text (`millpond.precision.sensitivity.samples_of`).
+        source: the model's name, for the description.
+        widths: least and greatest width.
+
+    Raises:
+        ModelError: not a decoder that can be quantized. PrecisionError: widths that cannot be.
+    """
+    low, high = widths
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / DESCRIPTION).exists():
+        raise PrecisionError(f"{out} holds a quantized model already: choose another folder, or remove it")
+    named = dict(linears(model))
+    layers = 1 + max(int(name.split(".")[0]) for name in named)
+    _claim(out, {"source": source, "widths": list(widths), "weights": _print_of(named), "text": _sha(samples)})
+    todo = [index for index in range(layers) if not is_whole(out / layer_file(index))]
+    if todo:
+        found: Sensitivity | None = None
+        with tqdm(total=len(samples), desc="sensitivity", unit="sample", disable=quiet) as bar:
+            for found in sensitivities(model, samples, out):
+                bar.update(found.done - bar.n)
+        if found is None:
+            raise PrecisionError("there is no calibration text")
+        for index in tqdm(todo, desc="quantizing", unit="layer", disable=quiet):
+            own = {name: linear for name, linear in named.items() if name.split(".")[0] == str(index)}
+            weights = {name: nest(part.weight, found.square[name], low=low, high=high) for name, part in own.items()}
+            errors = {name: _errors(weights[name], part.weight, found, name) for name, part in own.items()}
+            write_layer(
+                out, index, weights, {name: part.bias for name, part in own.items() if part.bias is not None}, errors
+            )
+    replaced = {id(parameter) for linear in named.values() for parameter in linear.parameters()}
+    write_rest(out, {name: tensor for name, tensor in model.named_parameters() if id(tensor) not in replaced})
+    model.config.save_pretrained(out)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    for left in (RUN, STATE):
+        (out / left).unlink(missing_ok=True)
+    description = Description(
+        source=source,
+        widths=widths,
+        layers=layers,
+        columns={name: linear.in_features for name, linear in named.items()},
+        files={path.name: digest(path) for path in [*sorted(out.glob("*.safetensors")), out / "config.json"]},
+    )
+    description.save(out)
+    return description
+
+
+def _claim(out: Path, run: dict[str, object]) -> None:
+    """A run that was cut off is taken up only with the same model, text and widths."""
+    path = out / RUN
+    if path.exists():
+        if json.loads(path.read_text(encoding="utf-8")) != run:
+            raise PrecisionError(f"{out} holds the beginning of another run: choose another folder, or remove it")
+    elif any(out.glob("*.safetensors")):
+        raise PrecisionError(f"{out} holds other files: choose another folder")
+    else:
+        path.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+
+
+def _print_of(named: dict[str, Any]) -> str:
+    """Tells one model's weights from another's: shapes, and a few rows of every linear."""
+    found = hashlib.sha256()
+    for name, linear in named.items():
+        found.update(f"{name}{tuple(linear.weight.shape)}".encode())
+        found.update(linear.weight.detach()[:2].float().cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _sha(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()
+
+
+def _errors(nested: NestedWeight, weight: Tensor, found: Sensitivity, name: str) -> Tensor:
+    """What each width costs by the two expansions of the loss, float64 [2, widths]: |sum g dW| and sum g^2 dW^2.
+
+    The first is LLM-MQ's, the second that of Any-Precision and HAWQ-V2 with the Fisher diagonal in place of the Hessian.
+    """
+    rows = []
+    for width in sorted(nested.tables):
+        change = nested.dense(width) - weight.detach().float()
+        first = (found.gradient[name] * change).sum(dtype=torch.float64).abs() / found.done
+        second = (found.square[name] * change.square()).sum(dtype=torch.float64) / found.done
+        rows.append(torch.stack([first, second]))
+    return torch.stack(rows, dim=1)

@@ -1,0 +1,106 @@
+"""The choice of a width at every decoding step (DP-LLM, sections 4 and 5), made before the linear that it is for.
+
+q, k, v of layer i are decided from layer i's input norm of the residual that enters layer i-1's post-attention norm, gate and up from
+the post-attention norm of the residual that enters the layer's input norm: the same token, one sub-layer earlier. o, down and the
+first layer's q, k, v are decided from their own input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from millpond.precision.calibration import Choice
+from millpond.precision.decoder import decoder_of, linears
+from millpond.precision.linear import NestedLinear
+
+__all__ = ["EARLY", "Selector", "early_inputs", "select"]
+
+EARLY = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+"""Linears that are decided one sub-layer earlier (but not in the first layer's attention)."""
+
+
+def early_inputs(model: Any, seen: Callable[[str, Tensor], None]) -> list[Any]:
+    """Call `seen(prefix, x)` with the early input of each sub-layer, such as ("3.self_attn", [..., hidden]); returns the hooks."""
+    layers = list(decoder_of(model).layers)
+    hooks = []
+    for index, layer in enumerate(layers):
+
+        def before_input(module: Any, args: tuple[Tensor, ...], index: int = index, layer: Any = layer) -> None:
+            seen(f"{index}.mlp", layer.post_attention_layernorm.forward(args[0]))
+
+        def before_post(module: Any, args: tuple[Tensor, ...], index: int = index) -> None:
+            if index + 1 < len(layers):
+                seen(f"{index + 1}.self_attn", layers[index + 1].input_layernorm.forward(args[0]))
+
+        hooks.append(layer.input_layernorm.register_forward_pre_hook(before_input))
+        hooks.append(layer.post_attention_layernorm.register_forward_pre_hook(before_post))
+    return hooks
+
+
+class Selector:
+    """Decides for one linear.
+
+    Args:
+        choice: the pair, the threshold and the estimator.
+
+    Attributes:
+        early: this step's decisions, bool [T], where they were made early; None until they are.
+        estimates: where calibration collects every estimate; None otherwise.
+    """
+
+    def __init__(self, choice: Choice) -> None:
+        self.choice = choice
+        self.early: Tensor | None = None
+        self.estimates: list[Tensor] | None = None
+
+    def decide(self, x: Tensor) -> Tensor:
+        """Rows [T, K] -> bool [T], True for the high width."""
+        limit = self.choice.threshold
+        if self.estimates is not None:
+            self.estimates.append(self.choice.estimate(x))
+        if limit in (float("inf"), float("-inf")):
+            return torch.full((len(x),), limit < 0, device=x.device)
+        return self.choice.estimate(x) > limit
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        decided, self.early = self.early, None
+        if decided is not None and len(decided) == len(rows):
+            return decided
+        return self.decide(rows)
+
+
+def select(model: Any, choices: dict[str, Choice]) -> list[Any]:
+    """Give every linear its pair and its selector; returns the hooks that feed the early ones."""
+    groups: dict[str, list[tuple[Selector, NestedLinear]]] = {}
+    for name, linear in linears(model):
+        choice = choices[name]
+        linear.set_widths(choice.low, choice.high)
+        selector = Selector(choice)
+        linear.choose = selector
+        if choice.early and choice.low != choice.high:
+            groups.setdefault(name.rpartition(".")[0], []).append((selector, linear))
+
+    def seen(prefix: str, x: Tensor) -> None:
+        for selector, linear in groups.get(prefix, ()):
+            if x.shape[-2] == 1 or linear.every_token:
+                selector.early = selector.decide(x.reshape(-1, x.shape[-1]))
+
+    return early_inputs(model, seen) if groups else []
+
+
+@contextmanager
+def every_token(model: Any) -> Iterator[None]:
+    """Inside, each token of a longer input is decided and multiplied as a decoding step of its own."""
+    chosen = [linear for _, linear in linears(model)]
+    for linear in chosen:
+        linear.every_token = True
+    try:
+        yield
+    finally:
+        for linear in chosen:
+            linear.every_token = False

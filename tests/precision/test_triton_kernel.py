@@ -1,0 +1,53 @@
+"""The Triton kernel against the dense product: on a GPU where there is one, else in Triton's interpreter.
+
+    TRITON_INTERPRET=1 python -m pytest tests/precision/test_triton_kernel.py
+
+Torch imports Triton before any test runs, and Triton reads the variable then: it cannot be set in here.
+"""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("no GPU, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
+
+from millpond.errors import PrecisionError  # noqa: E402
+from millpond.precision.nested import NestedWeight, nest  # noqa: E402
+from millpond.precision.triton_kernel import product  # noqa: E402
+
+
+def made(rows: int, columns: int) -> NestedWeight:
+    rng = torch.Generator().manual_seed(0)
+    found = nest(torch.randn(rows, columns, generator=rng), torch.rand(rows, columns, generator=rng))
+    tables = {width: table.to(DEVICE) for width, table in found.tables.items()}
+    return NestedWeight(found.planes.to(DEVICE), tables, columns)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (16, 128), (17, 7), (33, 129), (5, 257)])
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_it_is_the_dense_product(rows: int, columns: int, vectors: int) -> None:
+    weight = made(rows, columns)
+    x = torch.randn(vectors, columns, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    for width in range(3, 9):
+        want = x.double() @ weight.dense(width).double().T
+        assert float((product(weight, width, x) - want).norm() / want.norm()) <= 1e-5
+
+
+@pytest.mark.parametrize("width", [3, 4, 7])
+def test_it_reads_its_own_planes_only(width: int) -> None:
+    weight, x = made(20, 70), torch.ones(1, 70, device=DEVICE)
+    poisoned = NestedWeight(weight.planes.clone(), weight.tables, 70)
+    poisoned.planes[:, width:] ^= 255
+    assert torch.equal(product(poisoned, width, x), product(weight, width, x))
+
+
+def test_dtype_empty_input_and_missing_widths() -> None:
+    weight = made(4, 24)
+    assert product(weight, 4, torch.ones(2, 24, dtype=torch.bfloat16, device=DEVICE)).dtype == torch.bfloat16
+    assert product(weight, 4, torch.ones(0, 24, device=DEVICE)).shape == (0, 4)
+    with pytest.raises(PrecisionError, match="5 bits cannot be read; there are: 4"):
+        product(weight.kept(5, {4}), 5, torch.ones(1, 24, device=DEVICE))
