@@ -148,11 +148,13 @@ def overhead(model: Any, choices: dict[str, Choice], ids: torch.Tensor, turns: i
     for _ in range(turns):
         _unhook(model)
         model.precision_hooks = select(model, choices)
+        step()  # what is built at the first decision is built
         deciding.append(step())
         _unhook(model)
         for name, linear in linears(model):
             if choices[name].low != choices[name].high:
                 linear.choose = lambda rows, name=name: known[name]
+        step()
         replaying.append(step())
     least, median = (
         [sorted(times)[0] for times in (deciding, replaying)],

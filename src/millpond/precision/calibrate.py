@@ -15,7 +15,7 @@ from millpond.budget import parse_bytes
 from millpond.errors import PrecisionError
 from millpond.precision.allocate import allocate, level, linear_bytes
 from millpond.precision.calibration import Calibration
-from millpond.precision.estimators import MOST_DIRECTIONS, choose_estimators, meet_shares
+from millpond.precision.estimators import choose_estimators, directions, meet_shares
 from millpond.precision.folder import Description, read_layer, read_rest
 from millpond.precision.loading import assemble
 from millpond.precision.nested import NestedWeight
@@ -75,8 +75,10 @@ def _greatest(stored: _Stored, memory: int | None, targets: int) -> dict[str, in
         [linear_bytes(int(rows), int(columns), width, range(LEAST, width + 1)) for width in stored.widths]
         for rows, columns in zip(stored.rows, stored.columns, strict=True)
     ]
-    directions = np.maximum(1, np.minimum(MOST_DIRECTIONS, stored.rows // 16))
-    estimators = targets * 4 * int((directions * stored.columns).sum())
+    estimators = sum(
+        targets * 4 * directions(int(rows)) * int(columns)
+        for rows, columns in zip(stored.rows, stored.columns, strict=True)
+    )
     found = allocate(stored.errors, np.array(nbytes), stored.widths, memory, stored.rest + estimators)
     return dict(zip(stored.names, found.widths, strict=True))
 

@@ -19,10 +19,19 @@ from millpond.precision.nested import product
 from millpond.precision.pairs import Pair
 from millpond.precision.selection import EARLY, Selector, early_inputs, every_token, select
 
-__all__ = ["MOST_DIRECTIONS", "Fit", "choose_estimators", "meet_shares"]
+__all__ = ["Fit", "choose_estimators", "directions", "meet_shares"]
 
 _GOOD_LINE = 0.9
-MOST_DIRECTIONS = 64
+_MOST_DIRECTIONS = 64
+
+
+def directions(rows: int) -> int:
+    """Directions of a projection for a matrix of N rows: 64 from N = 4096 on, as published, and as many a row below.
+
+    Always whole vector registers of eight where N is no smaller than 128. More would be read at every step: N / 16 of them in
+    float32 are two bits a weight.
+    """
+    return min(_MOST_DIRECTIONS, max(8, rows // 64 // 8 * 8), max(1, rows // 16))
 
 
 @dataclass
@@ -84,10 +93,10 @@ def choose_estimators(
         probes[name] = _Probe(linear, pair, _is_early(name), _projection(linear, pair, rng), rng)
         linear.choose = probes[name]
 
-    def seen(prefix: str, x: Tensor) -> None:
+    def seen(prefix: str, norm: Any, x: Tensor) -> None:
         for name, probe in probes.items():
             if probe.early and name.rpartition(".")[0] == prefix:
-                probe.ahead = x.reshape(-1, x.shape[-1])
+                probe.ahead = norm.forward(x).reshape(-1, x.shape[-1])
 
     hooks = early_inputs(model, seen)
     try:
@@ -131,8 +140,8 @@ def _line(x: Tensor, y: Tensor) -> tuple[float, float, float]:
 
 def _projection(linear: NestedLinear, pair: Pair, rng: torch.Generator) -> Tensor:
     weight = linear.weight
-    directions = max(1, min(MOST_DIRECTIONS, weight.rows // 16))
-    random = torch.randn(directions, weight.rows, generator=rng) / directions**0.5
+    count = directions(weight.rows)
+    random = torch.randn(count, weight.rows, generator=rng) / count**0.5
     found: Tensor = random @ (weight.dense(pair.high) - weight.dense(pair.low))
     return found
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from millpond.precision.calibration import Choice
+from millpond.precision.choosing import Chooser
 from millpond.precision.decoder import decoder_of, linears
 from millpond.precision.linear import NestedLinear
 
@@ -24,18 +24,22 @@ EARLY = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_p
 """Linears that are decided one sub-layer earlier (but not in the first layer's attention)."""
 
 
-def early_inputs(model: Any, seen: Callable[[str, Tensor], None]) -> list[Any]:
-    """Call `seen(prefix, x)` with the early input of each sub-layer, such as ("3.self_attn", [..., hidden]); returns the hooks."""
+def early_inputs(model: Any, seen: Callable[[str, Any, Tensor], None]) -> list[Any]:
+    """Call `seen(prefix, norm, x)` for each sub-layer, such as "3.self_attn": its early input is norm(x), x [..., hidden].
+
+    Returns:
+        The hooks.
+    """
     layers = list(decoder_of(model).layers)
     hooks = []
     for index, layer in enumerate(layers):
 
         def before_input(module: Any, args: tuple[Tensor, ...], index: int = index, layer: Any = layer) -> None:
-            seen(f"{index}.mlp", layer.post_attention_layernorm.forward(args[0]))
+            seen(f"{index}.mlp", layer.post_attention_layernorm, args[0])
 
         def before_post(module: Any, args: tuple[Tensor, ...], index: int = index) -> None:
             if index + 1 < len(layers):
-                seen(f"{index + 1}.self_attn", layers[index + 1].input_layernorm.forward(args[0]))
+                seen(f"{index + 1}.self_attn", layers[index + 1].input_layernorm, args[0])
 
         hooks.append(layer.input_layernorm.register_forward_pre_hook(before_input))
         hooks.append(layer.post_attention_layernorm.register_forward_pre_hook(before_post))
@@ -57,15 +61,13 @@ class Selector:
         self.choice = choice
         self.early: Tensor | None = None
         self.estimates: list[Tensor] | None = None
+        self._alone = Chooser([choice])
 
     def decide(self, x: Tensor) -> Tensor:
         """Rows [T, K] -> bool [T], True for the high width."""
-        limit = self.choice.threshold
         if self.estimates is not None:
             self.estimates.append(self.choice.estimate(x))
-        if limit in (float("inf"), float("-inf")):
-            return torch.full((len(x),), limit < 0, device=x.device)
-        return self.choice.estimate(x) > limit
+        return self._alone(x)[0]
 
     def __call__(self, rows: Tensor) -> Tensor:
         decided, self.early = self.early, None
@@ -74,21 +76,43 @@ class Selector:
         return self.decide(rows)
 
 
+class _Group:
+    """The linears of one sub-layer that are decided early, together."""
+
+    def __init__(self) -> None:
+        self.selectors: list[Selector] = []
+        self.linears: list[NestedLinear] = []
+        self.chooser: Chooser | None = None
+
+    def decide(self, norm: Any, x: Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1])
+        if any(selector.estimates is not None for selector in self.selectors):
+            for selector in self.selectors:
+                selector.early = selector.decide(norm.forward(rows))
+            return
+        if self.chooser is None:
+            self.chooser = Chooser([selector.choice for selector in self.selectors], norm)
+        for selector, decided in zip(self.selectors, self.chooser(rows), strict=True):
+            selector.early = decided
+
+
 def select(model: Any, choices: dict[str, Choice]) -> list[Any]:
     """Give every linear its pair and its selector; returns the hooks that feed the early ones."""
-    groups: dict[str, list[tuple[Selector, NestedLinear]]] = {}
+    groups: dict[str, _Group] = {}
     for name, linear in linears(model):
         choice = choices[name]
         linear.set_widths(choice.low, choice.high)
         selector = Selector(choice)
         linear.choose = selector
         if choice.early and choice.low != choice.high:
-            groups.setdefault(name.rpartition(".")[0], []).append((selector, linear))
+            group = groups.setdefault(name.rpartition(".")[0], _Group())
+            group.selectors.append(selector)
+            group.linears.append(linear)
 
-    def seen(prefix: str, x: Tensor) -> None:
-        for selector, linear in groups.get(prefix, ()):
-            if x.shape[-2] == 1 or linear.every_token:
-                selector.early = selector.decide(x.reshape(-1, x.shape[-1]))
+    def seen(prefix: str, norm: Any, x: Tensor) -> None:
+        group = groups.get(prefix)
+        if group is not None and (x.shape[-2] == 1 or group.linears[0].every_token):
+            group.decide(norm, x)
 
     return early_inputs(model, seen) if groups else []
 
