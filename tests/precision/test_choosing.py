@@ -21,7 +21,7 @@ compiled_only = pytest.mark.skipif(
 def in_torch(choices: list[Choice], norm: torch.nn.Module | None, x: torch.Tensor) -> torch.Tensor:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choosing, "compiled", lambda source: (None, "switched off"))
-        return Chooser(choices, norm)(x)
+        return torch.stack([*Chooser(choices, x.shape[1], norm)(x)])
 
 
 @compiled_only
@@ -50,7 +50,7 @@ def test_compiled_and_torch_decide_alike(seed: int, rows: int, columns: int, kin
         gap = max(itertools.pairwise(ordered), key=lambda pair: pair[1] - pair[0])
         choices.append(Choice(3, 4, sum(gap) / 2, 0.7, -0.2, projection))
         estimates.append(estimate > choices[-1].threshold)
-    decided = Chooser(choices, norm)(x)
+    decided = torch.stack([*Chooser(choices, columns, norm)(x)])
     assert decided.dtype == torch.bool
     assert torch.equal(decided, torch.stack(estimates))
     assert torch.equal(decided, in_torch(choices, norm, x))
@@ -60,7 +60,7 @@ def test_compiled_and_torch_decide_alike(seed: int, rows: int, columns: int, kin
 def test_infinite_thresholds_decide_without_exception(limit: float) -> None:
     x = torch.randn(7, 12, generator=torch.Generator().manual_seed(0)) * 1e6
     choices = [Choice(3, 4, limit, slope=1.0), Choice(3, 4, limit, projection=torch.ones(8, 12))]
-    assert bool((Chooser(choices)(x) == (limit < 0)).all())
+    assert bool((torch.stack([*Chooser(choices, 12)(x)]) == (limit < 0)).all())
     assert bool((in_torch(choices, None, x) == (limit < 0)).all())
 
 
@@ -79,7 +79,7 @@ def test_another_kind_of_norm_is_called_and_not_copied() -> None:
         norm, x = OnePlus(16), torch.randn(9, 16)
         estimate = norm(x).norm(dim=-1)
         middle = float(estimate.median())
-        decided = Chooser([Choice(3, 4, middle, slope=1.0)], norm)(x)
+        decided = Chooser([Choice(3, 4, middle, slope=1.0)], 16, norm)(x)
     assert torch.equal(decided[0], estimate > middle)
 
 
@@ -88,5 +88,5 @@ def test_bfloat16_inputs_decide_as_their_numbers_do() -> None:
     x = torch.randn(40, 24, generator=rng).bfloat16()
     estimate = x.float().norm(dim=-1).sort().values
     choice = Choice(3, 4, float(estimate[19:21].mean()), slope=1.0)
-    assert int(Chooser([choice])(x).sum()) == 20
+    assert int(Chooser([choice], 24)(x)[0].sum()) == 20
     assert Path(choosing._KERNEL).exists()

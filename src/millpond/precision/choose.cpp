@@ -45,29 +45,39 @@ float projected(const float* x, const float* g, int64_t columns, int64_t k) {
 
 extern "C" {
 
-// x: [rows, columns]. scale: the norm's weight [columns], or null for none. For each of `count` linears a projection g[j] of k[j]
-// directions, or null and a line. out: [count, rows], 1 for the high width.
-void millpond_choose(const float* x, int64_t rows, int64_t columns, const float* scale, float epsilon, int64_t count,
-                     const float* const* g, const int64_t* k, const float* slope, const float* intercept,
-                     const float* threshold, uint8_t* out) {
-    std::vector<float> normed(scale ? columns : 0);
+// What does not change from token to token. scale: the norm's weight [columns], or null for none. For each of `count` linears a
+// projection g[j] of k[j] directions, or null and a line.
+struct Group {
+    int64_t columns, count;
+    const float* scale;
+    float epsilon;
+    const float* const* g;
+    const int64_t* k;
+    const float *slope, *intercept, *threshold;
+};
+
+// x: [rows, columns]. out: [count, rows], 1 for the high width.
+void millpond_choose(const Group* group, const float* x, int64_t rows, uint8_t* out) {
+    const int64_t columns = group->columns;
+    std::vector<float> normed(group->scale ? columns : 0);
     for (int64_t row = 0; row < rows; ++row) {
         const float* read = x + row * columns;
-        if (scale) {
-            const float inverse = 1.0f / std::sqrt(squares(read, columns) / static_cast<float>(columns) + epsilon);
-            for (int64_t i = 0; i < columns; ++i) normed[i] = read[i] * inverse * scale[i];
+        if (group->scale) {
+            const float mean = squares(read, columns) / static_cast<float>(columns);
+            const float inverse = 1.0f / std::sqrt(mean + group->epsilon);
+            for (int64_t i = 0; i < columns; ++i) normed[i] = read[i] * inverse * group->scale[i];
             read = normed.data();
         }
         float length = -1;
-        for (int64_t j = 0; j < count; ++j) {
+        for (int64_t j = 0; j < group->count; ++j) {
             float estimate;
-            if (g[j]) {
-                estimate = std::sqrt(projected(read, g[j], columns, k[j]));
+            if (group->g[j]) {
+                estimate = std::sqrt(projected(read, group->g[j], columns, group->k[j]));
             } else {
                 if (length < 0) length = std::sqrt(squares(read, columns));
-                estimate = length * slope[j] + intercept[j];
+                estimate = length * group->slope[j] + group->intercept[j];
             }
-            out[j * rows + row] = estimate > threshold[j];
+            out[j * rows + row] = estimate > group->threshold[j];
         }
     }
 }

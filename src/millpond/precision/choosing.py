@@ -22,51 +22,74 @@ __all__ = ["Chooser", "plain_norm"]
 _KERNEL = Path(__file__).with_name("choose.cpp")
 
 
+_ONE = (torch.tensor([False]), torch.tensor([True]))
+
+
+class _Group(ctypes.Structure):
+    """As in choose.cpp."""
+
+    _fields_ = (
+        ("columns", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("scale", ctypes.c_void_p),
+        ("epsilon", ctypes.c_float),
+        ("g", ctypes.c_void_p),
+        ("k", ctypes.c_void_p),
+        ("slope", ctypes.c_void_p),
+        ("intercept", ctypes.c_void_p),
+        ("threshold", ctypes.c_void_p),
+    )
+
+
 class Chooser:
     """Decides for several linears from one input.
 
     Args:
         choices: of the linears.
+        columns: K of that input.
         norm: the module that stands between the given input and the one that the estimates read; None for none.
     """
 
-    def __init__(self, choices: Sequence[Choice], norm: Any = None) -> None:
+    def __init__(self, choices: Sequence[Choice], columns: int, norm: Any = None) -> None:
         self.choices, self.norm = tuple(choices), norm
-        self._library = compiled(_KERNEL)[0]
-        self._scale, self._epsilon = (None, 0.0) if norm is None else plain_norm(norm)
-        if norm is not None and self._scale is None:
-            self._library = None  # another kind of norm: it is called, not copied
-        transposed = [None if one.projection is None else one.projection.float().T.contiguous() for one in self.choices]
-        self._kept = transposed  # alive as long as their addresses are used
+        library = compiled(_KERNEL)[0]
+        scale, epsilon = (None, 0.0) if norm is None else plain_norm(norm)
+        self._decide = None
+        if library is not None and (norm is None or scale is not None):  # another kind of norm is called, not copied
+            self._decide = library.millpond_choose
+            self._decide.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+            self._decide.restype = None
+        turned = [None if one.projection is None else one.projection.float().T.contiguous() for one in self.choices]
         count = len(self.choices)
         floats = ctypes.c_float * count
-        self._arguments = (
-            ctypes.c_int64(count),
-            (ctypes.c_void_p * count)(*(None if one is None else one.data_ptr() for one in transposed)),
-            (ctypes.c_int64 * count)(*(0 if one is None else one.shape[1] for one in transposed)),
+        tables = (
+            (ctypes.c_void_p * count)(*(None if one is None else one.data_ptr() for one in turned)),
+            (ctypes.c_int64 * count)(*(0 if one is None else one.shape[1] for one in turned)),
             floats(*(one.slope for one in self.choices)),
             floats(*(one.intercept for one in self.choices)),
             floats(*(one.threshold for one in self.choices)),
         )
-        scale = None if self._scale is None else self._scale.data_ptr()
-        self._before = (ctypes.c_void_p(scale), ctypes.c_float(self._epsilon))
+        self._kept = (scale, turned, tables)  # alive as long as their addresses are used
+        addresses = [ctypes.addressof(table) for table in tables]
+        self._group = _Group(columns, count, None if scale is None else scale.data_ptr(), epsilon, *addresses)
+        self._where = ctypes.addressof(self._group)
+        self._single = (ctypes.c_uint8 * count)()
+        self._single_where = ctypes.addressof(self._single)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Rows [T, K] -> bool [linears, T], True for the high width."""
-        if self._library is None or x.device.type != "cpu":
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        """Rows [T, K] -> for each linear bool [T], True for the high width."""
+        if self._decide is None or x.device.type != "cpu":
             read = x if self.norm is None else self.norm.forward(x)
-            return torch.stack([choice.estimate(read) > choice.threshold for choice in self.choices])
-        rows = x.float().contiguous()
-        out = torch.empty(len(self.choices), len(rows), dtype=torch.bool)
-        self._library.millpond_choose(
-            ctypes.c_void_p(rows.data_ptr()),
-            ctypes.c_int64(rows.shape[0]),
-            ctypes.c_int64(rows.shape[1]),
-            *self._before,
-            *self._arguments,
-            ctypes.c_void_p(out.data_ptr()),
-        )
-        return out
+            return [choice.estimate(read) > choice.threshold for choice in self.choices]
+        if x.dtype != torch.float32 or not x.is_contiguous():
+            x = x.float().contiguous()
+        rows = x.shape[0]
+        if rows == 1:  # a decoding step: nothing is allocated
+            self._decide(self._where, x.data_ptr(), 1, self._single_where)
+            return [_ONE[high] for high in self._single]
+        out = torch.empty(len(self.choices), rows, dtype=torch.bool)
+        self._decide(self._where, x.data_ptr(), rows, out.data_ptr())
+        return out.unbind()
 
 
 @torch.no_grad()

@@ -51,17 +51,18 @@ class Selector:
 
     Args:
         choice: the pair, the threshold and the estimator.
+        columns: K of the linear.
 
     Attributes:
         early: this step's decisions, bool [T], where they were made early; None until they are.
         estimates: where calibration collects every estimate; None otherwise.
     """
 
-    def __init__(self, choice: Choice) -> None:
+    def __init__(self, choice: Choice, columns: int) -> None:
         self.choice = choice
         self.early: Tensor | None = None
         self.estimates: list[Tensor] | None = None
-        self._alone = Chooser([choice])
+        self._alone = Chooser([choice], columns)
 
     def decide(self, x: Tensor) -> Tensor:
         """Rows [T, K] -> bool [T], True for the high width."""
@@ -71,7 +72,7 @@ class Selector:
 
     def __call__(self, rows: Tensor) -> Tensor:
         decided, self.early = self.early, None
-        if decided is not None and len(decided) == len(rows):
+        if decided is not None and decided.shape[0] == rows.shape[0]:
             return decided
         return self.decide(rows)
 
@@ -91,7 +92,7 @@ class _Group:
                 selector.early = selector.decide(norm.forward(rows))
             return
         if self.chooser is None:
-            self.chooser = Chooser([selector.choice for selector in self.selectors], norm)
+            self.chooser = Chooser([selector.choice for selector in self.selectors], x.shape[-1], norm)
         for selector, decided in zip(self.selectors, self.chooser(rows), strict=True):
             selector.early = decided
 
@@ -102,7 +103,7 @@ def select(model: Any, choices: dict[str, Choice]) -> list[Any]:
     for name, linear in linears(model):
         choice = choices[name]
         linear.set_widths(choice.low, choice.high)
-        selector = Selector(choice)
+        selector = Selector(choice, linear.columns)
         linear.choose = selector
         if choice.early and choice.low != choice.high:
             group = groups.setdefault(name.rpartition(".")[0], _Group())
