@@ -3,12 +3,13 @@
     OMP_NUM_THREADS=1 python bench/endless.py --out bench/results/endless.json
 
 Frames of 56 x 56 (16 tokens a pair) at 2 frames a second; after every window of frames the session is asked a question, which
-it forgets. At each window's end the bench reads the ledger, sums the storages of every tensor that is alive and not the
-model's (found by the garbage collector, so without the session's help), and reads the process's resident memory: all of it
-(RSS), and the anonymous part, which leaves out pages of libraries that the kernel drops and reads again as other jobs press.
-The bench keeps its readings in an array that exists from the start, so that they are not what grows.
+it forgets. At each window's end the bench reads the ledger and the process's resident memory: all of it (RSS), and the
+anonymous part, which leaves out pages of libraries that the kernel drops and reads again as other jobs press. The bench keeps
+its readings in an array that exists from the start, so that they are not what grows. After the first window, in the middle and
+at the end it sums the storages of every tensor that is alive and not the model's (found by the garbage collector, so without
+the session's help); not oftener, because such a walk lists every object of the process and leaves holes in its heap.
 
-- slopes: least squares over the windows of the second half, in bytes per 1,000 frames.
+- slopes: median slope over the windows of the second half, in bytes per 1,000 frames.
 - ms per frame: of a window, everything included (source, vision, decoder, compaction, re-anchoring), its question left out; wall
   clock and processor time. Start and end are medians over the first and the last windows; the very first window, in which the
   memory fills and the process warms up, is left out.
@@ -127,10 +128,11 @@ def watch(session: Session, frames: int, size: int, before: int) -> np.ndarray:
                 window[name] = getattr(usage, name)
             window["frames"] = usage.frames_seen
             window["storage_bytes"] = session.plan.slots * session.plan.bytes_per_token
-            window["tensor_bytes"] = tensor_bytes(session.family) - before
             window["rss_bytes"] = process.memory_info().rss
             window["anonymous_bytes"] = anonymous_bytes()
             bar.update(size)
+            walk = bar.n in (size, frames // size // 2 * size, frames)
+            window["tensor_bytes"] = tensor_bytes(session.family) - before if walk else -1
     return windows
 
 
@@ -170,6 +172,7 @@ def summary(windows: np.ndarray) -> dict[str, object]:
     parts = {"start": rest[:ends], "middle": rest[middle : middle + ends], "end": rest[-ends:]}
     medians = {name: {part: round(float(np.median(rows[name])), 4) for part, rows in parts.items()} for name in TIMES}
     last = windows[-1]
+    walked = windows["tensor_bytes"][windows["tensor_bytes"] >= 0]
     return {
         "rss_slope_bytes_per_1000_frames": slope(windows, "rss_bytes"),
         "anonymous_slope_bytes_per_1000_frames": slope(windows, "anonymous_bytes"),
@@ -184,8 +187,8 @@ def summary(windows: np.ndarray) -> dict[str, object]:
             "live_bytes": int(last["live_bytes"]),
             "storage_bytes": int(last["storage_bytes"]),
             "peak_bytes": int(last["peak_bytes"]),
-            "tensor_bytes_least": int(windows["tensor_bytes"].min()),
-            "tensor_bytes_most": int(windows["tensor_bytes"].max()),
+            "tensor_bytes_least": int(walked.min()),
+            "tensor_bytes_most": int(walked.max()),
         },
         "compactions": int(last["compactions"]),
         "reanchorings": int(last["reanchorings"]),

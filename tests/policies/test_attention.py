@@ -143,8 +143,9 @@ def test_attention_in_chunks_equals_the_softmax(
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 100])
-def test_columns_under_a_causal_mask(chunk: int) -> None:
-    queries, keys = torch.randn(6, 8), torch.randn(20, 8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # float16 has no compiled kernel
+def test_columns_under_a_causal_mask(chunk: int, dtype: torch.dtype) -> None:
+    queries, keys = torch.randn(6, 8), torch.randn(20, 8).to(dtype)
     last = torch.tensor([3, 19, 0, 7, 7, 12])
     out = torch.ones(20)
     add_columns(queries, keys[:0], keys, out, chunk, last)

@@ -13,6 +13,7 @@ from millpond import native
 from millpond.native import build
 from millpond.policies.base import keep_top
 from millpond.policies.infinipot_v import temporal_redundancy, value_norms
+from millpond.policies.keydiff import distinctiveness
 from millpond.policies.pooling import pool_over_grid
 from tests.policies.views import grid_view
 
@@ -22,7 +23,7 @@ compiled_only = pytest.mark.skipif(native._library()[0] is None, reason=f"no com
 @contextmanager
 def in_torch() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "_library", lambda: (None, "switched off"))
+        patch.setattr(native, "_library", lambda source=None: (None, "switched off"))
         yield
 
 
@@ -68,6 +69,67 @@ def test_norms_and_redundancy_at_any_width(width: int, dtype: torch.dtype) -> No
 
 
 @compiled_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 7, 16, 31, 64, 130])
+def test_distinctiveness_at_any_width(width: int, dtype: torch.dtype) -> None:
+    keys = grid_view(9, 3, 4, recent=2, width=width, dtype=dtype).keys[1]
+    keys = torch.cat([keys, torch.zeros(1, width, dtype=dtype)])
+
+    def scores() -> torch.Tensor:
+        out = torch.empty(len(keys))
+        distinctiveness(keys, 10, out)
+        return out
+
+    assert torch.allclose(*both(scores), atol=1e-6)
+
+
+@compiled_only
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    tokens=st.integers(1, 70),
+    prompt=st.integers(0, 20),
+    width=st.sampled_from([1, 8, 15, 32]),
+    counted=st.floats(0, 1),
+    scale=st.sampled_from([0.01, 1.0, 30.0]),
+    causal=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 1000),
+)
+def test_compiled_attention_is_the_softmax(
+    rows: int,
+    tokens: int,
+    prompt: int,
+    width: int,
+    counted: float,
+    scale: float,
+    causal: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    keys = (torch.randn(prompt + tokens, width, generator=rng) * scale).to(dtype)
+    queries, some = torch.randn(rows, width, generator=rng), max(1, round(counted * tokens))
+    last = torch.randint(0, tokens, (rows,), generator=rng) if causal else None
+    scores = queries.double() @ keys.double().T
+    if last is not None:
+        scores[:, prompt:].masked_fill_(torch.arange(tokens) > last[:, None], -torch.inf)
+    share = scores.softmax(1)[:, prompt : prompt + some]
+    sums, variances = torch.full((2, tokens), 2.0)
+    ahead = keys[:prompt], keys[prompt:]
+    assert native.attention(queries, *ahead, last=last, sums=sums, variances=variances, counted=some) is not None
+    spread = share.var(0) if rows > 1 else torch.zeros(some, dtype=torch.float64)
+    close = {"rtol": 1e-4, "atol": 2e-5} if scale > 1 else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(sums[:some].double(), 2 + share.sum(0), **close)
+    torch.testing.assert_close(variances[:some].double(), 2 + spread, **close)
+    assert torch.equal(sums[some:], torch.full((tokens - some,), 2.0))
+    totals = native.attention(queries, *ahead, last=last, counted=some)
+    assert totals is not None
+    assert totals[0] == pytest.approx(float(torch.special.entr(share).sum()), rel=1e-3, abs=1e-4)
+    assert totals[1] == pytest.approx(float(spread.sum()), rel=1e-3, abs=1e-5)
+
+
+@compiled_only
 @pytest.mark.parametrize("grid", [(1, 1), (1, 9), (9, 1), (2, 3), (12, 12), (27, 15)])
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 def test_pooling_of_any_grid(grid: tuple[int, int], kernel: int) -> None:
@@ -87,6 +149,6 @@ def test_without_a_home_folder_torch_does_the_work(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
-    library, why = build.compiled.__wrapped__(native._SOURCE)
+    library, why = build.compiled.__wrapped__(native._KERNELS)
     assert library is None
     assert "could not be built" in why or "no C++ compiler" in why

@@ -1,6 +1,6 @@
 """The compiled inner loops of selection and compaction, built on first use where there is a C++ compiler.
 
-`kernels.cpp` is compiled once into the user's cache folder. Where that is not possible (no compiler, another device, a
+The `.cpp` files beside this one are compiled once into the user's cache folder. Where that is not possible (no compiler, another device, a
 dtype without a kernel, or MILLPOND_NATIVE=0) the functions here return None or False and the caller's torch code runs.
 """
 
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from millpond.native.build import compiled
 
-__all__ = ["best", "check", "move_rows", "norms", "pool", "redundancy", "status"]
+__all__ = ["attention", "best", "check", "distinctiveness", "move_rows", "norms", "pool", "redundancy", "status"]
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
+_KERNELS, _ATTENTION = (Path(__file__).with_name(f"{name}.cpp") for name in ("kernels", "attention"))
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
-def _library() -> tuple[ctypes.CDLL | None, str]:
+def _library(source: Path = _KERNELS) -> tuple[ctypes.CDLL | None, str]:
     """The loaded library, or None and why not."""
-    return compiled(_SOURCE)
+    return compiled(source)
 
 
 def status() -> str:
@@ -30,10 +30,10 @@ def status() -> str:
     return _library()[1]
 
 
-def _ready(*tensors: Tensor) -> ctypes.CDLL | None:
+def _ready(*tensors: Tensor, source: Path = _KERNELS) -> ctypes.CDLL | None:
     if any(tensor.device.type != "cpu" for tensor in tensors):
         return None
-    return _library()[0]
+    return _library(source)[0]
 
 
 def _rows(tensor: Tensor) -> bool:
@@ -76,6 +76,70 @@ def redundancy(keys: Tensor, place: Tensor, recent: Tensor, floor: float, span: 
     sizes = ctypes.c_int64(tokens), ctypes.c_int64(width), ctypes.c_float(floor)
     run(_pointer(keys), _pointer(place), _pointer(recent), *sizes, _pointer(table), ctypes.c_int64(span), _pointer(out))
     return True
+
+
+def distinctiveness(keys: Tensor, out: Tensor) -> bool:
+    """Minus the cosine of each of one head's keys with their mean unit key (`millpond.policies.keydiff`).
+
+    Args:
+        keys: [n, D]. out: float32 [n], written.
+
+    Returns:
+        False where there is no kernel; `out` is untouched then.
+    """
+    library = _ready(keys, out)
+    if library is None or keys.dtype not in _SUFFIX or not (_rows(keys) and out.is_contiguous()):
+        return False
+    run = getattr(library, f"millpond_distinctiveness_{_SUFFIX[keys.dtype]}")
+    run(_pointer(keys), ctypes.c_int64(keys.shape[0]), ctypes.c_int64(keys.shape[1]), _pointer(out))
+    return True
+
+
+def attention(
+    scaled: Tensor,
+    prompt: Tensor,
+    keys: Tensor,
+    *,
+    last: Tensor | None = None,
+    sums: Tensor | None = None,
+    variances: Tensor | None = None,
+    counted: int | None = None,
+) -> tuple[float, float] | None:
+    """Attention of a few queries on one head's keys, summed up per key (`millpond.policies.attention`).
+
+    Args:
+        scaled: float32 [r, D], queries divided by sqrt(D). prompt: [P, D], keys that share the softmax. keys: [n, D].
+        last: int64 [r], the last key that each query sees; None for all.
+        sums, variances: float32 [n]; the sum and the unbiased variance over the queries are added.
+        counted: how many of the first keys the results are about; None for all.
+
+    Returns:
+        -sum p log p over queries and counted keys, and the sum of the variances; None where there is no kernel, and nothing has
+        changed then.
+    """
+    given = [one for one in (last, sums, variances) if one is not None]
+    library = _ready(scaled, prompt, keys, *given, source=_ATTENTION)
+    if library is None or keys.dtype not in _SUFFIX or prompt.dtype != keys.dtype:
+        return None
+    if not (_rows(keys) and _rows(prompt) and all(one.is_contiguous() for one in (scaled, *given))):
+        return None
+    totals = (ctypes.c_double * 2)()
+    getattr(library, f"millpond_columns_{_SUFFIX[keys.dtype]}")(
+        _pointer(scaled),
+        ctypes.c_int64(scaled.shape[0]),
+        ctypes.c_int64(scaled.shape[1]),
+        _pointer(prompt),
+        ctypes.c_int64(prompt.shape[0]),
+        _pointer(keys),
+        ctypes.c_int64(keys.shape[0]),
+        None if last is None else _pointer(last),
+        ctypes.c_int64(keys.shape[0] if counted is None else counted),
+        None if sums is None else _pointer(sums),
+        None if variances is None else _pointer(variances),
+        # Entropies cost a product a probability: only where nothing else was asked for.
+        totals if sums is None and variances is None else None,
+    )
+    return totals[0], totals[1]
 
 
 def pool(values: Tensor, time_us: Tensor, place: Tensor, kernel: int) -> bool:

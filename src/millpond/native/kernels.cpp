@@ -171,6 +171,24 @@ void redundancy(const T* keys, const int16_t* place, const uint8_t* recent, int6
     }
 }
 
+// Minus the cosine of each key with the mean unit key; see millpond.policies.keydiff.
+template <typename T>
+void distinctiveness(const T* keys, int64_t tokens, int64_t width, float* out) {
+    std::vector<float> common(static_cast<size_t>(width), 0.0f);  // in the order of `load`
+    norms(keys, 0, 1, tokens, width, out);
+    for (int64_t n = 0; n < tokens; ++n) {
+        fetch(keys + (n + AHEAD) * width, width);
+        add_scaled(keys + n * width, 1.0f / std::max(out[n], 1e-12f), width, common.data());
+    }
+    const float length = std::max(std::sqrt(square_of(common.data(), width)), 1e-12f);
+    for (int64_t n = 0; n < tokens; ++n) {
+        float dot, square;
+        fetch(keys + (n + AHEAD) * width, width);
+        dot_and_square(keys + n * width, common.data(), width, dot, square);
+        out[n] = -dot / (std::max(out[n], 1e-12f) * length);
+    }
+}
+
 // Sums over windows of kernel x kernel cells. `grid` and `half` are [rows + 2 reach, cols + 2 reach] with a border of
 // zeros, so that both steps are plain sums of shifted rows; `sums` is [rows, cols + 2 reach].
 void window_sums(const float* grid, float* half, float* sums, int64_t rows, int64_t cols, int64_t kernel) {
@@ -243,6 +261,14 @@ void millpond_redundancy_f32(const float* keys, const int16_t* place, const uint
 void millpond_redundancy_bf16(const uint16_t* keys, const int16_t* place, const uint8_t* recent, int64_t tokens,
                               int64_t width, float floor, float* table, int64_t span, float* out) {
     redundancy(keys, place, recent, tokens, width, floor, table, span, out);
+}
+
+// Minus the cosine of one head's keys [tokens, width] with their mean unit key: out float32 [tokens].
+void millpond_distinctiveness_f32(const float* keys, int64_t tokens, int64_t width, float* out) {
+    distinctiveness(keys, tokens, width, out);
+}
+void millpond_distinctiveness_bf16(const uint16_t* keys, int64_t tokens, int64_t width, float* out) {
+    distinctiveness(keys, tokens, width, out);
 }
 
 // One head: replace each placed token's value by the mean over the existing tokens of its frame in a kernel x kernel window.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from millpond import native
 from millpond.errors import PolicyError
 from millpond.policies.base import View
 
@@ -44,6 +45,13 @@ def attention_moments(view: View) -> tuple[Tensor, Tensor]:
     group, count = queries.shape[1:3]
     mean, variance = torch.zeros(2, view.heads, view.tokens, device=view.keys.device)
     for head in range(view.heads):
+        if all(
+            native.attention(_scaled(rows), prompt[head], view.keys[head], sums=mean[head], variances=variance[head])
+            for rows in queries[head]
+        ):
+            mean[head] /= group * count
+            variance[head] /= group
+            continue
         for members in queries[head].split(max(1, view.chunk // count)):
             scaled = _scaled(members.flatten(0, 1))
             level = _levels(scaled, prompt[head], view.keys[head], view.chunk)
@@ -72,6 +80,13 @@ def attention_spread(view: View) -> tuple[float, float]:
     count, entropy, variance = queries.shape[2], 0.0, 0.0
     others = max(0, view.tokens - count)
     for head in range(view.heads):
+        totals = [
+            native.attention(_scaled(rows), prompt[head], view.keys[head], counted=others) for rows in queries[head]
+        ]
+        if None not in totals:
+            entropy += sum(one[0] for one in totals if one)
+            variance += sum(one[1] for one in totals if one)
+            continue
         for members in queries[head].split(max(1, view.chunk // count)):
             scaled = _scaled(members.flatten(0, 1))
             level = _levels(scaled, prompt[head], view.keys[head], view.chunk)
@@ -94,6 +109,8 @@ def add_columns(
         last: int64 [r], the last key that each query sees; None for all.
     """
     scaled = _scaled(queries)
+    if native.attention(scaled, prompt, keys, last=last, sums=out):
+        return
     level = _levels(scaled, prompt, keys, chunk, last)
     for first in range(0, keys.shape[0], chunk):
         share = _scores(scaled, keys, first, chunk, last).sub_(level[:, None]).exp_()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from millpond import native
 from millpond.policies.base import Policy, View, keep_top
 
 __all__ = ["KeyDiff", "distinctiveness", "mean_unit_key"]
@@ -38,6 +39,8 @@ class KeyDiff(Policy):
 
 def distinctiveness(keys: Tensor, chunk: int, out: Tensor) -> None:
     """Write -cos(k, mean of the unit keys) of one head's keys [n, D] to `out`, float32 [n]; `chunk` keys at a time."""
+    if native.distinctiveness(keys, out):
+        return
     common = normalize(mean_unit_key(keys, chunk), dim=0)
     for part, score in zip(keys.split(chunk), out.split(chunk), strict=True):
         score.copy_(normalize(part.float(), dim=1) @ common).neg_()
