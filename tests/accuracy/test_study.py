@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from millpond.accuracy import Cell, summarise, wilson
-from millpond.accuracy.run import outcomes
+from millpond.accuracy.run import Study, outcomes, run
 from millpond.accuracy.table import markdown
 from millpond.accuracy.trial import Mark, Outcome
 from millpond.cli.main import app
+from millpond.minnow.evaluate import SUPPORTED
 
 COMMAND = ["bench", "accuracy", "--groups", "24", "--budgets", "1/2", "--policies", "full,recent", "--split", "train"]
 
@@ -45,7 +46,7 @@ def test_a_study_is_resumed_not_repeated(tmp_path: Path) -> None:
 
 
 def test_another_study_does_not_mix_with_it(tmp_path: Path) -> None:
-    bench("--streams", "1", "--out", str(tmp_path), "--processes", "1")
+    assert [*run(Study("minnow", 1, 24, "standard", "train", SUPPORTED), [], tmp_path)] == [(0, 0)]
     result = CliRunner().invoke(app, [*COMMAND, "--streams", "1", "--level", "plain", "--out", str(tmp_path)])
     assert result.exit_code == 1
     assert "another level ('standard')" in result.stderr

@@ -17,7 +17,9 @@ from millpond.frames import write_mp4
 from tests.frames.media import gray, noise, write
 
 WATCH = """
+import signal
 from millpond import frames
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background passes on that it is ignored
 try:
     print("up", flush=True)
     with frames.open("-", fps=2) as source:

@@ -18,7 +18,7 @@ from tests.policies.views import grid_view, joined, thinned, with_text
 @pytest.fixture(params=["compiled", "torch"], autouse=True)
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "torch":
-        monkeypatch.setattr(native, "_library", lambda: (None, "switched off"))
+        monkeypatch.setattr(native, "_library", lambda source=None: (None, "switched off"))
     return request.param
 
 

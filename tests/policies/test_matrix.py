@@ -21,7 +21,7 @@ ANY_VIEW = [name for name in CAPPED if name != "infinipot-v-released"]  # which 
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every policy with the compiled loops, where they can be had, and with torch alone."""
     if request.param == "torch":
-        monkeypatch.setattr(native, "_library", lambda: (None, "switched off"))
+        monkeypatch.setattr(native, "_library", lambda source=None: (None, "switched off"))
     return request.param
 
 
@@ -152,7 +152,7 @@ def test_scratch_of_any_shape_stays_within_what_is_declared(
     slots = min(frames - 1, max(2 * recent + 1, int(share * frames))) * view.block
     with pytest.MonkeyPatch.context() as patch:
         if not compiled:
-            patch.setattr(native, "_library", lambda: (None, "switched off"))
+            patch.setattr(native, "_library", lambda source=None: (None, "switched off"))
         policy.keep(view, slots)
         peak = transient_peak(lambda: policy.keep(view, slots))
     assert 0 < peak <= policy.scratch(heads, view.tokens, width, view.block, view.chunk)

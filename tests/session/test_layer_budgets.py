@@ -137,8 +137,15 @@ def test_an_uneven_cache_is_a_full_one_with_the_dropped_tokens_masked(
     )
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "llava_onevision"])
-@pytest.mark.parametrize("policy", ["infinite-vggt", "cake+cake", "recent+fixed"])
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        ("qwen2_5_vl", "infinite-vggt"),
+        ("qwen2_5_vl", "cake+cake"),
+        ("qwen3_vl", "cake+cake"),
+        ("llava_onevision", "recent+fixed"),
+    ],
+)
 def test_no_phase_passes_the_budget(name: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     family = tiny(name)
     chosen = layered("recent", 0.2, 3.0, 0.7) if policy == "recent+fixed" else policies.read(policy)
