@@ -1,10 +1,64 @@
-"""Token ids to pieces of text, as they come. Knows a tokenizer's `decode` and nothing else."""
+"""An answer, token by token, and its ids as pieces of text. Knows the way into the pond, but not what is asked about."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, Literal
 
-__all__ = ["TextPieces"]
+from torch import Tensor
+
+from millpond.families.base import Tokens
+from millpond.flow import Flow, dated
+
+__all__ = ["Decoded", "TextPieces", "decode"]
+
+
+@dataclass
+class Decoded:
+    """What was generated.
+
+    Attributes:
+        text: all of it. token_ids: without the stop token.
+        finish_reason: "stop" when the model ended by itself, "length" at the limit or the end of the reserve.
+        first: `perf_counter` when the first token was there; 0 without any.
+        kept: tokens that have run and lie in the pond.
+    """
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: Literal["stop", "length"] = "length"
+    first: float = 0.0
+    kept: list[Tokens] = field(default_factory=list)
+
+
+def decode(flow: Flow, hidden: Tensor, time_us: int, *, limit: int, run_last: bool) -> Generator[str, None, Decoded]:
+    """Greedy decoding behind what is in the pond; yields pieces of text, returns the whole.
+
+    Args:
+        hidden: [n, hidden] of what ran last. time_us: stream time at which the tokens are said.
+        limit: most tokens. run_last: also run the last one, so that it can be remembered.
+    """
+    done, text = Decoded(), TextPieces(flow.family.tokenizer)
+    while len(done.token_ids) < limit:
+        token = int(flow.family.logits(hidden[-1]).argmax())
+        if token in flow.family.stop_ids:
+            done.finish_reason = "stop"
+            break
+        done.token_ids.append(token)
+        done.first = done.first or perf_counter()
+        if piece := text.push(token):
+            yield piece
+        if flow.pond.free == 0 or (len(done.token_ids) == limit and not run_last):
+            break
+        part = dated(flow.family.embed([token]), time_us)
+        hidden = flow.run(part)
+        done.kept.append(part)
+    if rest := text.finish():
+        yield rest
+    done.text = text.whole
+    return done
 
 
 class TextPieces:

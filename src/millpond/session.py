@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +22,9 @@ from millpond import families, frames, policies
 from millpond.admission.base import Admission
 from millpond.answer import Answer, LayerMemory, Usage
 from millpond.budget import Budget
-from millpond.decoding import TextPieces
-from millpond.errors import MillpondError, SourceError
+from millpond.decoding import decode
+from millpond.device import DEFAULT_FRAME, fit
+from millpond.errors import BudgetError, MillpondError, SourceError
 from millpond.families.base import Family, Grid, Tokens
 from millpond.flow import Flow, Positions, dated, places
 from millpond.frames import Frame
@@ -107,7 +108,8 @@ class Session:
         cls,
         model: str | Path | tuple[Any, Any],
         *,
-        budget: str | int | None,
+        budget: str | int | None = None,
+        device_memory: str | int | None = None,
         policy: str | Policy = DEFAULT_POLICY,
         positions: Positions = DEFAULT_POSITIONS,
         system: str | None = None,
@@ -117,24 +119,52 @@ class Session:
         device: str | None = None,
         attn_implementation: str | None = None,
         max_pixels: int | None = None,
+        target_bits: float | None = None,
+        frame_size: tuple[int, int] = DEFAULT_FRAME,
     ) -> Session:
         """Load a model and start a session on it; the other arguments are those of `Session`.
 
         Args:
-            model: a folder, a hub id, or a loaded `(model, processor or tokenizer)`.
+            model: a folder (also one that `millpond quantize` wrote), a hub id, or a loaded `(model, processor or tokenizer)`.
+            device_memory: in place of a budget: bytes for weights, stream and workspace together, split by
+                `millpond.device.plan_device`. A quantized model is read at the width that fits.
             dtype: for example "bfloat16"; the checkpoint's own by default.
             device: "cpu", "cuda", ...; CUDA where there is one by default.
             attn_implementation: "sdpa" (default), "eager" or "flash_attention_2".
             max_pixels: most pixels of a frame after resizing: smaller frames cost fewer tokens. Not for a loaded model.
+            target_bits: mean bits of a decoding step, for a calibrated folder.
+            frame_size: height and width in pixels of the largest frame that `device_memory` is planned for.
 
         Raises:
             ModelError: not found, or no supported family; BudgetError: too small.
         """
+        if device_memory is not None and budget is not None:
+            raise BudgetError("give a budget or device_memory, not both")
+        width = None
+        if device_memory is not None:
+            budget, width = fit(
+                model,
+                device_memory,
+                frame_size,
+                dtype=dtype,
+                max_pixels=max_pixels,
+                policy=policies.read(policy) if isinstance(policy, str) else policy,
+                positions=positions,
+                system=system,
+                reserve_tokens=reserve_tokens,
+                admission=admissions.read(admission) if isinstance(admission, str) else admission,
+            )
         if isinstance(model, tuple):
             family = families.adapt(*model)
         else:
             family = families.load(
-                model, dtype=dtype, device=device, attn_implementation=attn_implementation, max_pixels=max_pixels
+                model,
+                dtype=dtype,
+                device=device,
+                attn_implementation=attn_implementation,
+                max_pixels=max_pixels,
+                width=width,
+                target_bits=target_bits,
             )
         return cls(
             family,
@@ -308,35 +338,16 @@ class Session:
         self._flow.pond.admit_turn(sum(len(part) for part in kept) + 1)
         for part in kept:
             hidden = self._flow.run(part)
-        ids: list[int] = []
-        text = TextPieces(self.family.tokenizer)
-        reason: Literal["stop", "length"] = "length"
-        first = 0.0
-        while len(ids) < limit:
-            token = int(self.family.logits(hidden[-1]).argmax())
-            if token in self.family.stop_ids:
-                reason = "stop"
-                break
-            ids.append(token)
-            first = first or perf_counter() - began
-            if piece := text.push(token):
-                yield piece
-            if self._flow.pond.free == 0 or (len(ids) == limit and not remember):
-                break
-            part = dated(self.family.embed([token]), asked_us)
-            hidden = self._flow.run(part)
-            kept.append(part)
-        if rest := text.finish():
-            yield rest
+        done = yield from decode(self._flow, hidden, asked_us, limit=limit, run_last=remember)
         if remember:
-            self._remember(kept, start)
+            self._remember(kept + done.kept, start)
         return Answer(
             question=question,
-            text=text.whole,
-            token_ids=tuple(ids),
-            finish_reason=reason,
+            text=done.text,
+            token_ids=tuple(done.token_ids),
+            finish_reason=done.finish_reason,
             at_seconds=asked_us / 1e6,
-            first_token_seconds=first or perf_counter() - began,
+            first_token_seconds=(done.first or perf_counter()) - began,
             usage=self.usage,
         )
 

@@ -20,6 +20,7 @@ from millpond.cli.options import (
     FpsOption,
     FrameSize,
     JsonFlag,
+    MemoryOption,
     ModelOption,
     PixelsOption,
     PolicyOption,
@@ -31,8 +32,10 @@ from millpond.cli.options import (
 from millpond.errors import BudgetError
 
 if TYPE_CHECKING:
+    from millpond.device import DevicePlan
     from millpond.families.base import Family
     from millpond.plan import Plan
+    from millpond.precision.device_budget import DeviceSplit
 
 __all__ = ["doctor", "models", "plan", "policies"]
 
@@ -41,6 +44,7 @@ def plan(
     context: typer.Context,
     model: ModelOption = DEFAULT_MODEL,
     budget: BudgetOption = None,
+    device_memory: MemoryOption = None,
     size: Annotated[
         FrameSize,
         typer.Option(
@@ -55,25 +59,35 @@ def plan(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Show how a budget is split for a model and a frame size; too small a one names the least that works."""
+    """Show how a budget, or a device's memory, is split for a model and a frame size; too small a one names the least that works."""
     announce(context, as_json=as_json, quiet=quiet)
     from millpond import families
     from millpond.cli.watch import silence
 
     silence()
     family = families.load(model, dtype=dtype, max_pixels=max_pixels, weights=False)
-    split = _split(family, budget_for(budget, policy), policy, system, size)
+    capped = budget_for(budget, policy, device_memory)
+    title = f"{model}, {policy}, frames of {size.width} x {size.height} at {fps:g} a second"
+    device: dict[str, Any] = {}
+    if device_memory is not None:
+        whole = _of_device(family, model, device_memory, policy, system, size)
+        split, device = whole.plan, {"device": whole.split.to_dict()}
+        if not as_json:
+            _print_device(whole.split, title)
+    else:
+        split = _split(family, capped, policy, system, size)
     if as_json:
         seconds = {"fps": fps, "seconds_in_full": split.seconds_in_full(fps)}
         frame = {"width": size.width, "height": size.height}
-        print(json.dumps({"model": model, "policy": policy, **frame, **seconds, **split.to_dict()}))
+        print(json.dumps({"model": model, "policy": policy, **frame, **seconds, **device, **split.to_dict()}))
     else:
-        _print_plan(split, f"{model}, {policy}, frames of {size.width} x {size.height} at {fps:g} a second", fps)
+        _print_plan(split, "the stream's part" if device else title, fps)
 
 
 def _split(family: Family, budget: int | None, policy: str, system: str | None, size: FrameSize) -> Plan:
     """The plan; where the budget cannot hold even the prompt, the error still names the least for these frames."""
     from millpond.budget import format_bytes
+    from millpond.device import least_budget
     from millpond.session import Session
 
     try:
@@ -81,16 +95,42 @@ def _split(family: Family, budget: int | None, policy: str, system: str | None, 
     except BudgetError as error:
         if budget is None or error.least is None:
             raise
-        least = error.least
-        try:
-            Session(family, budget=least, policy=policy, system=system).plan_for(size.height, size.width)
-        except BudgetError as second:
-            least = second.least or least
+        least = least_budget(family, family.grid(size.height, size.width), **_stream(policy, system))
         raise BudgetError(
             f"a budget of {format_bytes(budget)} is too small for frames of {size.width} x {size.height}: "
             f"the least that works is {least} bytes ({format_bytes(least)})",
             least=least,
         ) from error
+
+
+def _stream(policy: str, system: str | None) -> dict[str, Any]:
+    """What `millpond.flow.Flow` takes beside a family and a budget."""
+    from millpond import policies
+
+    return {"policy": policies.read(policy), "positions": "contiguous", "system": system, "reserve_tokens": None}
+
+
+def _of_device(family: Family, model: str, memory: int, policy: str, system: str | None, size: FrameSize) -> DevicePlan:
+    from millpond.device import plan_device
+
+    return plan_device(family, model, memory, (size.height, size.width), **_stream(policy, system))
+
+
+def _print_device(split: DeviceSplit, title: str) -> None:
+    from millpond.budget import format_bytes
+
+    table = Table(title=Text(title), title_justify="left")
+    for name, justify in (("", "left"), ("bytes", "right"), ("", "right"), ("what for", "left")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    read = "as they are" if split.width is None else f"every linear read at {split.width} bits"
+    for name, size, note in (
+        ("weights", split.weights, read),
+        ("stream", split.kv, f"at most {split.slots} tokens, see below"),
+        ("workspace", split.workspace, "of a forward pass"),
+        ("device", split.device, ""),
+    ):
+        table.add_row(name, str(size), format_bytes(size), note)
+    Console().print(table)
 
 
 def _print_plan(split: Plan, title: str, fps: float) -> None:

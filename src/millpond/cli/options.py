@@ -25,6 +25,7 @@ __all__ = [
     "FpsOption",
     "FrameSize",
     "JsonFlag",
+    "MemoryOption",
     "ModelOption",
     "Moment",
     "PixelsOption",
@@ -97,10 +98,14 @@ def read_budget(value: str) -> int:
         raise typer.BadParameter(str(error)) from error
 
 
-def budget_for(budget: int | None, policy: str) -> int | None:
-    """The default budget, except for a policy that runs without a cap."""
+def budget_for(budget: int | None, policy: str, device_memory: int | None = None) -> int | None:
+    """The default budget, except for a policy that runs without a cap, and where the device's memory is given instead."""
     from millpond import policies
 
+    if device_memory is not None:
+        if budget is not None:
+            raise typer.BadParameter("give --budget or --device-memory, not both", param_hint="--device-memory")
+        return None
     if budget is None and policies.read(policy).capped:
         return parse_bytes(DEFAULT_BUDGET)
     return budget
@@ -165,6 +170,16 @@ BudgetOption = Annotated[
         metavar="SIZE",
         show_default=DEFAULT_BUDGET,
         help="Bytes for everything the stream remembers: 512MiB, 2GB or a plain number.",
+    ),
+]
+MemoryOption = Annotated[
+    int | None,
+    typer.Option(
+        "--device-memory",
+        envvar="MILLPOND_DEVICE_MEMORY",
+        parser=read_budget,
+        metavar="SIZE",
+        help="In place of a budget: bytes for weights, stream and workspace together.",
     ),
 ]
 PolicyOption = Annotated[

@@ -42,9 +42,11 @@ def quantize(
     from millpond.precision.quantize import quantize
 
     silence()
-    loaded, tokenizer = _load(model)
+    where = _where(model)
+    loaded, tokenizer = _load(where)
     runs = _runs(tokenizer, calibration, samples, length)
     made = quantize(loaded, tokenizer, out, runs, source=model, widths=(int(low), int(high)), quiet=quiet)
+    _copy_pixels(where, out)
     size = sum((out / name).stat().st_size for name in made.files)
     typer.echo(f"{out}: {made.layers} layers, {low} to {high} bits, {format_bytes(size)}")
 
@@ -78,6 +80,14 @@ def calibrate(
     typer.echo(f"{folder}: targets of {targets} bits; greatest widths {mean:.2f} bits on average")
 
 
+def _where(name: str) -> str:
+    if name != "minnow":
+        return name
+    from millpond.minnow import folder
+
+    return str(folder())
+
+
 def _load(name: str) -> tuple[Any, Any]:
     """A float model and its tokenizer."""
     import torch
@@ -85,10 +95,6 @@ def _load(name: str) -> tuple[Any, Any]:
 
     from millpond.errors import ModelError
 
-    if name == "minnow":
-        from millpond.minnow import folder
-
-        name = str(folder())
     path = Path(name)
     gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     source = str(path.parent) if gguf else name
@@ -100,6 +106,18 @@ def _load(name: str) -> tuple[Any, Any]:
         return model.eval(), _tokenizer(source, **gguf)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"cannot load the model at {name!r}: {str(error).strip().splitlines()[0]}") from error
+
+
+def _copy_pixels(name: str, out: Path) -> None:
+    """Put the numbers of a model's frames beside its quantized weights."""
+    from transformers.utils import cached_file
+
+    from millpond.families.registry import IMAGE_FILES
+
+    for file in dict.fromkeys(file for file, _ in IMAGE_FILES):
+        found = None if name.endswith(".gguf") else cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            (out / file).write_bytes(Path(found).read_bytes())
 
 
 def _tokenizer(source: str, **gguf: str) -> Any:

@@ -22,6 +22,7 @@ from millpond.cli.options import (
     DtypeOption,
     FpsOption,
     JsonFlag,
+    MemoryOption,
     ModelOption,
     Moment,
     PixelsOption,
@@ -65,6 +66,7 @@ def watch(
         bool, typer.Option("--interactive", "-i", help="Ask at a prompt while the stream goes on.")
     ] = False,
     budget: BudgetOption = None,
+    device_memory: MemoryOption = None,
     fps: FpsOption = 2.0,
     policy: PolicyOption = DEFAULT_POLICY,
     admission: AdmissionOption = None,
@@ -104,7 +106,8 @@ def watch(
     opened = frames.open(source, fps=fps, live=live or None)
     session = Session.from_pretrained(
         model,
-        budget=budget_for(budget, policy),
+        budget=budget_for(budget, policy, device_memory),
+        device_memory=device_memory,
         policy=policy,
         admission=admission,
         positions=positions.value,

@@ -20,8 +20,10 @@ from millpond.families.llava_onevision import LlavaOnevision
 from millpond.families.qwen2_5_vl import Qwen25VL
 from millpond.families.qwen2_vl import Qwen2VL
 from millpond.families.qwen3_vl import Qwen3VL
+from millpond.precision.folder import is_quantized
+from millpond.precision.loading import load as load_quantized
 
-__all__ = ["Supported", "adapt", "load", "supported"]
+__all__ = ["IMAGE_FILES", "Supported", "adapt", "load", "supported"]
 
 _ADAPTERS: tuple[tuple[str, type[Family]], ...] = (
     ("Qwen2-VL", Qwen2VL),
@@ -31,7 +33,7 @@ _ADAPTERS: tuple[tuple[str, type[Family]], ...] = (
     ("LLaVA-NeXT-Video", LlavaNextVideo),
 )
 # Where a checkpoint keeps the numbers of its pixels, best first: file, and entry in it.
-_IMAGE_FILES = (
+IMAGE_FILES = (
     ("video_preprocessor_config.json", None),
     ("processor_config.json", "video_processor"),
     ("preprocessor_config.json", None),
@@ -81,9 +83,11 @@ def load(
     device: str | None = None,
     attn_implementation: str | None = None,
     max_pixels: int | None = None,
+    width: int | None = None,
+    target_bits: float | None = None,
     weights: bool = True,
 ) -> Family:
-    """Load a model from a folder or by hub id and wrap it.
+    """Load a model from a folder or by hub id and wrap it; a folder may be one that `millpond quantize` wrote.
 
     Args:
         name: a folder, a hub id, or "minnow", the model that ships with millpond.
@@ -91,10 +95,13 @@ def load(
         device: CUDA where there is one by default.
         attn_implementation: "sdpa", "eager" or "flash_attention_2"; transformers' choice by default.
         max_pixels: most pixels of a frame after resizing, for families that take frames of any size.
+        width: for a quantized folder: read every linear at that many bits; by default as calibrated, else at the most.
+        target_bits: for a calibrated folder: mean bits of a decoding step.
         weights: False leaves the weights away: the family can plan and lay out, but not run.
 
     Raises:
-        ModelError: not found, not readable, not a supported family, or a fixed frame size where `max_pixels` is given.
+        ModelError: not found, not readable, not a supported family, a fixed frame size where `max_pixels` is given, or bits where
+            nothing is quantized. PrecisionError: a quantized folder that is damaged or lacks such bits.
     """
     kind = _torch_dtype(dtype)
     source = str(_shipped() if name == _SHIPPED else name)
@@ -109,30 +116,43 @@ def load(
     adapter = _adapter(config.model_type)
     if max_pixels is not None and not adapter.any_size:
         raise ModelError(f"{config.model_type} resizes every frame to one size: max_pixels does not apply")
+    quantized = is_quantized(source)
+    if not quantized and (width is not None or target_bits is not None):
+        raise ModelError(f"{str(name)!r} is not quantized, so there are no bits to choose: see `millpond quantize`")
+    if quantized and kind != "auto":
+        raise ModelError(f"the dtype of a quantized model is that of the model it was made from: {str(name)!r}")
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if not weights:
-            model, tokenizer, image = _empty(config, kind), _tokenizer(source), _image_numbers(source, max_pixels)
-            return adapter(model, tokenizer, image)
-        model, report = transformers.AutoModelForImageTextToText.from_pretrained(
-            source,
-            dtype=kind,
-            output_loading_info=True,
-            **({"attn_implementation": attn_implementation} if attn_implementation else {}),
-        )
+            model = _empty(config, kind)
+        elif quantized:
+            model = load_quantized(source, width=width, target_bits=target_bits, device=target)
+            if attn_implementation:
+                model.set_attn_implementation(attn_implementation)
+        else:
+            model = _complete(name, source, kind, attn_implementation)
         tokenizer, image = _tokenizer(source), _image_numbers(source, max_pixels)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load the model at {str(name)!r}: {_first_line(error)}") from error
+    if weights:
+        try:
+            model.to(target)
+        except (RuntimeError, AssertionError) as error:
+            raise ModelError(f"cannot move the model to {target!r}: {_first_line(error)}") from error
+    return adapter(model.eval(), tokenizer, image)
+
+
+def _complete(name: str | Path, source: str, dtype: str | torch.dtype, attention: str | None) -> Any:
+    """The model with all its weights."""
+    model, report = transformers.AutoModelForImageTextToText.from_pretrained(
+        source, dtype=dtype, output_loading_info=True, **({"attn_implementation": attention} if attention else {})
+    )
     # transformers fills gaps with random numbers. LLaVA's towers may lack the layers behind the one whose features are used.
     if missing := sorted(key for key in report["missing_keys"] if "vision_tower" not in key):
         raise ModelError(
             f"cannot load the model at {str(name)!r}: the weights are incomplete: {len(missing)} are missing, first {missing[0]}"
         )
-    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model.to(target)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"cannot move the model to {target!r}: {_first_line(error)}") from error
-    return adapter(model.eval(), tokenizer, image)
+    return model
 
 
 def _adapter(model_type: str) -> type[Family]:
@@ -169,7 +189,7 @@ def _tokenizer(source: str) -> Any:
 
 def _image_numbers(source: str, max_pixels: int | None) -> dict[str, Any]:
     numbers: dict[str, Any] = {}
-    for file, entry in _IMAGE_FILES:
+    for file, entry in IMAGE_FILES:
         numbers = _read_json(source, file)
         if entry is not None:
             numbers = numbers.get(entry) or {}

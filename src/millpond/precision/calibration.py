@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,6 +39,10 @@ class Choice:
     intercept: float = 0.0
     projection: Tensor | None = None
     early: bool = False
+
+    def to(self, device: str | torch.device) -> Choice:
+        """The same with its projection on a device."""
+        return self if self.projection is None else replace(self, projection=self.projection.to(device))
 
     def estimate(self, x: Tensor) -> Tensor:
         """Estimates of ||(W_high - W_low) x|| for rows [T, K]: float32 [T]."""

@@ -17,7 +17,16 @@ from torch import Tensor
 from millpond.errors import PrecisionError
 from millpond.precision.nested import NestedWeight
 
-__all__ = ["DESCRIPTION", "Description", "Layer", "read_layer", "read_rest", "write_layer", "write_rest"]
+__all__ = [
+    "DESCRIPTION",
+    "Description",
+    "Layer",
+    "is_quantized",
+    "read_layer",
+    "read_rest",
+    "write_layer",
+    "write_rest",
+]
 
 DESCRIPTION = "millpond_precision.json"
 _VERSION = 1
@@ -92,6 +101,11 @@ class Description:
         return path
 
 
+def is_quantized(folder: str | Path) -> bool:
+    """Whether `millpond quantize` wrote there."""
+    return (Path(folder) / DESCRIPTION).exists()
+
+
 def layer_file(index: int) -> str:
     """Name of a decoder layer's file."""
     return f"layer-{index:03d}.safetensors"
@@ -111,7 +125,7 @@ def write_layer(
 
 
 def write_rest(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write what is not quantized: embeddings, norms, head, vision tower."""
+    """Write what is not quantized: embeddings, norms, head, vision tower, buffers."""
     _save(tensors, folder / _REST)
 
 

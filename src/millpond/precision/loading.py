@@ -31,6 +31,7 @@ def load(
     memory: str | int | None = None,
     target_bits: float | None = None,
     width: int | None = None,
+    device: str | torch.device = "cpu",
 ) -> Any:
     """Load a model that `millpond quantize` wrote, as a transformers model whose linears read only the planes they need.
 
@@ -41,6 +42,7 @@ def load(
         memory: bytes that all weights may take ("90MiB"); the calibration must have been made for no more.
         target_bits: a calibrated mean of bits a decoding step; by default the greatest widths kept.
         width: one fixed width for all linears, in place of a calibration.
+        device: where the weights go.
 
     Raises:
         PrecisionError: not calibrated for this, no such target or width, or a damaged folder.
@@ -68,7 +70,8 @@ def load(
             f"run `millpond calibrate {path} --memory {memory}`, or give at least that much",
             least=taken,
         )
-    _give_targets(model, calibration)
+    model.to(device)
+    _give_targets(model, calibration, device)
     if target_bits is not None:
         model.set_target_bits(target_bits)
     return model
@@ -112,8 +115,11 @@ def _empty(path: Path) -> Any:
     raise ModelError(f"the model type {config.model_type!r} is neither a causal nor an image-text model")
 
 
-def _give_targets(model: Any, calibration: Calibration | None) -> None:
-    model.precision_targets = {} if calibration is None else calibration.targets
+def _give_targets(model: Any, calibration: Calibration | None, device: str | torch.device) -> None:
+    model.precision_targets = {
+        bits: {name: choice.to(device) for name, choice in choices.items()}
+        for bits, choices in (calibration.targets.items() if calibration else ())
+    }
     model.precision_hooks = []
     model.set_target_bits = MethodType(_set_target_bits, model)
     model.effective_bits = MethodType(effective_bits, model)

@@ -68,7 +68,9 @@ def quantize(
                 out, index, weights, {name: part.bias for name, part in own.items() if part.bias is not None}, errors
             )
     replaced = {id(parameter) for linear in named.values() for parameter in linear.parameters()}
-    write_rest(out, {name: tensor for name, tensor in model.named_parameters() if id(tensor) not in replaced})
+    stored = model.state_dict().keys()  # not every buffer is
+    rest = {name: tensor for name, tensor in model.named_parameters() if id(tensor) not in replaced}
+    write_rest(out, rest | {name: tensor for name, tensor in model.named_buffers() if name in stored})
     model.config.save_pretrained(out)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(out)

@@ -1,0 +1,139 @@
+"""One budget for a whole device: weights, the stream's memory and the workspace of a forward pass, planned together.
+
+Joins a family, `millpond.flow`'s plan of a stream and `millpond.precision`'s split; allocates nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from millpond import families
+from millpond.budget import Budget
+from millpond.errors import BudgetError
+from millpond.families.base import Family, Grid
+from millpond.flow import Flow
+from millpond.plan import Plan
+from millpond.precision.device_budget import DeviceSplit, Workspace, split_device, weight_bytes
+from millpond.precision.folder import is_quantized
+
+__all__ = ["DEFAULT_FRAME", "DevicePlan", "fit", "least_budget", "plan_device"]
+
+DEFAULT_FRAME = (480, 640)
+"""Height and width of a frame where nobody says."""
+
+
+_LIMITS = 24
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """How a device's memory is used: `split` between weights, stream and workspace, and the stream's own `plan`."""
+
+    split: DeviceSplit
+    plan: Plan
+
+
+def plan_device(
+    family: Family, folder: str | Path | None, device_memory: str | int, frame: tuple[int, int], **stream: Any
+) -> DevicePlan:
+    """Split a device's memory for a model and a stream.
+
+    Args:
+        family: with or without its weights.
+        folder: where the model lies; its quantized weights, if it has any, are read at a width that fits. None for a loaded model.
+        device_memory: all bytes of the device that millpond may use.
+        frame: height and width of the largest frame, in pixels.
+        stream: the other arguments of `millpond.flow.Flow`.
+
+    Raises:
+        BudgetError: not even the least of everything fits; names it. PolicyError: a policy without a cap.
+    """
+    if not stream["policy"].capped:
+        raise BudgetError(f"the policy {stream['policy'].name!r} has no cap: no device memory would be enough")
+    memory, grid = int(Budget(device_memory)), family.grid(*frame)
+    weights: int | dict[int, int] = _weights(family.model)
+    if folder is not None and is_quantized(folder):
+        weights = weight_bytes(Path(folder))
+    lightest = weights if isinstance(weights, int) else min(weights.values())
+    least = least_budget(family, grid, **stream)
+    # A larger stream runs in larger blocks, which take more workspace: the workspace is planned for a stream of at most so many
+    # bytes, for a few such limits, and the one that leaves the stream most is taken.
+    ratio = max(1.0, (memory - lightest) / least)
+    split = _limited(family, grid, least, weights, memory, least, stream)
+    for step in range(1, _LIMITS + 1):
+        try:
+            other = _limited(family, grid, int(least * ratio ** (step / _LIMITS)), weights, memory, least, stream)
+        except BudgetError:  # blocks of that size have no room beside the rest
+            break
+        split = max(split, other, key=lambda one: one.kv)
+    return DevicePlan(split, Flow(family, budget=split.kv, **stream).plan_for(grid))
+
+
+def _limited(
+    family: Family,
+    grid: Grid,
+    limit: int,
+    weights: int | dict[int, int],
+    memory: int,
+    least: int,
+    stream: dict[str, Any],
+) -> DeviceSplit:
+    """The split with a stream of at most `limit` bytes."""
+    plan = Flow(family, budget=limit, **stream).plan_for(grid)
+    patch = family.model.config.vision_config.patch_size
+    workspace = Workspace.of(
+        family.model.config,
+        family.geometry,
+        block_tokens=max(plan.block_tokens, plan.reserve_tokens, plan.prompt_tokens),
+        patches=plan.block_groups * plan.frames_per_group * (grid.height // patch) * (grid.width // patch),
+    )
+    split = split_device(memory, weights, family.geometry, workspace, kv_least=least)
+    kv = min(split.kv, limit)
+    return replace(split, kv=kv, workspace=memory - split.weights - kv, slots=kv // family.geometry.bytes_per_token)
+
+
+def fit(
+    model: str | Path | tuple[Any, Any],
+    device_memory: str | int,
+    frame: tuple[int, int],
+    *,
+    dtype: Any = None,
+    max_pixels: int | None = None,
+    **stream: Any,
+) -> tuple[int, int | None]:
+    """What a session gets of a device's memory, before its model is loaded: its budget, and the bits of quantized weights.
+
+    Args:
+        model, dtype, max_pixels: as in `millpond.Session.from_pretrained`; the rest as in `plan_device`.
+    """
+    if isinstance(model, tuple):
+        family, folder = families.adapt(*model), None
+    else:
+        family, folder = families.load(model, dtype=dtype, max_pixels=max_pixels, weights=False), model
+    split = plan_device(family, folder, device_memory, frame, **stream).split
+    return split.kv, split.width
+
+
+def least_budget(family: Family, grid: Grid, **stream: Any) -> int:
+    """The least budget in bytes with which a stream of such frames works."""
+    least = 1
+    for _ in range(2):  # for the prompt alone, then for frames
+        try:
+            Flow(family, budget=least, **stream).plan_for(grid)
+        except BudgetError as error:
+            if error.least is None:
+                raise
+            least = error.least
+    return least
+
+
+def _weights(model: Any) -> int:
+    """Bytes of all parameters, also of a model without weights; a tied head counts once."""
+    tied = model.config.get_text_config().tie_word_embeddings or getattr(model.config, "tie_word_embeddings", False)
+    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    head = model.get_output_embeddings()
+    if tied and head is not None and head.weight is not model.get_input_embeddings().weight:
+        del tensors[id(head.weight)]  # without weights the two are not one yet
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
