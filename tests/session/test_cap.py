@@ -69,7 +69,7 @@ class Watched:
         assert held_bytes(self.session) <= self.session._flow.pond.ledger.held
 
 
-POLICIES = ["infinipot-v", "recent", "uniform", "random", "snapkv", "h2o", "cake", "streammem", "hermes"]
+POLICIES = ["infinipot-v", "recent", "uniform", "random", "snapkv", "h2o", "cake", "kvmerger", "streammem", "hermes"]
 # Every policy in both dtypes on one family; on the others one policy of each way in which queries reach it.
 CASES = [
     *(("qwen2_5_vl", policy, dtype) for policy in POLICIES for dtype in (torch.float32, torch.bfloat16)),

@@ -19,7 +19,7 @@ from tests.families.tiny import FAMILIES, tiny
 from tests.session.frames import moving
 from tests.session.measure import transient_peak
 
-POLICIES = ["snapkv", "cake", "h2o", "streammem", "hermes"]
+POLICIES = ["snapkv", "cake", "h2o", "kvmerger", "streammem", "hermes"]
 QUESTION = "what is there now"
 
 

@@ -224,6 +224,9 @@ class Pond(Cache):
                 try:
                     keep = self.policy.keep(view, share) if fault is None else self._newest(view, share)
                     self._check(keep, view, share)
+                    if fault is None:
+                        moved |= self.policy.merges
+                        self.policy.merge(view, keep)
                 except Exception as error:
                     if not moved:
                         raise

@@ -172,6 +172,13 @@ class Layered(Policy):
     def keep(self, view: View, slots: int) -> Tensor:
         return self.scorer.keep(view, slots)
 
+    @property
+    def merges(self) -> bool:  # type: ignore[override]
+        return self.scorer.merges
+
+    def merge(self, view: View, keep: Tensor) -> None:
+        self.scorer.merge(view, keep)
+
     def recent(self, frames: int) -> int:
         return self.scorer.recent(frames)
 

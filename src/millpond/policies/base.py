@@ -92,6 +92,8 @@ class Policy(ABC):
     proxy: ClassVar[Literal["latest", "prompt"] | None] = None
     """Whose queries `View.queries` shows: those of the latest stream tokens that ran (never a question's), or those of the chat
     template's own tokens behind the video, run for each compaction and taken back; None for nobody's."""
+    merges: ClassVar[bool] = False
+    """True when `merge` changes what stays."""
     sums: ClassVar[bool] = False
     """True when the cache must sum up the attention that every token receives (`View.sums`); 4 bytes a head and slot."""
 
@@ -101,6 +103,12 @@ class Policy(ABC):
 
         Returns:
             int64 [H, slots], strictly ascending in each row, all protected tokens among them.
+        """
+
+    def merge(self, view: View, keep: Tensor) -> None:  # noqa: B027  # nothing is merged, unless a policy says so
+        """Fold what is about to be forgotten into what stays: rewrite keys and values of kept, unprotected tokens, in place.
+
+        Called with what `keep` returned, before anything moves; the only exception to the view being read-only.
         """
 
     def recent(self, frames: int) -> int:
@@ -126,7 +134,7 @@ class Policy(ABC):
         return [1.0 for _ in views]
 
     def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
-        """Upper bound in bytes of what `keep` allocates at any instant, its result included; charged to the cap.
+        """Upper bound in bytes of what `keep` and `merge` allocate at any instant, `keep`'s result included; charged to the cap.
 
         Args:
             heads, tokens, head_dim: of the largest view. block, chunk: as in `View`.

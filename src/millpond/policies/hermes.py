@@ -12,6 +12,7 @@ from torch import Tensor
 from millpond.errors import PolicyError
 from millpond.policies.attention import attention_scratch, proxy_attention
 from millpond.policies.base import Policy, View, keep_top
+from millpond.policies.merging import fold, fold_scratch
 
 __all__ = ["HERMES"]
 
@@ -25,8 +26,10 @@ class HERMES(Policy):
     d_i from 0 (latest) to 1 (oldest). The first `shallow` share of the layers takes a = 1, the last `deep` share a = 0; between,
     with p running from 0 to 1, a = 0.75 - 0.6 p and k = 20 - 19.5 p.
 
-    Not here: the mean token into which deep layers fold what they evict; the blend of each layer's scores with the next deeper
-    one's (weights 0.1 to 0.4), which would need two layers at once. Ours: the chat template's tokens ask for every layer, where
+    The last `deep` share of the layers fold what they forget into their oldest token, which stays: key and value become the mean over
+    both, rotary embedding applied; each compaction folds on, with no memory of how many tokens the mean stands for.
+
+    Not here: the blend of each layer's scores with the next deeper one's (weights 0.1 to 0.4), which would need two layers at once. Ours: the chat template's tokens ask for every layer, where
     the authors run three generic questions (and earlier turns of the user, which would not be agnostic); heads choose for
     themselves, where theirs share the mean over heads. Positions are the session's matter (`positions="contiguous"`).
 
@@ -38,8 +41,9 @@ class HERMES(Policy):
     """
 
     name: ClassVar[str] = "hermes"
-    source: ClassVar[str] = "Zhang et al., HERMES, 2026 (arXiv 2601.14724): code; without its folding and blending"
+    source: ClassVar[str] = "Zhang et al., HERMES, 2026 (arXiv 2601.14724): code; without its blending"
     proxy: ClassVar[Literal["prompt"]] = "prompt"
+    merges: ClassVar[bool] = True
 
     shallow: float = 0.3
     deep: float = 0.3
@@ -64,7 +68,25 @@ class HERMES(Policy):
             row.sub_(low).div_(row.max() + 1e-6)
             if weight:
                 row.mul_(1 - weight).add_(_recency(view.tokens, steepness, row.device), alpha=weight)
-        return keep_top(scores, view.protected, slots)
+        must = view.protected
+        if self._folds(view) and int(must[0].sum()) < slots:
+            must = must.clone()
+            must[:, 0] = True
+        return keep_top(scores, must, slots)
+
+    def merge(self, view: View, keep: Tensor) -> None:
+        if not self._folds(view):
+            return
+        for head in range(view.heads):
+            if int(keep[head, 0]) != 0:
+                continue  # room for nothing but what is protected
+            owner = torch.zeros(view.tokens, dtype=torch.int64, device=keep.device)
+            owner[keep[head, 1:]] = -1
+            fold(view, head, owner, torch.ones(view.tokens, device=keep.device))
+
+    def _folds(self, view: View) -> bool:
+        """In a deep layer, unless its oldest token is protected."""
+        return view.layer >= int(view.layers * (1 - self.deep)) and not bool(view.protected[:, 0].any())
 
     def mix(self, layer: int, layers: int) -> tuple[float, float]:
         """The weight of recency in a layer, and how steeply recency falls."""
@@ -77,7 +99,8 @@ class HERMES(Policy):
         return self.recency - self.fade * progress, 20 - 19.5 * progress
 
     def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
-        return super().scratch(heads, tokens, head_dim, block, chunk) + attention_scratch(chunk, head_dim, chunk)
+        choice = super().scratch(heads, tokens, head_dim, block, chunk) + attention_scratch(chunk, head_dim, chunk)
+        return max(choice, 8 * heads * tokens + fold_scratch(tokens, head_dim, chunk)) + 2 * heads * tokens
 
 
 def _recency(tokens: int, steepness: float, device: torch.device) -> Tensor:
