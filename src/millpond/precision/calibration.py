@@ -16,7 +16,7 @@ from millpond.precision.folder import digest
 
 __all__ = ["Calibration", "Choice"]
 
-_VERSION = 1
+_VERSION = 2
 _JSON, _TENSORS = "calibration.json", "calibration.safetensors"
 
 
@@ -28,7 +28,7 @@ class Choice:
         low, high: adjacent widths, or equal ones.
         threshold: the high width is read where the estimate is above it; -inf for always, +inf for never.
         slope, intercept: of the linear estimate e = slope * ||x|| + intercept; unused with a projection.
-        projection: float32 [k, K], e = ||G x||; None for the linear estimate.
+        projection: bfloat16 [k, K], e = ||G x||; None for the linear estimate.
         early: the estimate reads the input that is known one sub-layer earlier, not the linear's own.
     """
 
@@ -48,7 +48,7 @@ class Choice:
         """Estimates of ||(W_high - W_low) x|| for rows [T, K]: float32 [T]."""
         rows = x.float()
         if self.projection is not None:
-            rows = rows @ self.projection.T
+            rows = rows @ self.projection.float().T
         norm: Tensor = torch.linalg.vector_norm(rows, dim=-1)
         return norm if self.projection is not None else norm * self.slope + self.intercept
 

@@ -2,6 +2,7 @@
 // linear, against its threshold. `millpond.precision.choosing` holds the same in torch.
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 namespace {
@@ -17,27 +18,50 @@ float squares(const float* x, int64_t count) {
     return sum;
 }
 
-// Squared length of the projection; g is [columns, k], so that neighbouring directions fill a vector register.
-float projected(const float* x, const float* g, int64_t columns, int64_t k) {
-    float sum = 0;
-    int64_t first = 0;
-    for (; first + 8 <= k; first += 8) {
-        float even[8] = {}, odd[8] = {};
-        int64_t i = 0;
-        for (; i + 2 <= columns; i += 2) {
-            const float *a = g + i * k + first, *b = a + k;
-            for (int lane = 0; lane < 8; ++lane) even[lane] += x[i] * a[lane];
-            for (int lane = 0; lane < 8; ++lane) odd[lane] += x[i + 1] * b[lane];
-        }
-        if (i < columns)
-            for (int lane = 0; lane < 8; ++lane) even[lane] += x[i] * g[i * k + first + lane];
-        for (int lane = 0; lane < 8; ++lane) sum += (even[lane] + odd[lane]) * (even[lane] + odd[lane]);
+typedef float Floats __attribute__((vector_size(32)));
+typedef uint32_t Words __attribute__((vector_size(32)));
+typedef uint16_t Shorts __attribute__((vector_size(16)));
+
+inline float widen(uint16_t bits) {  // bfloat16
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float x;
+    std::memcpy(&x, &wide, sizeof x);
+    return x;
+}
+inline Floats widen(const uint16_t* from) {
+    Shorts bits;
+    std::memcpy(&bits, from, sizeof bits);
+    const Words wide = __builtin_convertvector(bits, Words) << 16;
+    Floats x;
+    std::memcpy(&x, &wide, sizeof x);
+    return x;
+}
+
+// Dot products of x with COUNT rows of g, squared and summed up.
+template <int64_t COUNT>
+inline float directions(const float* x, const uint16_t* g, int64_t columns) {
+    Floats sums[COUNT] = {}, part;
+    int64_t i = 0;
+    for (; i + 8 <= columns; i += 8) {
+        std::memcpy(&part, x + i, sizeof part);
+        for (int64_t j = 0; j < COUNT; ++j) sums[j] += widen(g + j * columns + i) * part;
     }
-    for (; first < k; ++first) {
-        float dot = 0;
-        for (int64_t i = 0; i < columns; ++i) dot += x[i] * g[i * k + first];
+    float sum = 0;
+    for (int64_t j = 0; j < COUNT; ++j) {
+        float dot = ((sums[j][0] + sums[j][4]) + (sums[j][1] + sums[j][5])) +
+                    ((sums[j][2] + sums[j][6]) + (sums[j][3] + sums[j][7]));
+        for (int64_t rest = i; rest < columns; ++rest) dot += widen(g[j * columns + rest]) * x[rest];
         sum += dot * dot;
     }
+    return sum;
+}
+
+// Squared length of the projection; g is [k, columns].
+float projected(const float* x, const uint16_t* g, int64_t columns, int64_t k) {
+    float sum = 0;
+    int64_t j = 0;
+    for (; j + 4 <= k; j += 4) sum += directions<4>(x, g + j * columns, columns);
+    for (; j < k; ++j) sum += directions<1>(x, g + j * columns, columns);
     return sum;
 }
 
@@ -46,12 +70,12 @@ float projected(const float* x, const float* g, int64_t columns, int64_t k) {
 extern "C" {
 
 // What does not change from token to token. scale: the norm's weight [columns], or null for none. For each of `count` linears a
-// projection g[j] of k[j] directions, or null and a line.
+// projection g[j] [k[j], columns] in bfloat16, or null and a line.
 struct Group {
     int64_t columns, count;
     const float* scale;
     float epsilon;
-    const float* const* g;
+    const uint16_t* const* g;
     const int64_t* k;
     const float *slope, *intercept, *threshold;
 };

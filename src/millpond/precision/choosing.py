@@ -59,17 +59,17 @@ class Chooser:
             self._decide = library.millpond_choose
             self._decide.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
             self._decide.restype = None
-        turned = [None if one.projection is None else one.projection.float().T.contiguous() for one in self.choices]
+        drawn = [None if one.projection is None else one.projection.bfloat16().contiguous() for one in self.choices]
         count = len(self.choices)
         floats = ctypes.c_float * count
         tables = (
-            (ctypes.c_void_p * count)(*(None if one is None else one.data_ptr() for one in turned)),
-            (ctypes.c_int64 * count)(*(0 if one is None else one.shape[1] for one in turned)),
+            (ctypes.c_void_p * count)(*(None if one is None else one.data_ptr() for one in drawn)),
+            (ctypes.c_int64 * count)(*(0 if one is None else one.shape[0] for one in drawn)),
             floats(*(one.slope for one in self.choices)),
             floats(*(one.intercept for one in self.choices)),
             floats(*(one.threshold for one in self.choices)),
         )
-        self._kept = (scale, turned, tables)  # alive as long as their addresses are used
+        self._kept = (scale, drawn, tables)  # alive as long as their addresses are used
         addresses = [ctypes.addressof(table) for table in tables]
         self._group = _Group(columns, count, None if scale is None else scale.data_ptr(), epsilon, *addresses)
         self._where = ctypes.addressof(self._group)

@@ -26,12 +26,11 @@ _MOST_DIRECTIONS = 64
 
 
 def directions(rows: int) -> int:
-    """Directions of a projection for a matrix of N rows: 64 from N = 4096 on, as published, and as many a row below.
+    """Directions of a projection for a matrix of N rows: 64 as published, on small matrices N / 16 in whole fours.
 
-    Always whole vector registers of eight where N is no smaller than 128. More would be read at every step: N / 16 of them in
-    float32 are two bits a weight.
+    All of them are read at every step: N / 16 in bfloat16 are one bit a weight.
     """
-    return min(_MOST_DIRECTIONS, max(8, rows // 64 // 8 * 8), max(1, rows // 16))
+    return min(_MOST_DIRECTIONS, max(4, rows // 16 // 4 * 4), max(1, rows // 16))
 
 
 @dataclass
@@ -66,7 +65,7 @@ class _Probe:
         self.ahead = None
         self.fit.exact.append(torch.linalg.vector_norm(apart, dim=-1))
         self.fit.norm.append(torch.linalg.vector_norm(read, dim=-1))
-        self.fit.projected.append(torch.linalg.vector_norm(read @ self.projection.T, dim=-1))
+        self.fit.projected.append(torch.linalg.vector_norm(read @ self.projection.float().T, dim=-1))
         return torch.rand(len(rows), generator=self.rng) > self.pair.share_low
 
 
@@ -143,7 +142,7 @@ def _projection(linear: NestedLinear, pair: Pair, rng: torch.Generator) -> Tenso
     count = directions(weight.rows)
     random = torch.randn(count, weight.rows, generator=rng) / count**0.5
     found: Tensor = random @ (weight.dense(pair.high) - weight.dense(pair.low))
-    return found
+    return found.bfloat16()
 
 
 def _is_early(name: str) -> bool:
