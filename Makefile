@@ -3,14 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := $(VENV)/transformers-lowest
+TRITON := $(VENV)/triton
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # One thread a process: pytest runs one process per core.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: test lint unit lowest demo clean
+.PHONY: test lint unit lowest triton demo clean
 
-test: lint unit lowest
+test: lint unit lowest triton
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -24,6 +25,10 @@ unit: $(VENV)/.ready
 lowest: $(LOWEST)/.ready
 	PYTHONPATH=$(LOWEST) $(BIN)/python -m pytest -n 2 tests/cache tests/families tests/session
 
+# The CUDA kernel in Triton's interpreter, which needs no GPU.
+triton: $(TRITON)/.ready
+	PYTHONPATH=$(TRITON) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/precision/test_triton_kernel.py
+
 demo: $(VENV)/.ready
 	$(BIN)/python -m millpond demo
 
@@ -36,6 +41,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 $(LOWEST)/.ready: $(VENV)/.ready
 	rm -rf $(LOWEST)
 	$(PIP) install --target $(LOWEST) 'transformers==5.17.0'
+	touch $@
+
+$(TRITON)/.ready: $(VENV)/.ready
+	rm -rf $(TRITON)
+	$(PIP) install --no-deps --target $(TRITON) 'triton==3.9.0'
 	touch $@
 
 clean:

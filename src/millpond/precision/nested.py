@@ -8,6 +8,7 @@ A width b reads planes 0 ... b-1 only, so one stored model serves every width. K
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +29,8 @@ LEAST, MOST = 3, 8
 _KERNELS = Path(__file__).with_name("nested.cpp")
 # A product of fewer weights than this is over before a second thread has begun.
 _WEIGHTS_A_THREAD = 1 << 19
+# Vectors that are multiplied straight from the planes; more are a prompt.
+_FEW = 4
 # Rows that are turned into numbers at a time where a matrix is multiplied by many vectors at once.
 _ROWS_AT_ONCE = 256
 
@@ -163,10 +166,13 @@ def product(weight: NestedWeight, width: int, x: Tensor) -> Tensor:
         raise PrecisionError(
             f"there is no table for {width} bits; there are: {', '.join(map(str, sorted(weight.tables)))}"
         )
+    if x.device.type == "cuda" and len(x) <= _FEW and (on_gpu := _triton_product()) is not None:
+        found: Tensor = on_gpu(weight, width, x)
+        return found
     vectors = x.detach().to(torch.float32).contiguous()
     library = compiled(_KERNELS)[0] if x.device.type == "cpu" else None
     out = torch.empty(len(vectors), weight.rows, dtype=torch.float32, device=x.device)
-    if library is not None and len(vectors) <= 4:
+    if library is not None and len(vectors) <= _FEW:
         for row, y in zip(vectors, out, strict=True):
             _one_product(library, weight, width, row, y)
     else:
@@ -174,6 +180,16 @@ def product(weight: NestedWeight, width: int, x: Tensor) -> Tensor:
             last = min(first + _ROWS_AT_ONCE, weight.rows)
             torch.matmul(vectors, _some_rows(library, weight, width, first, last).T, out=out[:, first:last])
     return out.to(x.dtype)
+
+
+@cache
+def _triton_product() -> Callable[[NestedWeight, int, Tensor], Tensor] | None:
+    """The kernel for CUDA; None where there is no Triton."""
+    try:
+        from millpond.precision import triton_kernel
+    except ImportError:
+        return None
+    return triton_kernel.product
 
 
 def _one_product(library: ctypes.CDLL, weight: NestedWeight, width: int, x: Tensor, y: Tensor) -> None:
