@@ -20,6 +20,7 @@ import platform
 import pydoc_data.topics
 import random
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import distribution, files, version
@@ -235,6 +236,44 @@ def estimators(
     }
 
 
+def process_memory(folder: Path) -> dict[str, float]:
+    """MiB that a process of its own has grown by once a model is loaded and has taken a step: all weights in float32, and packed."""
+    taken = {}
+    for name, load in (
+        ("float32", "precision.smollm2()[0]"),
+        ("all widths", f"precision.precision.load({str(folder)!r})"),
+        ("one width of 4", f"precision.precision.load({str(folder)!r}, width=4)"),
+        ("one width of 3", f"precision.precision.load({str(folder)!r}, width=3)"),
+    ):
+        code = _CHILD.format(bench=str(Path(__file__).parent), load=load)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        taken[name] = float(done.stdout.split()[-1])
+    return taken
+
+
+# Resident memory, pages of mapped files included. A first small forward loads what torch loads lazily.
+_CHILD = """
+import ctypes, gc, sys
+sys.path.insert(0, {bench!r})
+import precision, torch, transformers
+from pathlib import Path
+
+def resident():
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Rss:")) / 1024
+
+tiny = transformers.LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+transformers.LlamaForCausalLM(tiny)(torch.ones(1, 4, dtype=torch.long))
+before = resident()
+model = {load}
+with torch.no_grad():
+    model(torch.ones(1, 1, dtype=torch.long))
+print(round(resident() - before, 1))
+"""
+
+
 class Results:
     """Perplexities by name, on disk as they come."""
 
@@ -313,12 +352,13 @@ def main() -> None:
         "test_text": f"gensim {version('gensim')}, lee_background.cor",
         "calibration_tokens": samples.numel(),
         "test_tokens": tests.numel(),
+        "process_memory_mib": results.measure("memory", lambda: process_memory(folder)),
         "selector": results.measure("selector", lambda: overhead(model, done.targets[4.0], tests)),
         "estimators": quality,
         "results": {
             name: {key: value for key, value in row.items() if key != "shares"}
             for name, row in results.rows.items()
-            if name not in ("selector", "estimators 4.0")
+            if name not in ("selector", "memory", "estimators 4.0")
         },
     }
     print(json.dumps(result, indent=1))
