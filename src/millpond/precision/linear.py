@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -36,6 +37,7 @@ class NestedLinear(nn.Module):
         self.register_buffer("planes", weight.planes)
         for bits, table in weight.tables.items():
             self.register_buffer(f"table_{bits}", table)
+        self._weight: NestedWeight | None = None
         self.widths = tuple(sorted(weight.tables))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.low = self.high = self.widths[-1]
@@ -46,8 +48,15 @@ class NestedLinear(nn.Module):
     @property
     def weight(self) -> NestedWeight:
         """The stored weight (no copy)."""
-        tables = {bits: getattr(self, f"table_{bits}") for bits in self.widths}
-        return NestedWeight(self.planes, tables, self.columns)  # type: ignore[arg-type]
+        if self._weight is None:
+            tables = {bits: getattr(self, f"table_{bits}") for bits in self.widths}
+            self._weight = NestedWeight(self.planes, tables, self.columns)  # type: ignore[arg-type]
+        return self._weight
+
+    def _apply(self, *args: Any, **kwargs: Any) -> NestedLinear:
+        self._weight = None  # moved to another device: the buffers are others
+        super()._apply(*args, **kwargs)
+        return self
 
     @property
     def size(self) -> int:

@@ -11,8 +11,10 @@ import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -169,17 +171,17 @@ def product(weight: NestedWeight, width: int, x: Tensor) -> Tensor:
     if x.device.type == "cuda" and len(x) <= _FEW and (on_gpu := _triton_product()) is not None:
         found: Tensor = on_gpu(weight, width, x)
         return found
-    vectors = x.detach().to(torch.float32).contiguous()
+    vectors = x if x.dtype == torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
     library = compiled(_KERNELS)[0] if x.device.type == "cpu" else None
     out = torch.empty(len(vectors), weight.rows, dtype=torch.float32, device=x.device)
     if library is not None and len(vectors) <= _FEW:
-        for row, y in zip(vectors, out, strict=True):
-            _one_product(library, weight, width, row, y)
+        _few_products(library, weight, width, vectors, out)
     else:
+        vectors = vectors.detach()
         for first in range(0, weight.rows, _ROWS_AT_ONCE):
             last = min(first + _ROWS_AT_ONCE, weight.rows)
             torch.matmul(vectors, _some_rows(library, weight, width, first, last).T, out=out[:, first:last])
-    return out.to(x.dtype)
+    return out if x.dtype == torch.float32 else out.to(x.dtype)
 
 
 @cache
@@ -192,19 +194,33 @@ def _triton_product() -> Callable[[NestedWeight, int, Tensor], Tensor] | None:
     return triton_kernel.product
 
 
-def _one_product(library: ctypes.CDLL, weight: NestedWeight, width: int, x: Tensor, y: Tensor) -> None:
-    threads = max(1, min(torch.get_num_threads(), weight.rows * weight.columns // _WEIGHTS_A_THREAD))
-    bounds = [weight.rows * part // threads for part in range(threads + 1)]
+def _few_products(library: ctypes.CDLL, weight: NestedWeight, width: int, vectors: Tensor, out: Tensor) -> None:
+    # Numbers, not ctypes objects: on a small matrix making those takes as long as the product.
+    run, planes = _declared(library), weight.planes
+    rows, columns = planes.shape[0], weight.columns
+    stored = planes.data_ptr(), planes.shape[1], planes.shape[2], weight.tables[width].data_ptr(), width
+    threads = min(torch.get_num_threads(), rows * columns // _WEIGHTS_A_THREAD)
+    x, y = vectors.data_ptr(), out.data_ptr()
+    for index in range(len(vectors)):
+        at, to = x + 4 * columns * index, y + 4 * rows * index
+        if threads <= 1:
+            run(*stored, at, 0, rows, columns, to)
+            continue
+        bounds = pairwise(rows * part // threads for part in range(threads + 1))
+        list(_pool(threads).map(partial(_rows_of_product, run, stored, at, columns, to), bounds))
 
-    def run(first: int, last: int) -> None:
-        library.millpond_nested_product(
-            *_sizes(weight, width), _pointer(x), *_longs(first, last, weight.columns), _pointer(y)
-        )
 
-    if threads == 1:
-        run(0, weight.rows)
-    else:
-        list(_pool(threads).map(run, bounds[:-1], bounds[1:]))
+def _rows_of_product(run: Any, stored: tuple[int, ...], x: int, columns: int, y: int, rows: tuple[int, int]) -> None:
+    run(*stored, x, *rows, columns, y)
+
+
+@cache
+def _declared(library: ctypes.CDLL) -> Any:
+    run = library.millpond_nested_product
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    run.argtypes = (pointer, number, number, pointer, number, pointer, number, number, number, pointer)
+    run.restype = None
+    return run
 
 
 def _some_rows(library: ctypes.CDLL | None, weight: NestedWeight, width: int, first: int, last: int) -> Tensor:
