@@ -14,9 +14,23 @@ from torch import Tensor
 
 from millpond.native.build import compiled
 
-__all__ = ["attention", "best", "check", "distinctiveness", "move_rows", "norms", "pool", "redundancy", "status"]
+__all__ = [
+    "attention",
+    "best",
+    "check",
+    "distances",
+    "distinctiveness",
+    "fold",
+    "move_rows",
+    "norms",
+    "pool",
+    "redundancy",
+    "status",
+]
 
-_KERNELS, _ATTENTION = (Path(__file__).with_name(f"{name}.cpp") for name in ("kernels", "attention"))
+_KERNELS, _ATTENTION, _MERGING = (
+    Path(__file__).with_name(f"{name}.cpp") for name in ("kernels", "attention", "merging")
+)
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -140,6 +154,43 @@ def attention(
         totals if sums is None and variances is None else None,
     )
     return totals[0], totals[1]
+
+
+def fold(keys: Tensor, values: Tensor, owner: Tensor, weight: Tensor) -> bool:
+    """Weighted means of runs of one head's tokens, in place (`millpond.policies.merging.fold`).
+
+    Returns:
+        False where there is no kernel; nothing has changed then.
+    """
+    library = _ready(keys, values, owner, weight, source=_MERGING)
+    if (
+        library is None
+        or keys.dtype not in _SUFFIX
+        or values.dtype != keys.dtype
+        or not (_rows(keys) and _rows(values))
+    ):
+        return False
+    if not (owner.is_contiguous() and weight.is_contiguous()):
+        return False
+    sizes = ctypes.c_int64(keys.shape[0]), ctypes.c_int64(keys.shape[1])
+    run = getattr(library, f"millpond_fold_{_SUFFIX[keys.dtype]}")
+    run(_pointer(keys), _pointer(values), *sizes, _pointer(owner), _pointer(weight))
+    return True
+
+
+def distances(keys: Tensor, owner: Tensor, apart: Tensor, alike: Tensor) -> bool:
+    """How far one head's keys lie from their owners' (`millpond.policies.merging.distances`), written to `apart` and `alike`.
+
+    Returns:
+        False where there is no kernel; nothing is written then.
+    """
+    library = _ready(keys, owner, apart, alike, source=_MERGING)
+    if library is None or keys.dtype not in _SUFFIX or not (_rows(keys) and owner.is_contiguous()):
+        return False
+    sizes = ctypes.c_int64(keys.shape[0]), ctypes.c_int64(keys.shape[1])
+    run = getattr(library, f"millpond_distances_{_SUFFIX[keys.dtype]}")
+    run(_pointer(keys), *sizes, _pointer(owner), _pointer(apart), _pointer(alike))
+    return True
 
 
 def pool(values: Tensor, time_us: Tensor, place: Tensor, kernel: int) -> bool:

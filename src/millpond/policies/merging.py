@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from millpond import native
 from millpond.policies.base import View
 
 __all__ = ["distances", "fold", "fold_scratch"]
@@ -20,6 +21,8 @@ def distances(keys: Tensor, owner: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
         owner: int64 [n], the token that each one goes into; -1 for none, where both are 0.
     """
     apart, alike = torch.zeros(2, keys.shape[0], device=keys.device)
+    if native.distances(keys, owner, apart, alike):
+        return apart, alike
     for first in range(0, keys.shape[0], chunk):
         to = owner[first : first + chunk]
         own, other = keys[first : first + chunk].float(), keys[to.clamp_min(0)].float()
@@ -39,6 +42,8 @@ def fold(view: View, head: int, owner: Tensor, weight: Tensor) -> None:
         weight: float32 [n]. A token whose key, value or weight is not a finite number counts for nothing; where nothing counts,
             nothing changes.
     """
+    if native.fold(view.keys[head], view.values[head], owner, weight):
+        return
     taking = (owner >= 0).nonzero()[:, 0]
     if not len(taking):
         return
