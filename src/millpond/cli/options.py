@@ -179,7 +179,7 @@ MemoryOption = Annotated[
         envvar="MILLPOND_DEVICE_MEMORY",
         parser=read_budget,
         metavar="SIZE",
-        help="In place of a budget: bytes for weights, stream and workspace together.",
+        help="In place of a budget: bytes for weights, stream and workspace together, planned for frames of 640x480 or --size.",
     ),
 ]
 PolicyOption = Annotated[
