@@ -23,7 +23,7 @@ class Usage:
         frames_seen, frames_dropped: raw frames taken in, and dropped by a live source.
         frames_skipped, frames_reduced: of those taken in, which the admission left out, and which it thinned.
         timestamps_kept: distinct frame times that some head of some layer still remembers.
-        memory_tokens: tokens remembered per head, the prompt not counted.
+        memory_tokens: tokens remembered per head, packed ones included, the prompt not counted.
         stream_tokens: tokens that went by, the prompt included.
         evicted_tokens: tokens forgotten per head.
         compactions, reanchorings: passes so far.
@@ -93,8 +93,10 @@ class LayerMemory:
     Attributes:
         seconds: float64 [H, n], stream time of the token's frame group, or of the turn for text.
         row, column: int16 [H, n] on the frame's merged grid; -1 for text, -2 for a frame's separators and timestamps.
+        packed: how many of the n tokens are stored in few bits; they come first, in the order in which they were packed.
     """
 
     seconds: np.ndarray
     row: np.ndarray
     column: np.ndarray
+    packed: int = 0

@@ -1,6 +1,7 @@
 """How a budget in bytes is split: prompt, memory, room for the incoming block, reserve for the turn, scratch.
 
     slots = prompt + memory |C| + room + reserve
+    and, where a policy packs what it would forget: packed tokens, and a desk on which one layer is unpacked
     bytes = slots x bytes_per_token + frames in waiting + scratch + an admission's state + a proxy's queries  <=  budget
 
 Arithmetic only; nothing is allocated here.
@@ -49,6 +50,8 @@ class Plan:
         chunk: tokens of one head worked on at a time.
         state_bytes: what an admission remembers of the stream.
         query_bytes: a policy's proxy queries.
+        packed_tokens, packed_bytes: tokens that are remembered in few bits, and their storage, metadata included.
+        desk_bytes: one layer's keys and values, unpacked.
     """
 
     budget: int | None
@@ -68,11 +71,15 @@ class Plan:
     chunk: int
     state_bytes: int = 0
     query_bytes: int = 0
+    packed_tokens: int = 0
+    packed_bytes: int = 0
+    desk_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """Everything the plan may hold at once; at most the budget."""
         beside = self.waiting_bytes + self.scratch_bytes + self.state_bytes + self.query_bytes
+        beside += self.packed_bytes + self.desk_bytes
         return self.slots * self.bytes_per_token + beside
 
     def seconds_in_full(self, fps: float) -> float:
@@ -112,7 +119,7 @@ def make_plan(
     Raises:
         BudgetError: too small; names the least that works.
     """
-    geometry = replace(geometry, sums=policy.sums)
+    geometry, tier = replace(geometry, sums=policy.sums), policy.tier
     proxy_tokens = proxy_tokens if policy.proxy == "prompt" else 0
     query_bytes = (proxy_tokens or policy.queries) * geometry.query_bytes
     reserve_least = max(_RESERVE_LEAST if reserve_tokens is None else reserve_tokens, proxy_tokens)
@@ -130,6 +137,10 @@ def make_plan(
             memory -= memory % group_tokens
             room = behind_prompt - memory
         chunk = max(_CHUNK_LEAST, min(_CHUNK_MOST, slots // 32))
+        # Not from `memory`, which falls when the room grows by a block: what is planned must grow with the slots.
+        packed = tier.packed_tokens(behind_prompt * (_ROOM_SHARE - 1) // _ROOM_SHARE) if tier else 0
+        largest = int((slots - prompt_tokens) * policy.layer_share) + packed  # tokens of one layer
+        scratch = scratch_bytes(policy, geometry, largest, packed, group_tokens, chunk)
         return Plan(
             budget=budget,
             bytes_per_token=geometry.bytes_per_token,
@@ -142,14 +153,15 @@ def make_plan(
             reserve_tokens=reserve,
             group_tokens=group_tokens,
             frames_per_group=frames_per_group,
-            frames_in_full=memory // group_tokens * frames_per_group,
+            frames_in_full=(memory + packed) // group_tokens * frames_per_group,
             waiting_bytes=groups * frames_per_group * frame_bytes,
-            scratch_bytes=scratch_bytes(
-                policy, geometry, int((slots - prompt_tokens) * policy.layer_share), group_tokens, chunk
-            ),
+            scratch_bytes=scratch,
             chunk=chunk,
             state_bytes=state_bytes,
             query_bytes=query_bytes,
+            packed_tokens=packed,
+            packed_bytes=tier.packed_bytes(geometry, packed) if tier else 0,
+            desk_bytes=tier.desk_bytes(geometry, slots + packed) if tier else 0,
         )
 
     if not policy.capped:
@@ -158,7 +170,9 @@ def make_plan(
         raise BudgetError(f"the policy {policy.name!r} needs a budget; only 'full' runs without one")
     # The least that works: one group remembered, one coming in, and room for a turn.
     fewest = prompt_tokens + 2 * group_tokens + reserve_least
-    fewest = _first(lambda slots: split(slots).memory_tokens >= group_tokens, fewest)
+    # Tokens are packed by whole groups, so up to a group less one leave beside those that must.
+    remembered = group_tokens + (tier.codec.group - 1 if tier else 0)
+    fewest = _first(lambda slots: split(slots).memory_tokens >= remembered, fewest)
     least = split(fewest).total_bytes
     if budget < least:
         raise BudgetError(
@@ -171,8 +185,8 @@ def make_plan(
     return split(most)
 
 
-def scratch_bytes(policy: Policy, geometry: Geometry, tokens: int, block: int, chunk: int) -> int:
-    """The most that compacting or re-anchoring `tokens` tokens of a layer allocates at any instant, in bytes."""
+def scratch_bytes(policy: Policy, geometry: Geometry, tokens: int, packed: int, block: int, chunk: int) -> int:
+    """The most that compacting or re-anchoring `tokens` tokens of a layer, `packed` of them in few bits, allocates, in bytes."""
     heads, width = geometry.kv_heads, geometry.head_dim
     # Protection: two masks [H, n] and, while text is counted from the end, one int64 [n] twice.
     protection = 2 * heads * tokens + 16 * tokens
@@ -181,7 +195,13 @@ def scratch_bytes(policy: Policy, geometry: Geometry, tokens: int, block: int, c
     # Re-anchoring: one head's gaps and shifts (int64 [n], five and one an axis), and one chunk's angles (float64 [chunk, D/2],
     # three) and halves (float32, seven).
     turning = (40 + 8 * geometry.axes) * tokens + chunk * (3 * 8 + 7 * 4) * width // 2
-    return max(policy.scratch(heads, tokens, width, block, chunk) + protection + moving, turning)
+    choosing = policy.scratch(heads, tokens, width, block, chunk)
+    if tier := policy.tier:
+        coding = tier.coding_bytes(geometry, chunk)
+        choosing = max(choosing, tier.sorting_bytes(tokens)) + coding
+        choosing += tier.choosing_bytes(geometry, tokens - packed, packed)
+        turning += tier.turning_bytes(geometry, tokens) + coding
+    return max(choosing + protection + moving, turning)
 
 
 def _first(holds: Callable[[int], bool], start: int) -> int:

@@ -425,6 +425,7 @@ class Session:
                     seconds=times.cpu().numpy() / 1e6,
                     row=place[:, :, 0].cpu().numpy().copy(),
                     column=place[:, :, 1].cpu().numpy().copy(),
+                    packed=self._flow.pond.packed_tokens,
                 )
                 for times, place in self._flow.pond.kept()
             )

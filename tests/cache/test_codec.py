@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from millpond import native
 from millpond.cache.codec import BITS, Codec
 from millpond.errors import PolicyError
 from tests.session.measure import transient_peak
@@ -141,8 +142,9 @@ def test_what_float16_cannot_hold_becomes_its_nearest_number(bits: int, bad: flo
 @pytest.mark.parametrize(("group", "width"), [(32, 128), (5, 13)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_bytes_are_those_of_the_storage_and_scratch_is_bounded(
-    bits: int, group: int, width: int, dtype: torch.dtype
+    bits: int, group: int, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(native, "_library", lambda source=None: (None, "switched off"))  # which takes none
     codec = Codec(bits, group)
     keys, values = codec.new_keys((3,), 4, width, CPU), codec.new_values((3,), 4, width, CPU)
     stored = sum(tensor.untyped_storage().nbytes() for tensor in (*keys, *values))
@@ -155,6 +157,33 @@ def test_bytes_are_those_of_the_storage_and_scratch_is_bounded(
     assert transient_peak(lambda: codec.decode_keys(*keys, out)) <= most
     assert transient_peak(lambda: codec.encode_values(rows, *values)) <= most
     assert transient_peak(lambda: codec.decode_values(*values, out)) <= most
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("group", "width"), [(32, 128), (32, 80), (5, 13), (1, 7), (8, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_compiled_reading_is_the_torch_one_bit_for_bit(
+    bits: int, group: int, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec, rng = Codec(bits, group), torch.Generator().manual_seed(group * width)
+    rows = torch.randn(6 * group, width, generator=rng) * 10.0 ** torch.randint(-6, 4, (width,), generator=rng) - 1
+    rows[0], rows[1 % group] = 1e6, torch.nan
+    rows[group : 2 * group] = 1e-7
+    keys, values = (new((), 6, width, CPU) for new in (codec.new_keys, codec.new_values))
+    codec.encode_keys(rows, *keys)
+    codec.encode_values(rows, *values)
+
+    def read(step: int | None) -> Tensor:
+        out = torch.full((2, *rows.shape), torch.nan, dtype=dtype)
+        codec.decode_keys(*keys, out[0], step)
+        codec.decode_values(*values, out[1], step)
+        return out
+
+    compiled = read(None)
+    monkeypatch.setattr(native, "_library", lambda source=None: (None, "switched off"))
+    assert bool(compiled.isfinite().any())
+    for step in (None, group, 4 * group, 4 * group + 1):
+        assert torch.equal(compiled, read(step))
 
 
 @pytest.mark.parametrize(("bits", "group"), [(1, 32), (5, 32), (16, 32), (4, 0)])

@@ -7,11 +7,13 @@ caller's business. Knows tensors; nothing about caches, positions or what is wor
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from millpond import native
 from millpond.errors import PolicyError
 
 __all__ = ["BITS", "Codec"]
@@ -96,8 +98,14 @@ class Codec:
         scales[:, 0], scales[:, 1] = step, low
         self._pack(self._quantise(floats, step[:, None], low[:, None]), codes)
 
-    def decode_keys(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
-        """Read m groups of keys back into `out`, [m * G, D]; the arguments of `encode_keys`."""
+    def decode_keys(self, codes: Tensor, scales: Tensor, out: Tensor, step: int | None = None) -> None:
+        """Read m groups of keys back into `out`, [m * G, D], `step` tokens at a time; the arguments of `encode_keys`."""
+        if native.unpack(codes, scales, self.bits, True, out):
+            return
+        for part in self._parts(step, codes, scales, out):
+            self._decode_keys(*part)
+
+    def _decode_keys(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
         floats = self._unpack(codes, out.shape[1])
         floats.mul_(scales[:, :1]).add_(scales[:, 1:])
         out.copy_(floats.view(out.shape))
@@ -126,12 +134,25 @@ class Codec:
             self._quantise(part, step[:, :, None], low[:, :, None])
         self._pack(floats, codes)
 
-    def decode_values(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
-        """Read values back into `out`, [m * G, D]; the arguments of `encode_values`."""
+    def decode_values(self, codes: Tensor, scales: Tensor, out: Tensor, step: int | None = None) -> None:
+        """Read values back into `out`, [m * G, D], `step` tokens at a time; the arguments of `encode_values`."""
+        if native.unpack(codes, scales, self.bits, False, out):
+            return
+        for part in self._parts(step, codes, scales, out):
+            self._decode_values(*part)
+
+    def _decode_values(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
         floats = self._unpack(codes, out.shape[1])
         for index, part in enumerate(floats.split(self.group, dim=2)):
             part.mul_(scales[:, :, 0, index, None]).add_(scales[:, :, 1, index, None])
         out.copy_(floats.view(out.shape))
+
+    def _parts(
+        self, step: int | None, codes: Tensor, scales: Tensor, out: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The arguments of a decoding cut to `step` tokens, whole groups; None: not at all."""
+        groups = max(1, (step or len(out)) // self.group)
+        return zip(codes.split(groups), scales.split(groups), out.split(groups * self.group), strict=True)
 
     # --- codes --------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 from millpond import native
 from millpond.errors import BudgetError, ModelError
 from millpond.geometry import Geometry
+from millpond.positions import Rope
 
 __all__ = ["PondLayer"]
 
@@ -146,6 +147,25 @@ class PondLayer(CacheLayerMixin):
             if not native.move_rows(live, keep):
                 _move_rows(live, keep, chunk)
         self.length = start + keep.shape[1]
+
+    def attended(self) -> tuple[Tensor, Tensor]:
+        """Keys [H, n, D] that the forward just run could see, and their `sums` [H, n], to be changed and given to `credit`."""
+        assert self.sums is not None
+        return self.keys[0, :, : self.length], self.sums[:, : self.length]
+
+    def credit(self, sums: Tensor) -> None:
+        """Write back what `attended` gave: nothing to do, it was the storage itself."""
+
+    def in_order(self, head: int) -> tuple[Tensor, Tensor]:
+        """int32 [n, axes] positions and int16 [n, 2] places of a head's live tokens in the order of the stream."""
+        return self.positions[head, : self.length], self.place[head, : self.length]
+
+    def turn(self, head: int, rope: Rope, by: Tensor, chunk: int) -> None:
+        """Turn one head's live keys by `by`, int64 [n, axes] in the order of `in_order`, and write the new positions down."""
+        for first in range(0, self.length, chunk):
+            last = min(first + chunk, self.length)
+            rope.rotate_(self.keys[0, head, first:last], by[first:last])
+            self.positions[head, first:last] += by[first:last].to(torch.int32)
 
     def adopt(self, other: PondLayer) -> None:
         """Copy the live tokens of a layer of the same geometry into this one's storage."""

@@ -7,7 +7,7 @@ Every allocation goes through the ledger. The pond never sees frames, questions 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -20,6 +20,7 @@ from millpond.cache.layer import PondLayer
 from millpond.cache.ledger import Ledger
 from millpond.cache.queries import ProxyQueries
 from millpond.cache.resize import resize_pond
+from millpond.cache.tier import Desk, TieredLayer, surviving_groups
 from millpond.errors import BudgetError, PolicyError
 from millpond.geometry import Geometry
 from millpond.plan import Plan
@@ -58,19 +59,26 @@ class Pond(Cache):
         self.policy = policy
         self.device = device
         self.ledger = ledger if ledger is not None else Ledger(plan.budget if policy.capped else None)
-        self.ledger.hold("storage", plan.slots * geometry.bytes_per_token)
+        self.ledger.hold("storage", plan.slots * geometry.bytes_per_token + plan.packed_bytes)
         self.ledger.hold("queries", plan.query_bytes)
         self.queries = ProxyQueries(geometry, plan.query_bytes // geometry.query_bytes, device)
-        layered = policy.layer_share > 1
-        super().__init__(
-            layers=[PondLayer(geometry, 0 if layered else plan.slots, device) for _ in range(geometry.layers)]
-        )
-        self.arena = Arena(self.layers, [plan.slots] * geometry.layers) if layered else None
+        if policy.tier and policy.layer_share > 1:
+            raise PolicyError(f"the policy {policy.name!r} has a low-bit tier, which goes with equal layers only")
+        self.desk = Desk(geometry, plan, policy.tier, device, self.ledger) if policy.tier else None
+        super().__init__(layers=[self._layer() for _ in range(geometry.layers)])
+        self.arena = Arena(self.layers, [plan.slots] * geometry.layers) if policy.layer_share > 1 else None
         self._ahead = [0] * geometry.layers  # how many tokens more than the first layer each one holds
         self.compactions = 0
         self.evicted = 0
         self._text: int | None = None  # newest text tokens that are whole in every head; None while there was no text
         self._recent: deque[tuple[int, int]] = deque()  # (time_us, tokens) of the latest groups, newest last
+
+    def _layer(self) -> PondLayer:
+        if self.desk is None:
+            own = self.plan.slots if self.policy.layer_share == 1 else 0  # else the arena's
+            return PondLayer(self.geometry, own, self.device)
+        groups = self.plan.packed_tokens // self.desk.tier.codec.group
+        return TieredLayer(self.geometry, self.plan.slots, groups, self.desk, self.device)
 
     @property
     def length(self) -> int:
@@ -95,8 +103,19 @@ class Pond(Cache):
 
     @property
     def memory_tokens(self) -> int:
-        """Live tokens behind the pinned prompt, in the mean over the layers, rounded down."""
+        """Live tokens behind the pinned prompt, packed ones included; in the mean over the layers, rounded down."""
+        return self.full_tokens + self.packed_tokens
+
+    @property
+    def full_tokens(self) -> int:
+        """Those of them that are stored as they came."""
         return max(0, self.length + sum(self._ahead) // len(self._ahead) - self.plan.prompt_tokens)
+
+    @property
+    def packed_tokens(self) -> int:
+        """Those of them that are stored in few bits."""
+        first = self.layers[0]
+        return first.shelf.tokens if isinstance(first, TieredLayer) else 0
 
     @property
     def nbytes(self) -> int:
@@ -106,8 +125,9 @@ class Pond(Cache):
     @property
     def live_bytes(self) -> int:
         """Bytes that the live tokens take."""
+        packed = self.desk.tier.packed_bytes(self.geometry, self.packed_tokens) if self.desk else 0
         live: int = sum(layer.length for layer in self.layers)
-        return live * self.geometry.bytes_per_token // len(self.layers)
+        return live * self.geometry.bytes_per_token // len(self.layers) + packed
 
     # --- growing ------------------------------------------------------------------------------------------------
 
@@ -123,7 +143,7 @@ class Pond(Cache):
         if not self.policy.capped:
             self.resize(replace(self.plan, slots=self.capacity + max(overrun, self.capacity // 2)))
             return
-        slots = min(self.plan.memory_tokens, self.memory_tokens - overrun)
+        slots = min(self.plan.memory_tokens, self.full_tokens - overrun)
         if slots < 1:
             self._refuse(f"a block of {tokens} tokens", tokens + self.plan.prompt_tokens + self.plan.group_tokens)
         self.compact(slots)
@@ -199,19 +219,33 @@ class Pond(Cache):
     def compact(self, slots: int) -> None:
         """Keep `slots` tokens behind the prompt in every head of every layer, chosen by the policy, in place.
 
+        With a low-bit tier that many stay in full, or up to a group fewer; the others are packed, and as many packed ones are
+        forgotten as there is no room for.
+
         With layer budgets `slots` is the mean over the layers, whose regions are cut anew to what each was granted.
 
         Raises:
             PolicyError: the policy failed or broke its contract. The memory stays whole: nothing has moved, or, where other
                 layers had, the pass was finished by recency.
         """
-        tokens, start, plan = self.memory_tokens, self.plan.prompt_tokens, self.plan
+        most = self.full_tokens - self.plan.packed_tokens
+        if self.desk and slots < most:
+            self._pass(most)  # more than the tier holds at once
+        self._pass(slots)
+
+    def _pass(self, slots: int) -> None:
+        tokens, start, plan, before = self.full_tokens, self.plan.prompt_tokens, self.plan, self.memory_tokens
         if self.policy.whole_frames and self._recent:
             slots -= slots % self._recent[-1][1]
         if slots >= tokens:
             return
         if slots < 1:
             raise BudgetError(f"the policy {self.policy.name!r} keeps whole frames, and not one fits")
+        if self.desk:
+            group = self.desk.tier.codec.group
+            slots = tokens - -(-(tokens - slots) // group) * group
+            if slots < 1:
+                raise BudgetError(f"tokens are packed {group} at a time, which leaves none of {tokens} in full")
         since, text = self._protect(slots)
         fault: Exception | None = None
         moved = False
@@ -222,8 +256,7 @@ class Pond(Cache):
                     continue
                 view = self._view(index, layer, since, text)
                 try:
-                    keep = self.policy.keep(view, share) if fault is None else self._newest(view, share)
-                    self._check(keep, view, share)
+                    keep, stay = self._choose(layer, view, share, self.policy.keep if fault is None else self._newest)
                     if fault is None:
                         moved |= self.policy.merges
                         self.policy.merge(view, keep)
@@ -231,19 +264,63 @@ class Pond(Cache):
                     if not moved:
                         raise
                     # Some layers have moved already: finish the pass by recency, so that the memory stays whole.
-                    fault, keep = error, self._newest(view, share)
+                    fault = error
+                    keep, stay = self._choose(layer, view, share, self._newest)
                 del view
-                layer.compact(keep, start, plan.chunk)
+                if isinstance(layer, TieredLayer):
+                    layer.demote(keep, stay, start, plan.chunk)
+                else:
+                    layer.compact(keep, start, plan.chunk)
                 moved = True
             if self.arena:
                 # Beside its memory every layer keeps the same room: blocks and turns are equally long in all of them.
                 self.arena.cut([start + share + self.capacity - start - slots for share in granted], plan.chunk)
         self._ahead = [layer.length - self.length for layer in self.layers]
         self.compactions += 1
-        self.evicted += tokens - slots
+        self.evicted += before - self.memory_tokens
         # What was not protected is no longer whole in every head, and can never be protected again.
         self._recent = deque(group for group in self._recent if group[0] >= since)
         self._text = text
+        if fault is not None:
+            raise fault
+
+    def _choose(
+        self, layer: PondLayer, view: View, slots: int, choose: Callable[[View, int], Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The full tokens that stay, and the packed groups; None for the groups when all of them may."""
+
+        choose = self._checked(choose)
+        keep = choose(view, slots)
+        if not isinstance(layer, TieredLayer):
+            return keep, None
+        groups = layer.shelf.capacity - (view.tokens - slots) // layer.shelf.codec.group
+        if layer.shelf.groups <= groups:
+            return keep, None
+        return keep, surviving_groups(layer, view, self.plan.prompt_tokens, groups, choose)
+
+    def forget_packed(self, groups: int) -> None:
+        """Keep at most `groups` packed groups in every head of every layer.
+
+        Raises:
+            PolicyError: the policy failed. The memory stays whole, as in `compact`.
+        """
+        before, start = self.memory_tokens, self.plan.prompt_tokens
+        since, text = self._protect(self.full_tokens)
+        choose, fault = self._checked(self.policy.keep), None
+        with self.ledger.borrow("scratch", self.plan.scratch_bytes):
+            for index, layer in enumerate(self.layers):
+                if not isinstance(layer, TieredLayer) or layer.shelf.groups <= groups:
+                    continue
+                view = self._view(index, layer, since, text)
+                try:
+                    stay = surviving_groups(layer, view, start, groups, choose)
+                except Exception as error:
+                    if index == 0:
+                        raise
+                    fault, choose = error, self._newest
+                    stay = surviving_groups(layer, view, start, groups, choose)
+                layer.shelf.drop(stay)
+        self.evicted += before - self.memory_tokens
         if fault is not None:
             raise fault
 
@@ -264,7 +341,7 @@ class Pond(Cache):
         text = min(self._text or 0, slots // _TEXT_SHARE)
         if not self._recent:
             return torch.iinfo(torch.int64).max, text
-        frames = max(1, self.memory_tokens // self._recent[-1][1])
+        frames = max(1, self.full_tokens // self._recent[-1][1])
         held, since = 0, self._recent[-1][0] + 1
         for time, count in list(self._recent)[: -max(1, self.policy.recent(frames)) - 1 : -1]:
             if held + count + text > slots:
@@ -305,6 +382,14 @@ class Pond(Cache):
         newest = torch.arange(view.tokens, dtype=torch.float32, device=view.keys.device)
         return keep_top(newest.repeat(view.heads, 1), view.protected, slots)
 
+    def _checked(self, choose: Callable[[View, int], Tensor]) -> Callable[[View, int], Tensor]:
+        def checked(view: View, slots: int) -> Tensor:
+            keep = choose(view, slots)
+            self._check(keep, view, slots)
+            return keep
+
+        return checked
+
     def _check(self, keep: Tensor, view: View, slots: int) -> None:
         """Hold the policy to its contract before a byte moves."""
         name = self.policy.name
@@ -321,10 +406,17 @@ class Pond(Cache):
             raise PolicyError(f"policy {name!r} dropped a protected token")
 
     def kept(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each layer, stream times int64 [H, n] and places int16 [H, n, 2] of the live tokens behind the prompt."""
+        """For each layer, stream times int64 [H, n] and places int16 [H, n, 2] of the live tokens behind the prompt.
+
+        Packed ones come first, in the order in which they were packed.
+        """
         start = self.plan.prompt_tokens
         for layer in self.layers:
-            yield layer.time_us[:, start : layer.length], layer.place[:, start : layer.length]
+            time_us, place = layer.time_us[:, start : layer.length], layer.place[:, start : layer.length]
+            if isinstance(layer, TieredLayer):
+                time_us = torch.cat([layer.shelf.live("time_us"), time_us], dim=1)
+                place = torch.cat([layer.shelf.live("place"), place], dim=1)
+            yield time_us, place
 
     # --- storage ------------------------------------------------------------------------------------------------
 

@@ -72,12 +72,14 @@ def add_sums(pond: Pond, index: int, queries: Tensor, positions: Tensor, rope: R
         queries: [n, H * g, D] of the last n live tokens, without their rotation. positions: int64 [axes, n].
     """
     layer, group, chunk = pond.layers[index], pond.geometry.group, pond.plan.chunk
-    keys, sums, count = layer.keys[0, :, : layer.length], layer.sums[:, : layer.length], queries.shape[0]
+    count = queries.shape[0]
     at_once = max(1, chunk // group)
     with pond.ledger.borrow("scratch", pond.plan.scratch_bytes):
+        keys, sums = layer.attended()
+        before = keys.shape[1] - count
         for first in range(0, count, at_once):
             last = min(first + at_once, count)
-            own = torch.arange(layer.length - count + first, layer.length - count + last, device=keys.device)
+            own = torch.arange(before + first, before + last, device=keys.device)
             for head in range(keys.shape[0]):
                 piece = (
                     queries[first:last, head * group : (head + 1) * group].transpose(0, 1).to(torch.float32, copy=True)
@@ -85,3 +87,4 @@ def add_sums(pond: Pond, index: int, queries: Tensor, positions: Tensor, rope: R
                 rope.rotate_(piece, positions[:, first:last].T)
                 rows = piece.reshape(-1, piece.shape[2])
                 add_columns(rows, keys[head, :0], keys[head], sums[head], chunk, own.repeat(group))
+        layer.credit(sums)

@@ -26,8 +26,8 @@ def shift_uniformly(pond: Pond, rope: Rope, clock: Clock, by: int) -> None:
     with pond.ledger.borrow("scratch", pond.plan.scratch_bytes):
         for layer in pond.layers:
             for head in range(layer.positions.shape[0]):
-                shift = torch.full((1, rope_axes(layer)), by, dtype=torch.int64, device=layer.device)
-                _turn(layer, head, rope, shift.expand(layer.length, -1), pond.plan.chunk)
+                back = torch.full((1, rope_axes(layer)), -by, dtype=torch.int64, device=layer.device)
+                layer.turn(head, rope, back.expand(layer.get_seq_length(), -1), pond.plan.chunk)
         pond.queries.turn(rope, torch.full((pond.geometry.axes,), -by), pond.plan.chunk)
     clock.shift(spatial=by, temporal=by)
 
@@ -49,7 +49,7 @@ def close_gaps(pond: Pond, rope: Rope, clock: Clock) -> int:
             for layer in pond.layers:
                 for head in range(layer.positions.shape[0]):
                     shift = _shifts(layer, head, clock, base, before, after)
-                    _turn(layer, head, rope, shift, pond.plan.chunk)
+                    layer.turn(head, rope, shift.neg_(), pond.plan.chunk)
             # The proxy's tokens stand at the end of the stream, behind every gap, and move with the clock.
             moved = torch.full((pond.geometry.axes,), before + after)
             if clock.base is not None:
@@ -66,7 +66,7 @@ def rope_axes(layer: PondLayer) -> int:
 
 def _extent(layer: PondLayer, head: int) -> Tensor:
     """int64 [n], the largest position on any axis up to each token: where text after it would have gone on."""
-    return layer.positions[head, : layer.length].amax(dim=1).to(torch.int64).cummax(0).values
+    return layer.in_order(head)[0].amax(dim=1).to(torch.int64).cummax(0).values
 
 
 def _gaps(extent: Tensor, clock: Clock, base: int) -> tuple[Tensor, Tensor]:
@@ -98,19 +98,11 @@ def _shifts(layer: PondLayer, head: int, clock: Clock, base: int, before: int, a
     shift = along[:, None].expand(-1, axes).clone()
     if axes == 3:
         # A vision token's height and width count from the base of its segment, which moved with the text before it.
-        place = layer.place[head, : layer.length]
+        positions, place = layer.in_order(head)
         visual = place[:, 0] > TEXT
-        origin = layer.positions[head, : layer.length, 1].to(torch.int64) - place[:, 0]
+        origin = positions[:, 1].to(torch.int64) - place[:, 0]
         at = torch.searchsorted(extent, origin, right=True) - 1
         anchored = torch.where(at < 0, 0, along[at.clamp(min=0)])
         anchored = torch.where(origin >= base, before, anchored)
         shift[visual, 1:] = anchored[visual, None]
     return shift
-
-
-def _turn(layer: PondLayer, head: int, rope: Rope, shift: Tensor, chunk: int) -> None:
-    """Turn one head's live keys back by `shift` [n, axes] and write the new positions down."""
-    for first in range(0, layer.length, chunk):
-        last = min(first + chunk, layer.length)
-        rope.rotate_(layer.keys[0, head, first:last], -shift[first:last])
-        layer.positions[head, first:last] -= shift[first:last].to(torch.int32)

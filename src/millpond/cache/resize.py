@@ -1,7 +1,8 @@
 """Moving a pond into larger or smaller storage, one tensor at a time, without ever passing the cap.
 
 A tensor is replaced by allocating its successor beside it where the cap has room for both. Where it has not, its live
-rows wait in the unused tails of the other layers' tensors while the old storage is freed first.
+rows wait in the unused tails of the other layers' tensors while the old storage is freed first. With a low-bit tier there is
+always room: the desk, which is larger than any tensor and holds nothing between forwards, is given back first.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from millpond.errors import BudgetError
 if TYPE_CHECKING:
     from millpond.cache.arena import Arena
     from millpond.cache.layer import PondLayer
+    from millpond.cache.ledger import Ledger
     from millpond.cache.pond import Pond
+    from millpond.cache.shelf import Shelf
+    from millpond.cache.tier import Desk
     from millpond.plan import Plan
 
 __all__ = ["resize_pond"]
@@ -28,6 +32,9 @@ _METADATA = ("time_us", "place", "positions", "sums")
 
 def resize_pond(pond: Pond, plan: Plan) -> None:
     """See `Pond.resize`."""
+    if pond.desk is not None:
+        _resize_tiers(pond, pond.desk, plan)
+        return
     if pond.arena is not None:
         _resize_arena(pond, pond.arena, plan)
         return
@@ -61,6 +68,46 @@ def resize_pond(pond: Pond, plan: Plan) -> None:
                         _move(pond, layer, name, plan.slots, limit)
     ledger.limit = plan.budget if pond.policy.capped else None
     pond.plan = plan
+
+
+def _resize_tiers(pond: Pond, desk: Desk, plan: Plan) -> None:
+    old, ledger = pond.plan, pond.ledger
+    groups = plan.packed_tokens // desk.tier.codec.group
+    if plan.slots < old.slots:
+        pond.compact(plan.memory_tokens)
+    pond.forget_packed(groups)
+    assert plan.budget is not None
+    ledger.limit = max(old.budget or 0, plan.budget)
+    desk.clear()
+    fuller, deeper = plan.slots > old.slots, plan.packed_tokens > old.packed_tokens
+    for grow in (False, True):
+        for layer in pond.layers:
+            shelf = layer.shelf
+            if fuller == grow and plan.slots != old.slots:
+                for name in (*_VECTORS, *_METADATA):
+                    _copy(ledger, layer, name, 2 if name in _VECTORS else 1, plan.slots, layer.length)
+            if deeper == grow and plan.packed_tokens != old.packed_tokens:
+                for name in shelf.NAMES:
+                    _copy(ledger, shelf, name, 1, groups, shelf.groups)
+    desk.allocate(plan)
+    ledger.limit = plan.budget
+    pond.plan = plan
+
+
+def _copy(ledger: Ledger, holder: PondLayer | Shelf, name: str, axis: int, size: int, live: int) -> None:
+    """Replace a tensor of a layer or shelf by one of `size` along `axis` with the same live part, where there is room for both."""
+    old: Tensor | None = getattr(holder, name)
+    if old is None:
+        return
+    shape = list(old.shape)
+    shape[axis] = size
+    ledger.hold("storage", ledger.account("storage") + old.element_size() * torch.Size(shape).numel())
+    new = torch.zeros(shape, dtype=old.dtype, device=old.device)
+    new.narrow(axis, 0, live).copy_(old.narrow(axis, 0, live))
+    setattr(holder, name, new)
+    freed = old.untyped_storage().nbytes()
+    del old
+    ledger.hold("storage", ledger.account("storage") - freed)
 
 
 def _resize_arena(pond: Pond, arena: Arena, plan: Plan) -> None:
@@ -153,12 +200,8 @@ def _move(pond: Pond, layer: PondLayer, name: str, slots: int, limit: int | None
     size, ledger = old.element_size() * torch.Size(shape).numel(), pond.ledger
     old_size = old.untyped_storage().nbytes()
     if limit is None or ledger.held + size <= limit or name in _METADATA:
-        ledger.hold("storage", ledger.account("storage") + size)
-        new = torch.zeros(shape, dtype=old.dtype, device=old.device)
-        new.narrow(axis, 0, length).copy_(old.narrow(axis, 0, length))
-        setattr(layer, name, new)
         del old
-        ledger.hold("storage", ledger.account("storage") - old_size)
+        _copy(ledger, layer, name, axis, slots, length)
         return
     tails = _stash(pond, old)
     setattr(layer, name, old.new_empty(0))

@@ -106,7 +106,7 @@ class PondCache(Pond):
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         self._settle()
-        return self.length
+        return self.packed_tokens + self.length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         self._settle()
@@ -115,6 +115,7 @@ class PondCache(Pond):
 
     def reset(self) -> None:
         """Forget everything; the storage stays."""
-        self.truncate(0)
+        for layer in self.layers:
+            layer.reset()
         self._seen, self._text = 0, None
         self._recent.clear()

@@ -151,6 +151,8 @@ def _print_plan(split: Plan, title: str, fps: float) -> None:
             split.room_tokens * each,
             f"blocks of {split.block_tokens} tokens ({split.block_groups * split.frames_per_group} frames)",
         ),
+        ("packed", split.packed_tokens, split.packed_bytes, "remembered in few bits"),
+        ("desk", None, split.desk_bytes, "where a layer is unpacked"),
         ("reserve", split.reserve_tokens, split.reserve_tokens * each, "a question and its answer"),
         ("waiting frames", None, split.waiting_bytes, "until their block is full"),
         ("scratch", None, split.scratch_bytes, "compaction and re-anchoring"),
@@ -158,7 +160,7 @@ def _print_plan(split: Plan, title: str, fps: float) -> None:
         ("queries", None, split.query_bytes, "the policy's proxy"),
         ("total", split.slots, split.total_bytes, _of_budget(split)),
     ]
-    rows = [row for row in rows if row[2] or row[0] not in ("admission", "queries")]
+    rows = [row for row in rows if row[2] or row[0] not in ("admission", "queries", "packed", "desk")]
     table = Table(title=Text(title), title_justify="left")
     for name, justify in (("", "left"), ("tokens", "right"), ("bytes", "right"), ("", "right"), ("what for", "left")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The compiled inner loops of selection and compaction, built on first use where there is a C++ compiler.
+"""The compiled inner loops of selection, compaction and reading low bits, built on first use where there is a C++ compiler.
 
 The `.cpp` files beside this one are compiled once into the user's cache folder. Where that is not possible (no compiler, another device, a
 dtype without a kernel, or MILLPOND_NATIVE=0) the functions here return None or False and the caller's torch code runs.
@@ -26,6 +26,7 @@ __all__ = [
     "pool",
     "redundancy",
     "status",
+    "unpack",
 ]
 
 _KERNELS, _ATTENTION, _MERGING = (
@@ -255,4 +256,23 @@ def move_rows(tensor: Tensor, keep: Tensor) -> bool:
     sizes = ctypes.c_int64(tensor.stride(0) * size), ctypes.c_int64(row * size)
     heads, slots = keep.shape
     library.millpond_move_rows(_pointer(tensor), *sizes, _pointer(keep), ctypes.c_int64(heads), ctypes.c_int64(slots))
+    return True
+
+
+def unpack(codes: Tensor, scales: Tensor, bits: int, by_channel: bool, out: Tensor) -> bool:
+    """Read packed keys or values (`millpond.cache.codec`), the same numbers as in torch.
+
+    Args:
+        codes: uint8 [m, G, R]. scales: float16 [m, 2, D] for keys (`by_channel`), [m, G, 2, C] for values. out: [m * G, D], written.
+
+    Returns:
+        False where there is no kernel; `out` is untouched then.
+    """
+    library = _ready(codes, scales, out)
+    whole = codes.is_contiguous() and scales.is_contiguous() and out.is_contiguous()
+    if library is None or out.dtype not in _SUFFIX or not whole:
+        return False
+    groups, size, row = codes.shape
+    sizes = (ctypes.c_int64(each) for each in (bits, by_channel, groups, size, row, out.shape[1]))
+    getattr(library, f"millpond_unpack_{_SUFFIX[out.dtype]}")(_pointer(codes), _pointer(scales), *sizes, _pointer(out))
     return True

@@ -10,13 +10,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from millpond import native
 from millpond.errors import PolicyError
+
+if TYPE_CHECKING:
+    from millpond.cache.tier import Tier
 
 __all__ = ["LAYER_SHARE", "SEPARATOR", "TEXT", "Policy", "View", "keep_top"]
 
@@ -119,6 +122,11 @@ class Policy(ABC):
     def queries(self) -> int:
         """The most tokens whose queries are kept for the proxy "latest"; charged to the cap."""
         return 0
+
+    @property
+    def tier(self) -> Tier | None:
+        """Where tokens go that `keep` leaves out: into few bits, from which `keep` chooses again; None: they are forgotten."""
+        return None
 
     @property
     def layer_share(self) -> float:
