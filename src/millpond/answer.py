@@ -25,12 +25,16 @@ class Usage:
         timestamps_kept: distinct frame times that some head of some layer still remembers.
         memory_tokens: tokens remembered per head, packed ones included, the prompt not counted.
         stream_tokens: tokens that went by, the prompt included.
-        evicted_tokens: tokens forgotten per head.
+        evicted_tokens: tokens per head that were forgotten, or left for host memory.
         compactions, reanchorings: passes so far.
         stream_seconds: time of the latest frame on the stream's own clock.
         seconds_source, seconds_vision, seconds_decoder, seconds_compaction, seconds_answers, seconds_total: wall time spent
             waiting for frames, in resizing and the vision tower, in the decoder on frames, in selection and compaction (and
             re-anchoring), on questions, and in all.
+        host_budget_bytes, host_bytes: cap of host memory and what is allocated of it; None and 0 where nothing is recalled.
+        host_frames, host_frames_forgotten: frame groups there now, and those that left it because it was full.
+        host_bytes_in, host_bytes_out: moved to host memory and from it so far.
+        seconds_host: spent on that, within compaction and questions.
     """
 
     budget_bytes: int | None
@@ -55,6 +59,13 @@ class Usage:
     seconds_compaction: float
     seconds_answers: float
     seconds_total: float
+    host_budget_bytes: int | None = None
+    host_bytes: int = 0
+    host_frames: int = 0
+    host_frames_forgotten: int = 0
+    host_bytes_in: int = 0
+    host_bytes_out: int = 0
+    seconds_host: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The same names as plain numbers."""

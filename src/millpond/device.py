@@ -86,7 +86,7 @@ def _limited(
     workspace = Workspace.of(
         family.model.config,
         family.geometry,
-        block_tokens=max(plan.block_tokens, plan.reserve_tokens, plan.prompt_tokens),
+        block_tokens=max(plan.block_tokens, plan.turn_tokens, plan.prompt_tokens),
         patches=plan.block_groups * plan.frames_per_group * (grid.height // patch) * (grid.width // patch),
     )
     split = split_device(memory, weights, family.geometry, workspace, kv_least=least)

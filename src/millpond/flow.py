@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
@@ -17,9 +18,11 @@ from torch import Tensor
 from millpond.admission.base import Admission, Verdict
 from millpond.admission.gate import sift
 from millpond.budget import Budget
+from millpond.cache.host import HostTier
 from millpond.cache.pond import Pond
 from millpond.cache.queries import add_sums
 from millpond.cache.reanchor import close_gaps, shift_uniformly
+from millpond.cache.recall import Recall
 from millpond.errors import BudgetError, MillpondError, PolicyError
 from millpond.families.base import Family, Grid, Tokens
 from millpond.families.queries import See
@@ -36,8 +39,9 @@ class Flow:
     """One stream's memory and the way into it.
 
     Args:
-        family, policy, positions, system, reserve_tokens, admission: as in `millpond.Session`.
+        family, policy, positions, system, reserve_tokens, admission, host_path: as in `millpond.Session`.
         budget: bytes; None only for a policy without a cap.
+        host_budget: bytes; None where nothing is recalled, or only planned.
 
     Attributes:
         clock: where the next token stands.
@@ -60,6 +64,8 @@ class Flow:
         system: str | None,
         reserve_tokens: int | None,
         admission: Admission | None = None,
+        host_budget: int | None = None,
+        host_path: str | Path | None = None,
     ) -> None:
         if admission is not None and policy.whole_frames:
             raise PolicyError(f"{policy.name} keeps whole frames of one size, which {admission.name} thins")
@@ -74,6 +80,7 @@ class Flow:
         self.seconds = dict.fromkeys(("source", "vision", "decoder", "compaction", "answers", "total"), 0.0)
         self._budget = budget
         self._reserve = reserve_tokens
+        self._host_budget, self._host_path = host_budget, host_path
         self._opening = family.opening(system)
         self._proxy_tokens = len(family.question("", after_video=True)) if policy.proxy == "prompt" else 0
         self.plan_for(None)  # refuse now what can never work
@@ -85,6 +92,8 @@ class Flow:
         if self._pond is None:
             self._pond = Pond(self.family.geometry, self.plan_for(self.grid), self.policy, self.family.device)
             self._pond.ledger.hold("admission", self._pond.plan.state_bytes)
+            if self._host_budget is not None:
+                self._pond.host = HostTier(self.family.geometry, self.family.rope, self._host_budget, self._host_path)
             with torch.no_grad():
                 self.append(self.family.embed(self._opening), text=True)
         return self._pond
@@ -140,9 +149,24 @@ class Flow:
         """One forward of the decoder over a turn behind the live tokens; returns hidden states [n, hidden]."""
         return self._forward(tokens, self.family.place(tokens, self.clock), text=not bool(tokens.visual.any()))
 
-    def _forward(self, tokens: Tokens, positions: Tensor, *, text: bool, see: See | None = None) -> Tensor:
+    @property
+    def recallable(self) -> int:
+        """Tokens that a question would recall from host memory now."""
+        return 0 if self.pond.host is None else min(self.pond.plan.recall_tokens, self.pond.host.tokens)
+
+    def ask(self, question: Tokens) -> Tensor:
+        """Run a question behind the live tokens and what it recalls; returns hidden states [n, hidden]."""
+        if not self.recallable:
+            return self.run(question)
+        recall = Recall(self.pond, self.family.rope, self.clock, closed=self.positions == "contiguous")
+        positions = self.family.place(question, self.clock)
+        return self._forward(question, positions, text=True, see=recall.fill, before=True)
+
+    def _forward(
+        self, tokens: Tokens, positions: Tensor, *, text: bool, see: See | None = None, before: bool = False
+    ) -> Tensor:
         self.pond.announce(tokens.time_us, places(tokens, text=text), positions)
-        with self.family.showing_queries(see) if see else nullcontext():
+        with self.family.showing_queries(see, before=before) if see else nullcontext():
             return self.family.forward(tokens, positions, self.pond)
 
     def _sight(self, positions: Tensor) -> See | None:
@@ -176,7 +200,7 @@ class Flow:
         """Re-anchor when the next block or turn would pass the positions that the weights were trained on."""
         rope, clock = self.family.rope, self.clock
         # At most a quarter: tokens of one frame share positions, and a turn that counts them all would re-anchor every block.
-        ahead = min(tokens + self.pond.plan.reserve_tokens, rope.limit // 4)
+        ahead = min(tokens + self.pond.plan.turn_tokens, rope.limit // 4)
         if clock.next + ahead <= rope.limit or self.pond.length == 0:
             return
         moved = 0
@@ -204,6 +228,8 @@ class Flow:
 
     def plan_for(self, grid: Grid | None) -> Plan:
         """How the budget would be split for frames of that size; None: for text alone."""
+        if grid is not None and self._host_budget is not None:
+            HostTier.check(self.family.geometry, self._host_budget, grid.tokens)
         what = "this model's prompt and one turn" if grid is None else f"frames of {grid.width} x {grid.height}"
         return make_plan(
             self._budget,

@@ -25,6 +25,8 @@ __all__ = ["Plan", "make_plan"]
 _ROOM_SHARE = 8
 # A turn (question and answer) gets an eighth of the slots, within what real questions and answers need.
 _RESERVE_SHARE, _RESERVE_LEAST, _RESERVE_MOST = 8, 32, 512
+# What a question recalls gets at most half of what lies behind the prompt; the window gets the rest.
+_RECALL_SHARE = 2
 # Groups that run through the model together: large blocks feed the matrix units, small ones cost less room.
 _BLOCK_GROUPS = (4, 2, 1)
 _CHUNK_LEAST, _CHUNK_MOST = 16, 512
@@ -42,7 +44,7 @@ class Plan:
         memory_tokens: |C|, what a compaction keeps beside the prompt.
         room_tokens: free after a compaction for the frames to come.
         block_tokens, block_groups: what runs through the model at once.
-        reserve_tokens: kept free for a question and its answer.
+        reserve_tokens: kept free for a question, its answer and what it recalls.
         group_tokens, frames_per_group: size of one frame group.
         frames_in_full: raw frames that the memory holds when it keeps every one of their tokens.
         waiting_bytes: frames at model resolution that wait for their block to fill.
@@ -52,6 +54,7 @@ class Plan:
         query_bytes: a policy's proxy queries.
         packed_tokens, packed_bytes: tokens that are remembered in few bits, and their storage, metadata included.
         desk_bytes: one layer's keys and values, unpacked.
+        recall_frames, recall_tokens: frame groups that a question recalls from host memory, and their share of the reserve.
     """
 
     budget: int | None
@@ -74,6 +77,8 @@ class Plan:
     packed_tokens: int = 0
     packed_bytes: int = 0
     desk_bytes: int = 0
+    recall_frames: int = 0
+    recall_tokens: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -81,6 +86,11 @@ class Plan:
         beside = self.waiting_bytes + self.scratch_bytes + self.state_bytes + self.query_bytes
         beside += self.packed_bytes + self.desk_bytes
         return self.slots * self.bytes_per_token + beside
+
+    @property
+    def turn_tokens(self) -> int:
+        """What of the reserve is for a question and its answer."""
+        return self.reserve_tokens - self.recall_tokens
 
     def seconds_in_full(self, fps: float) -> float:
         """Seconds of video at `fps` that fit into the memory in full detail."""
@@ -128,6 +138,10 @@ def make_plan(
         reserve = reserve_least
         if reserve_tokens is None:
             reserve = max(reserve, min(_RESERVE_MOST, slots // _RESERVE_SHARE))
+        recalled = 0
+        if policy.recalls:
+            recalled = max(1, min(policy.recalls, (slots - prompt_tokens - reserve) // _RECALL_SHARE // group_tokens))
+            reserve += recalled * group_tokens
         behind_prompt = slots - prompt_tokens - reserve
         groups = next((g for g in _BLOCK_GROUPS if g * group_tokens <= behind_prompt // 4), 1)
         block = groups * group_tokens
@@ -140,7 +154,7 @@ def make_plan(
         # Not from `memory`, which falls when the room grows by a block: what is planned must grow with the slots.
         packed = tier.packed_tokens(behind_prompt * (_ROOM_SHARE - 1) // _ROOM_SHARE) if tier else 0
         largest = int((slots - prompt_tokens) * policy.layer_share) + packed  # tokens of one layer
-        scratch = scratch_bytes(policy, geometry, largest, packed, group_tokens, chunk)
+        scratch = scratch_bytes(policy, geometry, largest, packed, group_tokens, chunk, recalled * group_tokens)
         return Plan(
             budget=budget,
             bytes_per_token=geometry.bytes_per_token,
@@ -162,14 +176,16 @@ def make_plan(
             packed_tokens=packed,
             packed_bytes=tier.packed_bytes(geometry, packed) if tier else 0,
             desk_bytes=tier.desk_bytes(geometry, slots + packed) if tier else 0,
+            recall_frames=recalled,
+            recall_tokens=recalled * group_tokens,
         )
 
     if not policy.capped:
         return split(prompt_tokens + (reserve_tokens or _RESERVE_MOST) + 8 * group_tokens)
     if budget is None:
         raise BudgetError(f"the policy {policy.name!r} needs a budget; only 'full' runs without one")
-    # The least that works: one group remembered, one coming in, and room for a turn.
-    fewest = prompt_tokens + 2 * group_tokens + reserve_least
+    # The least that works: one group remembered, one coming in, and room for a turn and one group that it recalls.
+    fewest = prompt_tokens + (3 if policy.recalls else 2) * group_tokens + reserve_least
     # Tokens are packed by whole groups, so up to a group less one leave beside those that must.
     remembered = group_tokens + (tier.codec.group - 1 if tier else 0)
     fewest = _first(lambda slots: split(slots).memory_tokens >= remembered, fewest)
@@ -185,8 +201,13 @@ def make_plan(
     return split(most)
 
 
-def scratch_bytes(policy: Policy, geometry: Geometry, tokens: int, packed: int, block: int, chunk: int) -> int:
-    """The most that compacting or re-anchoring `tokens` tokens of a layer, `packed` of them in few bits, allocates, in bytes."""
+def scratch_bytes(
+    policy: Policy, geometry: Geometry, tokens: int, packed: int, block: int, chunk: int, recalled: int
+) -> int:
+    """The most that one thing at a time allocates at any instant, in bytes.
+
+    Compacting or re-anchoring `tokens` tokens of a layer, `packed` of them in few bits, or recalling `recalled`.
+    """
     heads, width = geometry.kv_heads, geometry.head_dim
     # Protection: two masks [H, n] and, while text is counted from the end, one int64 [n] twice.
     protection = 2 * heads * tokens + 16 * tokens
@@ -201,7 +222,16 @@ def scratch_bytes(policy: Policy, geometry: Geometry, tokens: int, packed: int, 
         choosing = max(choosing, tier.sorting_bytes(tokens)) + coding
         choosing += tier.choosing_bytes(geometry, tokens - packed, packed)
         turning += tier.turning_bytes(geometry, tokens) + coding
-    return max(choosing + protection + moving, turning)
+    leaving = recalling = 0
+    if policy.recalls:
+        # One piece of all heads: keys and values as stored and in float32, and its angles and halves, as above.
+        piece = max(chunk, heads) * (2 * geometry.vector_bytes + 8 * width + (3 * 8 + 7 * 4) * width // 2)
+        # The selection; which tokens leave (int64 [n] twice and a mask), their metadata, and their frames' times and sizes.
+        leaving = 8 * heads * tokens + piece + (16 + 1 + 8 + 4 + 4 * geometry.axes + 16) * tokens
+        # Scores and numbers of the best frames so far and of one piece, twice; the mean query; masks to find the window.
+        recalling = piece + 40 * (recalled + chunk) + 16 * geometry.group * heads * width + 10 * tokens
+        protection += 8 * tokens  # what the first layer kept, which the others must keep too
+    return max(max(choosing + moving, leaving) + protection, turning, recalling)
 
 
 def _first(holds: Callable[[int], bool], start: int) -> int:

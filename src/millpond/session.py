@@ -24,7 +24,7 @@ from millpond.answer import Answer, LayerMemory, Usage
 from millpond.budget import Budget
 from millpond.decoding import decode
 from millpond.device import DEFAULT_FRAME, fit
-from millpond.errors import BudgetError, MillpondError, SourceError
+from millpond.errors import BudgetError, MillpondError, PolicyError, SourceError
 from millpond.families.base import Family, Grid, Tokens
 from millpond.flow import Flow, Positions, dated, places
 from millpond.frames import Frame
@@ -51,10 +51,13 @@ class Session:
         reserve_tokens: slots kept free for a question and its answer; by default an eighth of all, 32 to 512.
         admission: what of each frame is let in at all, before the policy: a name ("curvestream") or an `Admission`. None lets
             every frame in whole. Frames still waiting for their group are shown to a question whole, whatever it is.
+        host_budget: bytes of host memory for what leaves the device, beside `budget`: for a policy that recalls frames from there
+            ("rekv"), which needs it. When it is full, the oldest frames are forgotten.
+        host_path: a folder; host memory is then a mapped file in it, without a name, gone with the session.
 
     Raises:
         BudgetError: the budget cannot even hold the prompt and one turn; names the least that works.
-        PolicyError: no such policy or admission, or the two do not go together.
+        PolicyError: no such policy or admission, or the two do not go together; host memory that is missing or not used.
     """
 
     def __init__(
@@ -67,17 +70,28 @@ class Session:
         system: str | None = None,
         reserve_tokens: int | None = None,
         admission: str | Admission | None = None,
+        host_budget: str | int | None = None,
+        host_path: str | Path | None = None,
     ) -> None:
         if positions not in ("absolute", "contiguous"):
             raise MillpondError(f"positions must be 'absolute' or 'contiguous', not {positions!r}")
+        chosen = policies.read(policy) if isinstance(policy, str) else policy
+        if chosen.recalls and host_budget is None:
+            raise PolicyError(f"the policy {chosen.name!r} recalls frames from host memory: give it a host_budget")
+        if not chosen.recalls and (host_budget is not None or host_path is not None):
+            raise PolicyError(
+                f"the policy {chosen.name!r} moves nothing to host memory: leave out host_budget and host_path"
+            )
         self._flow = Flow(
             family,
             budget=None if budget is None else int(Budget(budget)),
-            policy=policies.read(policy) if isinstance(policy, str) else policy,
+            policy=chosen,
             positions=positions,
             system=system,
             reserve_tokens=reserve_tokens,
             admission=admissions.read(admission) if isinstance(admission, str) else admission,
+            host_budget=None if host_budget is None else int(Budget(host_budget)),
+            host_path=host_path,
         )
         self._turn = threading.Lock()
         self._owner: int | None = None
@@ -115,6 +129,8 @@ class Session:
         system: str | None = None,
         reserve_tokens: int | None = None,
         admission: str | Admission | None = None,
+        host_budget: str | int | None = None,
+        host_path: str | Path | None = None,
         dtype: str | torch.dtype | None = None,
         device: str | None = None,
         attn_implementation: str | None = None,
@@ -174,6 +190,8 @@ class Session:
             system=system,
             reserve_tokens=reserve_tokens,
             admission=admission,
+            host_budget=host_budget,
+            host_path=host_path,
         )
 
     # --- watching -----------------------------------------------------------------------------------------------
@@ -335,11 +353,15 @@ class Session:
         kept.append(dated(self.family.question(question, after_video=video), asked_us))
         if remember:
             self._flow.ask_proxy()  # while its reserve is free, and before it could see the question
-        self._flow.pond.admit_turn(sum(len(part) for part in kept) + 1)
-        for part in kept:
-            hidden = self._flow.run(part)
+        recalled = self._flow.recallable
+        self._flow.pond.admit_turn(recalled + sum(len(part) for part in kept) + 1)
+        for part in kept[:-1]:
+            self._flow.run(part)
+        behind = self._flow.pond.length
+        hidden = self._flow.ask(kept[-1])
         done = yield from decode(self._flow, hidden, asked_us, limit=limit, run_last=remember)
         if remember:
+            self._flow.pond.cut(behind, recalled)
             self._remember(kept + done.kept, start)
         return Answer(
             question=question,
@@ -397,6 +419,7 @@ class Session:
         for times, place in pond.kept():
             for head in range(times.shape[0]):
                 kept.update(times[head][place[head, :, 0] != TEXT].unique_consecutive().tolist())
+        seconds: dict[str, Any] = {f"seconds_{stage}": spent for stage, spent in self._flow.seconds.items()}
         return Usage(
             budget_bytes=pond.plan.budget,
             live_bytes=pond.live_bytes,
@@ -414,7 +437,8 @@ class Session:
             compactions=pond.compactions,
             reanchorings=self._flow.reanchorings,
             stream_seconds=(self._last_us or 0) / 1e6,
-            **{f"seconds_{stage}": spent for stage, spent in self._flow.seconds.items()},
+            **seconds,
+            **({} if pond.host is None else pond.host.usage()),
         )
 
     def memory(self) -> tuple[LayerMemory, ...]:

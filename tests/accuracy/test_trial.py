@@ -64,6 +64,16 @@ def test_the_last_frames_baseline_saw_nothing_else(minnow: Family, stream: Strea
     assert outcome.budget_bytes is None
 
 
+def test_a_policy_that_recalls_is_given_host_memory(minnow: Family, stream: Stream) -> None:
+    (cell,) = read_cells(["rekv"], ["1/4"], "contiguous")
+    (outcome,) = watch(minnow, stream, [cell], SUPPORTED)
+    assert outcome.refused is None
+    assert outcome.marks
+    assert outcome.budget_bytes is not None
+    assert outcome.peak_bytes <= outcome.budget_bytes
+    assert outcome.compactions > 0
+
+
 def test_a_budget_too_small_is_told_not_hidden(minnow: Family, stream: Stream) -> None:
     (cell,) = read_cells(["recent"], ["1/32"], "absolute")
     (outcome,) = watch(minnow, stream, [cell], SUPPORTED)

@@ -126,6 +126,17 @@ def test_an_admission_stands_before_the_memory(clip: Path, model: str) -> None:
     assert thinned["stream_seconds"] == plain["stream_seconds"]
 
 
+def test_host_memory_stands_behind_the_budget(clip: Path, model: str) -> None:
+    result = watch(clip, model, "--json", "--policy", "rekv", "--host-budget", "1MB", "--ask", "what is there")
+    usage = last_object(result)["usage"]
+    assert 0 < usage["host_bytes"] <= usage["host_budget_bytes"] == 1_000_000
+    assert usage["host_frames"] > 0 < usage["host_bytes_out"]
+    assert f"{usage['host_frames']} frame groups in host memory" in result.stderr
+    refused = watch(clip, model, "--policy", "rekv")
+    assert refused.exit_code == 1
+    assert "host_budget" in refused.stderr
+
+
 def test_quiet_says_nothing_on_stderr(clip: Path, model: str) -> None:
     result = watch(clip, model, "--quiet", "--ask", "what is there")
     assert result.exit_code == 0

@@ -10,13 +10,13 @@ import torch
 from millpond import Session
 
 
-def held_bytes(session: Session, *also: Any) -> int:
+def held_bytes(session: Session, *also: Any, but: Any = None) -> int:
     """Bytes of every tensor and array reachable from a session, by storage; the shared model is not the session's.
 
-    `also` names more objects to walk, for what is alive without being the session's (yet, or any more).
+    `also` names more objects to walk, for what is alive without being the session's (yet, or any more); `but` one to leave out.
     """
     storages: dict[int, int] = {}
-    seen: set[int] = set()
+    seen: set[int] = {id(but)}
 
     def walk(thing: Any) -> None:
         if id(thing) in seen or thing is session.family:

@@ -86,7 +86,8 @@ def _run(
     last = cell.policy == LAST_FRAMES
     policy = policies.read("full" if last else cell.policy)
     try:
-        session = Session(family, budget=cell.bytes_of(full), policy=policy, positions=cell.positions)
+        host = full if policy.recalls else None
+        session = Session(family, budget=cell.bytes_of(full), policy=policy, positions=cell.positions, host_budget=host)
         session.plan_for(*frames[0][1].shape[:2])
         session.feed(frames[-4:] if last else frames)
     except (BudgetError, PolicyError) as error:  # a policy too may need more than this budget has room for

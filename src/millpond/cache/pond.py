@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from transformers.cache_utils import Cache
 
 from millpond import native
 from millpond.cache.arena import Arena
+from millpond.cache.host import HostTier
 from millpond.cache.layer import PondLayer
 from millpond.cache.ledger import Ledger
 from millpond.cache.queries import ProxyQueries
@@ -47,6 +49,7 @@ class Pond(Cache):
     Attributes:
         queries: what the policy's proxy asked last.
         arena: the layers' common storage, for a policy with layer budgets; None when each layer has its own.
+        host: where frames go that are not kept; None where they are forgotten.
         compactions: passes so far.
         evicted: tokens forgotten so far (per head; all heads forget equally many).
     """
@@ -68,6 +71,7 @@ class Pond(Cache):
         super().__init__(layers=[self._layer() for _ in range(geometry.layers)])
         self.arena = Arena(self.layers, [plan.slots] * geometry.layers) if policy.layer_share > 1 else None
         self._ahead = [0] * geometry.layers  # how many tokens more than the first layer each one holds
+        self.host: HostTier | None = None
         self.compactions = 0
         self.evicted = 0
         self._text: int | None = None  # newest text tokens that are whole in every head; None while there was no text
@@ -214,6 +218,15 @@ class Pond(Cache):
         for layer, ahead in zip(self.layers, self._ahead, strict=True):
             layer.length = min(layer.length, length + ahead)
 
+    def cut(self, start: int, count: int) -> None:
+        """Take `count` slots from `start` on out of every layer; what lies behind them moves down."""
+        if not count:
+            return
+        behind = torch.arange(count, self.length - start, device=self.device).repeat(self.geometry.kv_heads, 1)
+        with self.ledger.borrow("scratch", self.plan.scratch_bytes):
+            for layer in self.layers:
+                layer.compact(behind, start, self.plan.chunk)
+
     # --- shrinking ----------------------------------------------------------------------------------------------
 
     def compact(self, slots: int) -> None:
@@ -248,6 +261,7 @@ class Pond(Cache):
                 raise BudgetError(f"tokens are packed {group} at a time, which leaves none of {tokens} in full")
         since, text = self._protect(slots)
         fault: Exception | None = None
+        lead: Tensor | None = None  # what the first layer kept, where all must keep the same
         moved = False
         with self.ledger.borrow("scratch", plan.scratch_bytes):
             granted = self._grant(slots, since, text)
@@ -256,7 +270,9 @@ class Pond(Cache):
                     continue
                 view = self._view(index, layer, since, text)
                 try:
-                    keep, stay = self._choose(layer, view, share, self.policy.keep if fault is None else self._newest)
+                    newest = partial(self._newest, lead=lead)
+                    keep, stay = self._choose(layer, view, share, self.policy.keep if fault is None else newest)
+                    self._check_alike(keep, lead)
                     if fault is None:
                         moved |= self.policy.merges
                         self.policy.merge(view, keep)
@@ -265,8 +281,11 @@ class Pond(Cache):
                         raise
                     # Some layers have moved already: finish the pass by recency, so that the memory stays whole.
                     fault = error
-                    keep, stay = self._choose(layer, view, share, self._newest)
+                    keep, stay = self._choose(layer, view, share, partial(self._newest, lead=lead))
                 del view
+                if self.host is not None:
+                    lead = keep[0].clone() if lead is None else lead
+                    self._spill(index, layer, lead, self.host)
                 if isinstance(layer, TieredLayer):
                     layer.demote(keep, stay, start, plan.chunk)
                 else:
@@ -283,6 +302,24 @@ class Pond(Cache):
         self._text = text
         if fault is not None:
             raise fault
+
+    def _spill(self, index: int, layer: PondLayer, keep: Tensor, host: HostTier) -> None:
+        """Copy the frames that a layer is about to forget to host memory; `keep`, int64 [S], is that of every head."""
+        start = self.plan.prompt_tokens
+        with host.timed():
+            gone = torch.ones(layer.length - start, dtype=torch.bool, device=self.device)
+            gone[keep] = False
+            gone &= layer.place[0, start : layer.length, 0] != TEXT
+            leave = gone.nonzero()[:, 0]
+            leave += start
+            del gone
+            if index == 0:
+                time_us, place, positions = (
+                    tensor[0].index_select(0, leave) for tensor in (layer.time_us, layer.place, layer.positions)
+                )
+                host.admit(time_us, place, positions, self.plan.group_tokens)
+                del time_us, place, positions
+            host.store(index, layer, leave, max(1, self.plan.chunk // self.geometry.kv_heads))
 
     def _choose(
         self, layer: PondLayer, view: View, slots: int, choose: Callable[[View, int], Tensor]
@@ -378,7 +415,9 @@ class Pond(Cache):
         )
 
     @staticmethod
-    def _newest(view: View, slots: int) -> Tensor:
+    def _newest(view: View, slots: int, lead: Tensor | None = None) -> Tensor:
+        if lead is not None:
+            return lead.repeat(view.heads, 1)
         newest = torch.arange(view.tokens, dtype=torch.float32, device=view.keys.device)
         return keep_top(newest.repeat(view.heads, 1), view.protected, slots)
 
@@ -404,6 +443,13 @@ class Pond(Cache):
             raise PolicyError(f"policy {name!r} must return ascending token indices below {view.tokens}")
         if fault == 2:
             raise PolicyError(f"policy {name!r} dropped a protected token")
+
+    def _check_alike(self, keep: Tensor, lead: Tensor | None) -> None:
+        """Where frames leave whole, every head and layer must keep the same tokens: those of the first, int64 [S]."""
+        if self.host is not None and not bool((keep == (keep[0] if lead is None else lead)).all()):
+            raise PolicyError(
+                f"policy {self.policy.name!r} recalls frames: it must keep the same tokens in every head and layer"
+            )
 
     def kept(self) -> Iterator[tuple[Tensor, Tensor]]:
         """For each layer, stream times int64 [H, n] and places int16 [H, n, 2] of the live tokens behind the prompt.
@@ -441,6 +487,7 @@ class Pond(Cache):
         other.compactions, other.evicted, other._text = self.compactions, self.evicted, self._text
         other._recent = self._recent.copy()
         other.queries.adopt(self.queries)
+        other.host = None if self.host is None else self.host.fork()
         return other
 
 

@@ -29,6 +29,8 @@ def shift_uniformly(pond: Pond, rope: Rope, clock: Clock, by: int) -> None:
                 back = torch.full((1, rope_axes(layer)), -by, dtype=torch.int64, device=layer.device)
                 layer.turn(head, rope, back.expand(layer.get_seq_length(), -1), pond.plan.chunk)
         pond.queries.turn(rope, torch.full((pond.geometry.axes,), -by), pond.plan.chunk)
+    if pond.host is not None:
+        pond.host.move(by, by)
     clock.shift(spatial=by, temporal=by)
 
 
@@ -38,6 +40,7 @@ def close_gaps(pond: Pond, rope: Rope, clock: Clock) -> int:
     Each head keeps different tokens, so each has gaps of its own. All heads must agree on where the stream goes on, so
     every head closes the same total before the open segment's base and the same after it: the least that any head
     can close there. Within a head the oldest gaps close first, down to the clock's native step; order and grids stay.
+    Where a question recalls frames from host memory, a gap as wide as they need stays open in front of the window.
 
     Returns:
         By how many positions the end of the stream moved back.
@@ -45,6 +48,10 @@ def close_gaps(pond: Pond, rope: Rope, clock: Clock) -> int:
     base = clock.base if clock.base is not None else clock.next
     with pond.ledger.borrow("scratch", pond.plan.scratch_bytes):
         before, after = _closable(pond, clock, base)
+        if pond.host is not None:
+            wanted = pond.plan.recall_frames * (pond.host.span + clock.step)
+            before = max(0, before - max(0, wanted - after))
+            after = max(0, after - wanted)
         if before + after:
             for layer in pond.layers:
                 for head in range(layer.positions.shape[0]):
@@ -55,6 +62,8 @@ def close_gaps(pond: Pond, rope: Rope, clock: Clock) -> int:
             if clock.base is not None:
                 moved[1:] = before
             pond.queries.turn(rope, -moved, pond.plan.chunk)
+    if pond.host is not None:
+        pond.host.move(before, before + after)
     clock.shift(spatial=before, temporal=before + after)
     return before + after
 

@@ -38,7 +38,7 @@ class PondCache(Pond):
     Raises:
         BudgetError: too small; names the least that works.
         ModelError: layers without plain keys and values.
-        PolicyError: the policy looks at queries, which a cache is never given.
+        PolicyError: the policy looks at queries, which a cache is never given, or recalls frames.
     """
 
     def __init__(
@@ -47,6 +47,8 @@ class PondCache(Pond):
         chosen = policies.read(policy) if isinstance(policy, str) else policy
         if chosen.proxy or chosen.sums:
             raise PolicyError(f"the policy {chosen.name!r} looks at the model's queries, which only a Session shows it")
+        if chosen.recalls:
+            raise PolicyError(f"the policy {chosen.name!r} recalls frames from host memory, which only a Session does")
         if chosen.layer_share > 1:
             raise PolicyError(f"the policy {chosen.name!r} has layer budgets, which need the masks of a Session")
         geometry = Geometry.from_config(model.config, model.dtype)

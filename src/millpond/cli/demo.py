@@ -47,7 +47,7 @@ def demo(
 ) -> None:
     """Watch a generated video of several minutes under 1/16 of the full cache, and compare the answers with the truth."""
     announce(context, as_json=as_json, quiet=quiet)
-    from millpond import families, frames, streams
+    from millpond import families, frames, policies, streams
     from millpond.cli.watch import Watch, silence
     from millpond.minnow.evaluate import SUPPORTED
     from millpond.session import Session
@@ -62,7 +62,8 @@ def demo(
         _, first = next(iter(stream.frames()))
         group = family.grid(*first.shape[:2])
         full = groups * group.tokens * family.geometry.kv_bytes_per_token
-        session = Session(family, budget=full // _SHARE, policy=policy)
+        host = full if policies.read(policy).recalls else None
+        session = Session(family, budget=full // _SHARE, policy=policy, host_budget=host)
         asked = [question for question in stream.questions if question.family in SUPPORTED]
         questions = sorted(asked, key=lambda question: question.ask_seconds)
         watching = Watch(session, opened, max_new_tokens=8, as_json=True, quiet=quiet)

@@ -88,14 +88,15 @@ def _split(family: Family, budget: int | None, policy: str, system: str | None, 
     """The plan; where the budget cannot hold even the prompt, the error still names the least for these frames."""
     from millpond.budget import format_bytes
     from millpond.device import least_budget
-    from millpond.session import Session
+    from millpond.flow import Flow
 
+    grid = family.grid(size.height, size.width)
     try:
-        return Session(family, budget=budget, policy=policy, system=system).plan_for(size.height, size.width)
+        return Flow(family, budget=budget, **_stream(policy, system)).plan_for(grid)
     except BudgetError as error:
         if budget is None or error.least is None:
             raise
-        least = least_budget(family, family.grid(size.height, size.width), **_stream(policy, system))
+        least = least_budget(family, grid, **_stream(policy, system))
         raise BudgetError(
             f"a budget of {format_bytes(budget)} is too small for frames of {size.width} x {size.height}: "
             f"the least that works is {least} bytes ({format_bytes(least)})",
@@ -153,7 +154,7 @@ def _print_plan(split: Plan, title: str, fps: float) -> None:
         ),
         ("packed", split.packed_tokens, split.packed_bytes, "remembered in few bits"),
         ("desk", None, split.desk_bytes, "where a layer is unpacked"),
-        ("reserve", split.reserve_tokens, split.reserve_tokens * each, "a question and its answer"),
+        ("reserve", split.reserve_tokens, split.reserve_tokens * each, _of_turn(split)),
         ("waiting frames", None, split.waiting_bytes, "until their block is full"),
         ("scratch", None, split.scratch_bytes, "compaction and re-anchoring"),
         ("admission", None, split.state_bytes, "what it remembers of the stream"),
@@ -169,6 +170,11 @@ def _print_plan(split: Plan, title: str, fps: float) -> None:
     console = Console()
     console.print(table)
     console.print(f"{each} bytes per token, metadata included", highlight=False)
+
+
+def _of_turn(split: Plan) -> str:
+    recalled = f", and {split.recall_frames * split.frames_per_group} recalled frames" if split.recall_frames else ""
+    return f"a question and its answer{recalled}"
 
 
 def _of_budget(split: Plan) -> str:

@@ -37,12 +37,13 @@ def summary(usage: Usage) -> str:
     rate = f" ({usage.frames_seen / spent:.1f} frame/s)" if spent > 0 and usage.frames_seen else ""
     dropped = f", {usage.frames_dropped} dropped" if usage.frames_dropped else ""
     skipped = f", {usage.frames_skipped} not let in" if usage.frames_skipped else ""
+    host = f"; {usage.host_frames} frame groups in host memory" if usage.host_budget_bytes else ""
     cap = "no cap" if usage.budget_bytes is None else f"cap {format_bytes(usage.budget_bytes)}"
     return (
         f"watched {clock(usage.stream_seconds)}: {usage.frames_seen} frames{dropped}{skipped} in {spent:.1f} s{rate}\n"
         f"memory {format_bytes(usage.live_bytes)}, peak {format_bytes(usage.peak_bytes)}, {cap}; a full cache would take "
         f"{format_bytes(usage.full_cache_bytes)}; {usage.memory_tokens} tokens remembered, {usage.evicted_tokens} "
-        f"forgotten in {usage.compactions} compactions"
+        f"forgotten in {usage.compactions} compactions{host}"
     )
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "DtypeOption",
     "FpsOption",
     "FrameSize",
+    "HostOption",
     "JsonFlag",
     "MemoryOption",
     "ModelOption",
@@ -180,6 +181,16 @@ MemoryOption = Annotated[
         parser=read_budget,
         metavar="SIZE",
         help="In place of a budget: bytes for weights, stream and workspace together, planned for frames of 640x480 or --size.",
+    ),
+]
+HostOption = Annotated[
+    int | None,
+    typer.Option(
+        "--host-budget",
+        envvar="MILLPOND_HOST_BUDGET",
+        parser=read_budget,
+        metavar="SIZE",
+        help="Beside the budget: bytes of host memory for a policy that recalls frames from there (rekv).",
     ),
 ]
 PolicyOption = Annotated[

@@ -190,8 +190,9 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def showing_queries(self, see: See) -> AbstractContextManager[None]:
-        """Within it, `forward` calls `see` behind each layer's attention; nobody else's use of the model changes."""
+    def showing_queries(self, see: See, *, before: bool = False) -> AbstractContextManager[None]:
+        """Within it, `forward` calls `see` behind each layer's attention, or `before` its keys reach the cache; nobody else's use of
+        the model changes."""
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:

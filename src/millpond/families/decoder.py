@@ -98,11 +98,11 @@ class DecoderFamily(Family):
         """More arguments of the decoder, for families that have them."""
         return {}
 
-    def showing_queries(self, see: See) -> AbstractContextManager[None]:
+    def showing_queries(self, see: See, *, before: bool = False) -> AbstractContextManager[None]:
         with _TAPPING:  # sessions on one family may start at once
             if self._tap is None:
                 self._tap = QueryTap(self.decoder, self.geometry.head_dim)
-        return self._tap.showing(see)
+        return self._tap.showing(see, before=before)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -18,14 +18,14 @@ from torch import Tensor
 __all__ = ["QueryTap", "See"]
 
 See = Callable[[int, Tensor], None]
-"""Called with a layer's index and its block's queries [n, query heads, D], right behind that layer's attention."""
+"""Called with a layer's index and its block's queries [n, query heads, D], right behind that layer's attention or before it."""
 
 
 class _Look:
     """One running forward that is looked at."""
 
-    def __init__(self, tap: object, see: See) -> None:
-        self.tap, self.see = tap, see
+    def __init__(self, tap: object, see: See, before: bool) -> None:
+        self.tap, self.see, self.before = tap, see, before
         self.queries: Tensor | None = None
 
 
@@ -47,25 +47,31 @@ class QueryTap:
         for index, layer in enumerate(decoder.layers):
             attention = layer.self_attn
             source = attention.q_norm if hasattr(attention, "q_norm") else attention.q_proj
-            handles.append(source.register_forward_hook(_catch(key, head_dim)))
+            handles.append(source.register_forward_hook(_catch(key, index, head_dim)))
             handles.append(attention.register_forward_hook(_show(key, index)))
         weakref.finalize(self, lambda: [handle.remove() for handle in handles])
 
     @contextmanager
-    def showing(self, see: See) -> Iterator[None]:
-        """Show every layer's queries of the forwards that this thread runs within."""
-        token = _looking.set(_Look(self._key, see))
+    def showing(self, see: See, *, before: bool = False) -> Iterator[None]:
+        """Show every layer's queries of the forwards that this thread runs within: behind the attention, or `before` the cache takes in
+        the block's keys."""
+        token = _looking.set(_Look(self._key, see, before))
         try:
             yield
         finally:
             _looking.reset(token)
 
 
-def _catch(key: object, head_dim: int) -> Callable[..., None]:
+def _catch(key: object, index: int, head_dim: int) -> Callable[..., None]:
+    @torch.no_grad()
     def hook(module: Any, args: Any, output: Tensor) -> None:
         look = _looking.get()
         if look is not None and look.tap is key:
-            look.queries = output.detach().reshape(output.shape[1], -1, head_dim)
+            queries = output.detach().reshape(output.shape[1], -1, head_dim)
+            if look.before:
+                look.see(index, queries)
+            else:
+                look.queries = queries
 
     return hook
 

@@ -135,7 +135,8 @@ class Layered(Policy):
 
     def __post_init__(self) -> None:
         packs = getattr(self.scorer, "tier", None) is not None  # a low-bit tier goes with equal layers only
-        if packs or not self.scorer.capped or self.scorer.whole_frames or self.scorer.layer_share > 1:
+        spills = self.scorer.recalls > 0  # frames leave all layers at once
+        if packs or spills or not self.scorer.capped or self.scorer.whole_frames or self.scorer.layer_share > 1:
             raise PolicyError(f"the policy {self.scorer.name!r} cannot be given layer budgets")
 
     @property

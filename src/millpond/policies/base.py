@@ -129,6 +129,12 @@ class Policy(ABC):
         return None
 
     @property
+    def recalls(self) -> int:
+        """Frame groups that a question recalls from host memory, to which what is not kept then goes. Above 0, `keep` must choose
+        the same tokens in every head of every layer, and forget frames in stream order."""
+        return 0
+
+    @property
     def layer_share(self) -> float:
         """The most that one layer may keep, in units of the layers' mean; 1 when all layers keep equally many."""
         return 1.0

@@ -1,0 +1,47 @@
+"""ReKV: the device keeps a window, host memory keeps what left it, and a question recalls frames. Looks at order alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from millpond.errors import PolicyError
+from millpond.policies.base import Policy, View, keep_top
+
+__all__ = ["ReKV"]
+
+
+@dataclass(frozen=True)
+class ReKV(Policy):
+    """Keep the latest tokens; what leaves them goes to host memory, from which a question recalls whole frames.
+
+    The pinned prompt is the sink. A question recalls, in each layer by itself, the frames whose mean key is most like its mean
+    query (`millpond.cache.recall`); they are dropped again behind it. Needs `Session(host_budget=)`.
+
+    Differences to the published method: host memory has a cap, and when it is full the oldest frames are forgotten; under a small
+    device budget fewer frames are recalled (half of what lies behind the prompt, at least one; `Plan.recall_frames`); likeness is a sum
+    of one cosine a KV head, over queries averaged within the head's group; text that leaves the window is forgotten.
+
+    Attributes:
+        frames: frame groups that a question recalls. Published: 64.
+    """
+
+    name: ClassVar[str] = "rekv"
+    source: ClassVar[str] = "Di et al., ReKV, ICLR 2025 (arXiv 2503.00540): notes on the paper and its released code"
+
+    frames: int = 64
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.frames, int) or self.frames < 1:
+            raise PolicyError(f"rekv: frames must be a whole number, at least 1, not {self.frames!r}")
+
+    @property
+    def recalls(self) -> int:
+        return self.frames
+
+    def keep(self, view: View, slots: int) -> Tensor:
+        age = torch.arange(view.tokens, dtype=torch.float32, device=view.keys.device)
+        return keep_top(age.repeat(view.heads, 1), view.protected, slots)
