@@ -47,6 +47,22 @@ def test_a_loaded_model_is_its_dense_reference(stored: Path, width: int) -> None
     assert torch.equal(model.generate(ids, **beams), reference.generate(ids, **beams))
 
 
+def test_what_is_not_quantized_stays_in_the_dtype_asked_for(tmp_path: Path) -> None:
+    folder = tmp_path / "bf16"
+    precision.quantize(text_model(), tokenizer(), folder, runs(), source="tiny", dtype=torch.bfloat16, quiet=True)
+    model, ids = precision.load(folder, width=8), runs(samples=1)[:, :12]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    half = text_model().to(torch.bfloat16)
+    logits, exact = model(input_ids=ids).logits, half(input_ids=ids).logits
+    assert logits.dtype == torch.bfloat16
+    assert float((logits - exact).detach().float().norm() / exact.detach().float().norm()) < 0.1
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 15)
+    precision.calibrate(folder, runs(samples=2), [3.5], quiet=True)
+    chosen = precision.load(folder, target_bits=3.5)
+    chosen.generate(ids, max_new_tokens=6, do_sample=False)
+    assert 3 <= chosen.effective_bits() <= 4
+
+
 @torch.no_grad()
 def test_prompts_longer_than_the_context_are_as_in_the_float_model(stored: Path) -> None:
     ids = runs(samples=4, length=32).reshape(1, -1)  # 128 tokens, the config says 64

@@ -43,9 +43,9 @@ def quantize(
 
     silence()
     where = _where(model)
-    loaded, tokenizer = _load(where)
+    loaded, tokenizer, dtype = _load(where)
     runs = _runs(tokenizer, calibration, samples, length)
-    made = quantize(loaded, tokenizer, out, runs, source=model, widths=(int(low), int(high)), quiet=quiet)
+    made = quantize(loaded, tokenizer, out, runs, source=model, widths=(int(low), int(high)), dtype=dtype, quiet=quiet)
     _copy_pixels(where, out)
     size = sum((out / name).stat().st_size for name in made.files)
     typer.echo(f"{out}: {made.layers} layers, {low} to {high} bits, {format_bytes(size)}")
@@ -88,8 +88,8 @@ def _where(name: str) -> str:
     return str(folder())
 
 
-def _load(name: str) -> tuple[Any, Any]:
-    """A float model and its tokenizer."""
+def _load(name: str) -> tuple[Any, Any, Any]:
+    """A float32 model, its tokenizer, and the dtype of its checkpoint."""
     import torch
     import transformers
 
@@ -103,7 +103,7 @@ def _load(name: str) -> tuple[Any, Any]:
         image = type(config) in transformers.AutoModelForImageTextToText._model_mapping
         auto = transformers.AutoModelForImageTextToText if image else transformers.AutoModelForCausalLM
         model = auto.from_pretrained(source, dtype=torch.float32, **gguf)
-        return model.eval(), _tokenizer(source, **gguf)
+        return model.eval(), _tokenizer(source, **gguf), getattr(config, "dtype", None)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"cannot load the model at {name!r}: {str(error).strip().splitlines()[0]}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from pathlib import Path
@@ -31,6 +32,7 @@ def quantize(
     *,
     source: str,
     widths: tuple[int, int] = (3, 8),
+    dtype: torch.dtype | None = None,
     quiet: bool = False,
 ) -> Description:
     """Write a model's decoder linears as nested bit planes into a folder, everything else as it is.
@@ -41,6 +43,8 @@ def quantize(
         samples: int64 [S, T] of calibration text (`millpond.precision.sensitivity.samples_of`).
         source: the model's name, for the description.
         widths: least and greatest width.
+        dtype: in which everything else is stored, and the model runs when it is loaded; by default the model's own. Sensitivities are
+            surer in float32 than in the dtype of most checkpoints, so a model may be given in more than is to be kept.
 
     Raises:
         ModelError: not a decoder that can be quantized. PrecisionError: widths that cannot be.
@@ -51,7 +55,16 @@ def quantize(
         raise PrecisionError(f"{out} holds a quantized model already: choose another folder, or remove it")
     named = dict(linears(model))
     layers = 1 + max(int(name.split(".")[0]) for name in named)
-    _claim(out, {"source": source, "widths": list(widths), "weights": _print_of(named), "text": _sha(samples)})
+    _claim(
+        out,
+        {
+            "source": source,
+            "widths": list(widths),
+            "weights": _print_of(named),
+            "text": _sha(samples),
+            "dtype": str(dtype),
+        },
+    )
     todo = [index for index in range(layers) if not is_whole(out / layer_file(index))]
     if todo:
         found: Sensitivity | None = None
@@ -65,13 +78,21 @@ def quantize(
             weights = {name: nest(part.weight, found.square[name], low=low, high=high) for name, part in own.items()}
             errors = {name: _errors(weights[name], part.weight, found, name) for name, part in own.items()}
             write_layer(
-                out, index, weights, {name: part.bias for name, part in own.items() if part.bias is not None}, errors
+                out,
+                index,
+                weights,
+                {name: _as(part.bias, dtype) for name, part in own.items() if part.bias is not None},
+                errors,
             )
     replaced = {id(parameter) for linear in named.values() for parameter in linear.parameters()}
     stored = model.state_dict().keys()  # not every buffer is
     rest = {name: tensor for name, tensor in model.named_parameters() if id(tensor) not in replaced}
-    write_rest(out, rest | {name: tensor for name, tensor in model.named_buffers() if name in stored})
-    model.config.save_pretrained(out)
+    rest |= {name: tensor for name, tensor in model.named_buffers() if name in stored}
+    write_rest(out, {name: _as(tensor, dtype) for name, tensor in rest.items()})
+    config = copy.deepcopy(model.config)
+    if dtype is not None:
+        config.dtype = dtype
+    config.save_pretrained(out)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -86,6 +107,10 @@ def quantize(
     )
     description.save(out)
     return description
+
+
+def _as(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
 
 def _claim(out: Path, run: dict[str, object]) -> None:
