@@ -7,27 +7,25 @@ Every allocation goes through the ledger. The pond never sees frames, questions 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from millpond import native
 from millpond.cache.arena import Arena
+from millpond.cache.compaction import compact_pond, forget_packed
 from millpond.cache.host import HostTier
 from millpond.cache.layer import PondLayer
 from millpond.cache.ledger import Ledger
 from millpond.cache.queries import ProxyQueries
 from millpond.cache.resize import resize_pond
-from millpond.cache.tier import Desk, TieredLayer, surviving_groups
+from millpond.cache.tier import Desk, TieredLayer
 from millpond.errors import BudgetError, PolicyError
 from millpond.geometry import Geometry
 from millpond.plan import Plan
-from millpond.policies.allocation import apportion
-from millpond.policies.base import TEXT, Policy, View, keep_top
+from millpond.policies.base import TEXT, Policy, View
 
 __all__ = ["Pond"]
 
@@ -241,99 +239,7 @@ class Pond(Cache):
             PolicyError: the policy failed or broke its contract. The memory stays whole: nothing has moved, or, where other
                 layers had, the pass was finished by recency.
         """
-        most = self.full_tokens - self.plan.packed_tokens
-        if self.desk and slots < most:
-            self._pass(most)  # more than the tier holds at once
-        self._pass(slots)
-
-    def _pass(self, slots: int) -> None:
-        tokens, start, plan, before = self.full_tokens, self.plan.prompt_tokens, self.plan, self.memory_tokens
-        if self.policy.whole_frames and self._recent:
-            slots -= slots % self._recent[-1][1]
-        if slots >= tokens:
-            return
-        if slots < 1:
-            raise BudgetError(f"the policy {self.policy.name!r} keeps whole frames, and not one fits")
-        if self.desk:
-            group = self.desk.tier.codec.group
-            slots = tokens - -(-(tokens - slots) // group) * group
-            if slots < 1:
-                raise BudgetError(f"tokens are packed {group} at a time, which leaves none of {tokens} in full")
-        since, text = self._protect(slots)
-        fault: Exception | None = None
-        lead: Tensor | None = None  # what the first layer kept, where all must keep the same
-        moved = False
-        with self.ledger.borrow("scratch", plan.scratch_bytes):
-            granted = self._grant(slots, since, text)
-            for index, (layer, share) in enumerate(zip(self.layers, granted, strict=True)):
-                if share == layer.length - start:
-                    continue
-                view = self._view(index, layer, since, text)
-                try:
-                    newest = partial(self._newest, lead=lead)
-                    keep, stay = self._choose(layer, view, share, self.policy.keep if fault is None else newest)
-                    self._check_alike(keep, lead)
-                    if fault is None:
-                        moved |= self.policy.merges
-                        self.policy.merge(view, keep)
-                except Exception as error:
-                    if not moved:
-                        raise
-                    # Some layers have moved already: finish the pass by recency, so that the memory stays whole.
-                    fault = error
-                    keep, stay = self._choose(layer, view, share, partial(self._newest, lead=lead))
-                del view
-                if self.host is not None:
-                    lead = keep[0].clone() if lead is None else lead
-                    self._spill(index, layer, lead, self.host)
-                if isinstance(layer, TieredLayer):
-                    layer.demote(keep, stay, start, plan.chunk)
-                else:
-                    layer.compact(keep, start, plan.chunk)
-                moved = True
-            if self.arena:
-                # Beside its memory every layer keeps the same room: blocks and turns are equally long in all of them.
-                self.arena.cut([start + share + self.capacity - start - slots for share in granted], plan.chunk)
-        self._ahead = [layer.length - self.length for layer in self.layers]
-        self.compactions += 1
-        self.evicted += before - self.memory_tokens
-        # What was not protected is no longer whole in every head, and can never be protected again.
-        self._recent = deque(group for group in self._recent if group[0] >= since)
-        self._text = text
-        if fault is not None:
-            raise fault
-
-    def _spill(self, index: int, layer: PondLayer, keep: Tensor, host: HostTier) -> None:
-        """Copy the frames that a layer is about to forget to host memory; `keep`, int64 [S], is that of every head."""
-        start = self.plan.prompt_tokens
-        with host.timed():
-            gone = torch.ones(layer.length - start, dtype=torch.bool, device=self.device)
-            gone[keep] = False
-            gone &= layer.place[0, start : layer.length, 0] != TEXT
-            leave = gone.nonzero()[:, 0]
-            leave += start
-            del gone
-            if index == 0:
-                time_us, place, positions = (
-                    tensor[0].index_select(0, leave) for tensor in (layer.time_us, layer.place, layer.positions)
-                )
-                host.admit(time_us, place, positions, self.plan.group_tokens)
-                del time_us, place, positions
-            host.store(index, layer, leave, max(1, self.plan.chunk // self.geometry.kv_heads))
-
-    def _choose(
-        self, layer: PondLayer, view: View, slots: int, choose: Callable[[View, int], Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
-        """The full tokens that stay, and the packed groups; None for the groups when all of them may."""
-
-        choose = self._checked(choose)
-        keep = choose(view, slots)
-        if not isinstance(layer, TieredLayer):
-            return keep, None
-        groups = layer.shelf.capacity - (view.tokens - slots) // layer.shelf.codec.group
-        if layer.shelf.groups <= groups:
-            return keep, None
-        return keep, surviving_groups(layer, view, self.plan.prompt_tokens, groups, choose)
+        compact_pond(self, slots)
 
     def forget_packed(self, groups: int) -> None:
         """Keep at most `groups` packed groups in every head of every layer.
@@ -341,37 +247,7 @@ class Pond(Cache):
         Raises:
             PolicyError: the policy failed. The memory stays whole, as in `compact`.
         """
-        before, start = self.memory_tokens, self.plan.prompt_tokens
-        since, text = self._protect(self.full_tokens)
-        choose, fault = self._checked(self.policy.keep), None
-        with self.ledger.borrow("scratch", self.plan.scratch_bytes):
-            for index, layer in enumerate(self.layers):
-                if not isinstance(layer, TieredLayer) or layer.shelf.groups <= groups:
-                    continue
-                view = self._view(index, layer, since, text)
-                try:
-                    stay = surviving_groups(layer, view, start, groups, choose)
-                except Exception as error:
-                    if index == 0:
-                        raise
-                    fault, choose = error, self._newest
-                    stay = surviving_groups(layer, view, start, groups, choose)
-                layer.shelf.drop(stay)
-        self.evicted += before - self.memory_tokens
-        if fault is not None:
-            raise fault
-
-    def _grant(self, slots: int, since: int, text: int) -> list[int]:
-        """Tokens that each layer keeps behind the prompt, `slots` of them in the mean."""
-        if self.arena is None:
-            return [slots] * len(self.layers)
-        held = [layer.length - self.plan.prompt_tokens for layer in self.layers]
-        weights = self.policy.layer_weights(self._view(at, layer, since, text) for at, layer in enumerate(self.layers))
-        whole = int(self._view(0, self.layers[0], since, text).protected[0].sum())
-        most = [min(count, int(self.policy.layer_share * slots)) for count in held]
-        granted = apportion(slots * len(held), weights, [max(1, whole)] * len(held), most)
-        assert sum(granted) <= slots * len(held)
-        return granted
+        forget_packed(self, groups)
 
     def _protect(self, slots: int) -> tuple[int, int]:
         """The stream time from which frames are protected, and how many of the newest text tokens are."""
@@ -414,43 +290,6 @@ class Pond(Cache):
             sums=sums[0] if sums else None,
         )
 
-    @staticmethod
-    def _newest(view: View, slots: int, lead: Tensor | None = None) -> Tensor:
-        if lead is not None:
-            return lead.repeat(view.heads, 1)
-        newest = torch.arange(view.tokens, dtype=torch.float32, device=view.keys.device)
-        return keep_top(newest.repeat(view.heads, 1), view.protected, slots)
-
-    def _checked(self, choose: Callable[[View, int], Tensor]) -> Callable[[View, int], Tensor]:
-        def checked(view: View, slots: int) -> Tensor:
-            keep = choose(view, slots)
-            self._check(keep, view, slots)
-            return keep
-
-        return checked
-
-    def _check(self, keep: Tensor, view: View, slots: int) -> None:
-        """Hold the policy to its contract before a byte moves."""
-        name = self.policy.name
-        if keep.shape != (view.heads, slots) or keep.dtype != torch.int64:
-            raise PolicyError(
-                f"policy {name!r} returned {tuple(keep.shape)} {keep.dtype}, not ({view.heads}, {slots}) int64"
-            )
-        fault = native.check(keep, view.protected)
-        if fault is None:
-            fault = _fault(keep, view.protected)
-        if fault == 1:
-            raise PolicyError(f"policy {name!r} must return ascending token indices below {view.tokens}")
-        if fault == 2:
-            raise PolicyError(f"policy {name!r} dropped a protected token")
-
-    def _check_alike(self, keep: Tensor, lead: Tensor | None) -> None:
-        """Where frames leave whole, every head and layer must keep the same tokens: those of the first, int64 [S]."""
-        if self.host is not None and not bool((keep == (keep[0] if lead is None else lead)).all()):
-            raise PolicyError(
-                f"policy {self.policy.name!r} recalls frames: it must keep the same tokens in every head and layer"
-            )
-
     def kept(self) -> Iterator[tuple[Tensor, Tensor]]:
         """For each layer, stream times int64 [H, n] and places int16 [H, n, 2] of the live tokens behind the prompt.
 
@@ -463,6 +302,14 @@ class Pond(Cache):
                 time_us = torch.cat([layer.shelf.live("time_us"), time_us], dim=1)
                 place = torch.cat([layer.shelf.live("place"), place], dim=1)
             yield time_us, place
+
+    def timestamps(self) -> int:
+        """Distinct times of frame groups of which some head of some layer still holds a token."""
+        found: set[int] = set()
+        for times, place in self.kept():
+            for head in range(times.shape[0]):
+                found.update(times[head][place[head, :, 0] != TEXT].unique_consecutive().tolist())
+        return len(found)
 
     # --- storage ------------------------------------------------------------------------------------------------
 
@@ -489,12 +336,3 @@ class Pond(Cache):
         other.queries.adopt(self.queries)
         other.host = None if self.host is None else self.host.fork()
         return other
-
-
-def _fault(keep: Tensor, protected: Tensor) -> int:
-    """What the compiled check does, in torch."""
-    inside = bool((keep[:, 0] >= 0).all()) and bool((keep[:, -1] < protected.shape[1]).all())
-    if not inside or not bool((keep[:, 1:] > keep[:, :-1]).all()):
-        return 1
-    kept = protected.gather(1, keep).sum(dim=1)
-    return 0 if bool((kept == protected.sum(dim=1)).all()) else 2
