@@ -18,12 +18,10 @@ from millpond.plan import Plan
 from millpond.precision.device_budget import DeviceSplit, Workspace, split_device, weight_bytes
 from millpond.precision.folder import is_quantized
 
-__all__ = ["DEFAULT_FRAME", "DevicePlan", "fit", "least_budget", "plan_device"]
+__all__ = ["DEFAULT_FRAME", "DevicePlan", "least_budget", "load_within", "plan_device"]
 
 DEFAULT_FRAME = (480, 640)
 """Height and width of a frame where nobody says."""
-
-
 _LIMITS = 24
 
 
@@ -48,7 +46,7 @@ def plan_device(
         stream: the other arguments of `millpond.flow.Flow`.
 
     Raises:
-        BudgetError: not even the least of everything fits; names it. PolicyError: a policy without a cap.
+        BudgetError: not even the least of everything fits; names it, or the policy has no cap.
     """
     if not stream["policy"].capped:
         raise BudgetError(f"the policy {stream['policy'].name!r} has no cap: no device memory would be enough")
@@ -94,26 +92,36 @@ def _limited(
     return replace(split, kv=kv, workspace=memory - split.weights - kv, slots=kv // family.geometry.bytes_per_token)
 
 
-def fit(
+def load_within(
     model: str | Path | tuple[Any, Any],
-    device_memory: str | int,
+    device_memory: str | int | None,
     frame: tuple[int, int],
+    stream: dict[str, Any],
     *,
-    dtype: Any = None,
-    max_pixels: int | None = None,
-    **stream: Any,
-) -> tuple[int, int | None]:
-    """What a session gets of a device's memory, before its model is loaded: its budget, and the bits of quantized weights.
+    target_bits: float | None = None,
+    **load: Any,
+) -> tuple[Family, int | None]:
+    """A model's adapter and, where a device's memory is given, the budget that the stream gets of it.
 
     Args:
-        model, dtype, max_pixels: as in `millpond.Session.from_pretrained`; the rest as in `plan_device`.
+        model: as in `millpond.Session.from_pretrained`. frame, stream: as in `plan_device`.
+        target_bits, load: the arguments of `millpond.families.load`; not for a loaded model.
     """
+
+    def planned(family: Family, folder: str | Path | None) -> DeviceSplit | None:
+        return None if device_memory is None else plan_device(family, folder, device_memory, frame, **stream).split
+
     if isinstance(model, tuple):
-        family, folder = families.adapt(*model), None
+        family = families.adapt(*model)
+        split = planned(family, None)
+    elif device_memory is None:
+        family, split = families.load(model, target_bits=target_bits, **load), None
     else:
-        family, folder = families.load(model, dtype=dtype, max_pixels=max_pixels, weights=False), model
-    split = plan_device(family, folder, device_memory, frame, **stream).split
-    return split.kv, split.width
+        # Planned before any weight is read.
+        bare = families.load(model, dtype=load["dtype"], max_pixels=load["max_pixels"], weights=False)
+        split = planned(bare, model)
+        family = families.load(model, width=None if split is None else split.width, target_bits=target_bits, **load)
+    return family, None if split is None else split.kv
 
 
 def least_budget(family: Family, grid: Grid, **stream: Any) -> int:

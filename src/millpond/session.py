@@ -14,22 +14,22 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 
 from millpond import admission as admissions
-from millpond import families, frames, policies
+from millpond import policies
 from millpond.admission.base import Admission
 from millpond.answer import Answer, LayerMemory, Usage
 from millpond.budget import Budget
 from millpond.decoding import decode
-from millpond.device import DEFAULT_FRAME, fit
-from millpond.errors import BudgetError, MillpondError, PolicyError, SourceError
-from millpond.families.base import Family, Grid, Tokens
+from millpond.device import DEFAULT_FRAME, load_within
+from millpond.errors import BudgetError, MillpondError, PolicyError
+from millpond.families.base import Family, Tokens
 from millpond.flow import Flow, Positions, dated, places
 from millpond.frames import Frame
+from millpond.intake import Intake
 from millpond.plan import Plan
-from millpond.policies.base import TEXT, Policy
+from millpond.policies.base import Policy
 
 __all__ = ["Session"]
 
@@ -95,12 +95,7 @@ class Session:
         )
         self._turn = threading.Lock()
         self._owner: int | None = None
-        self._waiting: list[tuple[int, np.ndarray]] = []  # (time_us, prepared frame) until their block is full
-        self._waiting_grid: Grid | None = None
-        self._video_open = True  # the opening ends where the first frame goes
-        self._last_us: int | None = None
-        self._interval_us = 0
-        self._frames = self._dropped = self._skipped = self._thinned = 0
+        self._intake = Intake(self._flow)
 
     @property
     def family(self) -> Family:
@@ -156,43 +151,26 @@ class Session:
         """
         if device_memory is not None and budget is not None:
             raise BudgetError("give a budget or device_memory, not both")
-        width = None
-        if device_memory is not None:
-            budget, width = fit(
-                model,
-                device_memory,
-                frame_size,
-                dtype=dtype,
-                max_pixels=max_pixels,
-                policy=policies.read(policy) if isinstance(policy, str) else policy,
-                positions=positions,
-                system=system,
-                reserve_tokens=reserve_tokens,
-                admission=admissions.read(admission) if isinstance(admission, str) else admission,
-            )
-        if isinstance(model, tuple):
-            family = families.adapt(*model)
-        else:
-            family = families.load(
-                model,
-                dtype=dtype,
-                device=device,
-                attn_implementation=attn_implementation,
-                max_pixels=max_pixels,
-                width=width,
-                target_bits=target_bits,
-            )
-        return cls(
-            family,
-            budget=budget,
-            policy=policy,
-            positions=positions,
-            system=system,
-            reserve_tokens=reserve_tokens,
-            admission=admission,
-            host_budget=host_budget,
-            host_path=host_path,
+        stream = {
+            "policy": policies.read(policy) if isinstance(policy, str) else policy,
+            "positions": positions,
+            "system": system,
+            "reserve_tokens": reserve_tokens,
+            "admission": admissions.read(admission) if isinstance(admission, str) else admission,
+        }
+        family, granted = load_within(
+            model,
+            device_memory,
+            frame_size,
+            stream,
+            target_bits=target_bits,
+            dtype=dtype,
+            device=device,
+            attn_implementation=attn_implementation,
+            max_pixels=max_pixels,
         )
+        whole = budget if device_memory is None else granted
+        return cls(family, budget=whole, host_budget=host_budget, host_path=host_path, **stream)  # type: ignore[arg-type]
 
     # --- watching -----------------------------------------------------------------------------------------------
 
@@ -207,93 +185,7 @@ class Session:
             BudgetError: frames of this size cannot fit the budget; names the least that works. Nothing is lost.
         """
         with self._exclusive(), self._flow.timed("total"):
-            if isinstance(source, Frame):
-                if self._last_us is not None and round(source.seconds * 1e6) <= self._last_us:
-                    raise SourceError(
-                        f"a frame at {source.seconds:.3f} s comes after one at {self._last_us / 1e6:.3f} s: times must ascend"
-                    )
-                source = [source]
-            opened = source if hasattr(source, "dropped") else frames.open(source)
-            before = self._frames
-            dropped, offset = getattr(opened, "dropped", 0), None
-            arriving = iter(opened)
-            try:
-                while True:
-                    with self._flow.timed("source"):
-                        frame = next(arriving, None)
-                    if frame is None:
-                        break
-                    time_us = round(frame.seconds * 1e6)
-                    if offset is None:
-                        again = self._last_us is not None and time_us <= self._last_us
-                        offset = self._last_us + max(self._interval_us, 1) - time_us if again else 0  # type: ignore[operator]
-                    self._take(time_us + offset, frame.pixels)
-            finally:
-                # Also after a fault: what came before it stays answerable.
-                self._dropped += getattr(opened, "dropped", 0) - dropped
-                if isinstance(opened, frames.Source) and opened is not source:
-                    opened.close()
-                self._digest(partial=False)
-                self._make_room_for_waiting()
-            return self._frames - before
-
-    def _take(self, time_us: int, pixels: np.ndarray) -> None:
-        """Queue one frame at model resolution; run the block when it is full."""
-        if self._last_us is not None:
-            time_us = max(time_us, self._last_us + 1)  # distinct: a time identifies its group
-            self._interval_us = time_us - self._last_us
-        grid = self.family.grid(*pixels.shape[:2])
-        if self._waiting_grid is not None and grid != self._waiting_grid:
-            self._digest(partial=True)  # a group holds frames of one size
-        self._flow.fit(grid)
-        with self._flow.timed("vision"):
-            prepared = self.family.prepare(pixels)
-        waiting = self._flow.pond.ledger.account("waiting")
-        self._flow.pond.ledger.hold("waiting", waiting + prepared.nbytes)
-        self._waiting.append((time_us, prepared))
-        self._waiting_grid = grid
-        self._last_us = time_us
-        self._frames += 1
-        if len(self._waiting) >= self._flow.pond.plan.block_groups * self.family.frames_per_group:
-            self._digest(partial=False)
-
-    def _digest(self, *, partial: bool) -> None:
-        """Run the waiting frames through the model: all complete groups, and with `partial` the incomplete one too."""
-        size = self.family.frames_per_group
-        count = len(self._waiting) if partial else len(self._waiting) // size * size
-        if not count:
-            return
-        block = self._waiting[:count]
-        done = False
-        try:
-            with torch.no_grad():
-                if not self._video_open:
-                    self._flow.append(dated(self.family.embed(self.family.reopening()), block[0][0]), text=True)
-                    self._video_open = True
-                verdicts = self._flow.watch(self._encode(block))
-            done = True
-            for index, verdict in enumerate(verdicts or ()):
-                frames_of_it = min(size, count - index * size)
-                self._skipped += frames_of_it * (verdict == "drop")
-                self._thinned += frames_of_it * (verdict == "reduced")
-        finally:
-            # A block that the model could not take is dropped, not tried for ever; the memory was rolled back.
-            self._dropped += 0 if done else count
-            del self._waiting[:count]
-            self._flow.pond.ledger.hold("waiting", sum(frame.nbytes for _, frame in self._waiting))
-            if not self._waiting:
-                self._waiting_grid = None
-
-    def _encode(self, waiting: list[tuple[int, np.ndarray]]) -> Tokens:
-        with self._flow.timed("vision"):
-            return self.family.encode([frame for _, frame in waiting], [time for time, _ in waiting])
-
-    def _make_room_for_waiting(self) -> None:
-        """Make room for an incomplete group now, so that a question can show it without touching the memory."""
-        if self._waiting and self._waiting_grid is not None:
-            reopening = 0 if self._video_open else len(self.family.reopening())
-            with self._flow.timed("compaction"):
-                self._flow.make_room(reopening + self._waiting_grid.tokens)
+            return self._intake.feed(source)
 
     # --- asking -------------------------------------------------------------------------------------------------
 
@@ -341,16 +233,11 @@ class Session:
             return replace(answer, usage=self.usage)
 
     def _generate(self, question: str, limit: int, remember: bool, began: float) -> Generator[str, None, Answer]:
-        asked_us = self._last_us or 0
+        asked_us = self._intake.last_us or 0
         start = self._flow.pond.length
-        kept: list[Tokens] = []
-        video = self._video_open
-        if self._waiting:
-            if not video:
-                kept.append(dated(self.family.embed(self.family.reopening()), self._waiting[0][0]))
-            kept.append(self._encode(self._waiting))
-            video = True
-        kept.append(dated(self.family.question(question, after_video=video), asked_us))
+        kept = self._intake.shown()
+        after_video = bool(kept) or self._intake.video_open
+        kept.append(dated(self.family.question(question, after_video=after_video), asked_us))
         if remember:
             self._flow.ask_proxy()  # while its reserve is free, and before it could see the question
         recalled = self._flow.recallable
@@ -375,13 +262,10 @@ class Session:
 
     def _remember(self, turn: list[Tokens], start: int) -> None:
         """Make a turn that has run part of the stream."""
-        self._waiting.clear()
-        self._waiting_grid = None
-        self._flow.pond.ledger.hold("waiting", 0)
+        self._intake.close_video()
         for part in turn:
             self._flow.pond.commit(part.time_us, places(part, text=not bool(part.visual.any())))
         self._flow.tokens += self._flow.pond.length - start
-        self._video_open = False
         with self._flow.timed("compaction"):
             self._flow.pond.admit(0)  # the turn used the reserve: give it back
 
@@ -415,10 +299,6 @@ class Session:
     def usage(self) -> Usage:
         """Bytes, tokens, frames and seconds so far."""
         pond = self._flow.pond
-        kept: set[int] = set()
-        for times, place in pond.kept():
-            for head in range(times.shape[0]):
-                kept.update(times[head][place[head, :, 0] != TEXT].unique_consecutive().tolist())
         seconds: dict[str, Any] = {f"seconds_{stage}": spent for stage, spent in self._flow.seconds.items()}
         return Usage(
             budget_bytes=pond.plan.budget,
@@ -426,17 +306,17 @@ class Session:
             allocated_bytes=pond.ledger.held,
             peak_bytes=pond.ledger.peak,
             full_cache_bytes=self._flow.tokens * self.family.geometry.kv_bytes_per_token,
-            frames_seen=self._frames,
-            frames_dropped=self._dropped,
-            frames_skipped=self._skipped,
-            frames_reduced=self._thinned,
-            timestamps_kept=len(kept),
+            frames_seen=self._intake.frames,
+            frames_dropped=self._intake.dropped,
+            frames_skipped=self._intake.skipped,
+            frames_reduced=self._intake.reduced,
+            timestamps_kept=pond.timestamps(),
             memory_tokens=pond.memory_tokens,
             stream_tokens=self._flow.tokens,
             evicted_tokens=pond.evicted,
             compactions=pond.compactions,
             reanchorings=self._flow.reanchorings,
-            stream_seconds=(self._last_us or 0) / 1e6,
+            stream_seconds=(self._intake.last_us or 0) / 1e6,
             **seconds,
             **({} if pond.host is None else pond.host.usage()),
         )
@@ -460,8 +340,7 @@ class Session:
             other = object.__new__(Session)
             other.__dict__.update(self.__dict__)
             other._flow = self._flow.fork()
-            other._flow.pond.ledger.hold("waiting", sum(frame.nbytes for _, frame in self._waiting))
-            other._waiting = list(self._waiting)
+            other._intake = self._intake.fork(other._flow)
             other._turn, other._owner = threading.Lock(), None
             return other
 

@@ -42,7 +42,7 @@ def state(session: Session) -> list[bytes]:
         for t in layer.tensors()
     ]
     parts.append(repr((session._flow.clock, pond.length, pond._recent, pond._text, pond.compactions)).encode())
-    parts += [frame.tobytes() for _, frame in session._waiting]
+    parts += [frame.tobytes() for _, frame in session._intake.waiting]
     return parts
 
 
