@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from millpond import native
+
 __all__ = ["Clock", "Rope"]
 
 
@@ -78,13 +80,22 @@ class Rope:
     axis: Tensor
     limit: int
 
-    def rotate_(self, keys: Tensor, delta: Tensor) -> None:
+    def rotate_(self, keys: Tensor, delta: Tensor, chunk: int | None = None) -> None:
         """Turn keys in place by `delta` positions; turned in float32, stored back in the keys' dtype.
+
+        Compiled where that is possible, and then without scratch.
 
         Args:
             keys: [..., n, D], already roped at some position p.
-            delta: int [..., n, axes], broadcastable to the keys; the keys end up roped at p + delta.
+            delta: int64 [..., n, axes], broadcastable to the keys; the keys end up roped at p + delta.
+            chunk: tokens turned at a time where there is no kernel; all at once by default. With it, delta is [n, axes].
         """
+        if native.turn(keys, delta, self.axis, self.inv_freq):
+            return
+        if chunk is not None:
+            for part, by in zip(keys.split(chunk, dim=-2), delta.split(chunk), strict=True):
+                self.rotate_(part, by)
+            return
         half = self.inv_freq.shape[0]
         # Angles in float64: hundreds of radians in float32 are off by 1e-5, which would add up over re-anchorings.
         picked = delta.index_select(-1, self.axis.to(delta.device)).to(keys.device, torch.float64)

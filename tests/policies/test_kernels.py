@@ -9,12 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import millpond
 from millpond import native
 from millpond.native import build
 from millpond.policies.base import keep_top
 from millpond.policies.infinipot_v import temporal_redundancy, value_norms
 from millpond.policies.keydiff import distinctiveness
 from millpond.policies.pooling import pool_over_grid
+from millpond.positions import Rope
 from tests.policies.views import grid_view
 
 compiled_only = pytest.mark.skipif(native._library()[0] is None, reason=f"no compiled kernels: {native.status()}")
@@ -31,6 +33,13 @@ def both(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     compiled = run()
     with in_torch():
         return compiled, run()
+
+
+@compiled_only
+@pytest.mark.parametrize("source", sorted(Path(millpond.__file__).parent.rglob("*.cpp")), ids=lambda path: path.name)
+def test_every_file_compiles_where_one_does(source: Path) -> None:
+    library, why = build.compiled(source)
+    assert library is not None, why
 
 
 @compiled_only
@@ -66,6 +75,47 @@ def test_norms_and_redundancy_at_any_width(width: int, dtype: torch.dtype) -> No
     view = grid_view(9, 3, 4, recent=2, width=width, dtype=dtype)
     assert torch.allclose(*both(lambda: value_norms(view)), rtol=1e-5)
     assert torch.allclose(*both(lambda: temporal_redundancy(view)), atol=1e-6)
+
+
+@compiled_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("width", "half"), [(2, 1), (14, 7), (64, 32), (128, 64), (80, 20)])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2)])
+def test_turning_at_any_width(width: int, half: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    made = torch.Generator().manual_seed(width)
+    axis = torch.randint(0, 3, (half,), generator=made)
+    rope = Rope(inv_freq=1 / 10_000 ** (torch.arange(half) / half), axis=axis, limit=32_768)
+    keys = torch.randn(*shape, 23, width, generator=made, dtype=dtype)
+    keys[..., 5, 0] = torch.nan
+    delta = torch.randint(-30_000, 30_000, (3, 23), generator=made).T
+    delta[8:12] = delta[8]
+    delta[2] = 0
+
+    def turned() -> torch.Tensor:
+        out = keys.clone()
+        rope.rotate_(out, delta, chunk=10)
+        return out
+
+    compiled, plain = both(turned)
+    # One rounding of a bfloat16 number may fall the other way.
+    close = {"rtol": 2**-7, "atol": 1e-6} if dtype == torch.bfloat16 else {"atol": 1e-6}
+    assert torch.allclose(compiled, plain, equal_nan=True, **close)  # type: ignore[arg-type]
+    assert torch.equal(compiled.isnan(), plain.isnan())
+    assert not torch.equal(compiled[..., 6, :], keys[..., 6, :])
+    assert torch.equal(compiled[..., 2, :], keys[..., 2, :])
+
+
+@compiled_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_of_a_cut_layer_turn_where_they_lie(dtype: torch.dtype) -> None:
+    whole = torch.randn(2, 30, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rope = Rope(inv_freq=1 / 10_000 ** (torch.arange(8) / 8), axis=torch.zeros(8, dtype=torch.int64), limit=32_768)
+    compiled, plain = whole.clone(), whole.clone()
+    rope.rotate_(compiled[:, 4:20], torch.full((1, 1), 7).expand(16, 1))
+    for head in plain:
+        rope.rotate_(head[4:20], torch.full((16, 1), 7))
+    assert torch.equal(compiled, plain)
+    assert torch.equal(compiled[:, 20:], whole[:, 20:])
 
 
 @compiled_only

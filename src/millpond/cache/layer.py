@@ -162,10 +162,9 @@ class PondLayer(CacheLayerMixin):
 
     def turn(self, head: int, rope: Rope, by: Tensor, chunk: int) -> None:
         """Turn one head's live keys by `by`, int64 [n, axes] in the order of `in_order`, and write the new positions down."""
-        for first in range(0, self.length, chunk):
-            last = min(first + chunk, self.length)
-            rope.rotate_(self.keys[0, head, first:last], by[first:last])
-            self.positions[head, first:last] += by[first:last].to(torch.int32)
+        rope.rotate_(self.keys[0, head, : self.length], by, chunk)
+        for positions, shift in zip(self.positions[head, : self.length].split(chunk), by.split(chunk), strict=True):
+            positions += shift.to(torch.int32)
 
     def adopt(self, other: PondLayer) -> None:
         """Copy the live tokens of a layer of the same geometry into this one's storage."""

@@ -54,8 +54,8 @@ class ProxyQueries:
     def turn(self, rope: Rope, by: Tensor, chunk: int) -> None:
         """Turn all queries by `by` positions, int64 [axes], `chunk` at a time."""
         for index in range(len(self.counts)):
-            for part in self.layer(index).view(-1, self._geometry.head_dim).split(chunk):
-                rope.rotate_(part, by.expand(part.shape[0], -1))
+            rows = self.layer(index).view(-1, self._geometry.head_dim)
+            rope.rotate_(rows, by.expand(rows.shape[0], -1), chunk)
 
     def adopt(self, other: ProxyQueries) -> None:
         """Copy what another of the same size holds."""

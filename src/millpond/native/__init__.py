@@ -1,4 +1,4 @@
-"""The compiled inner loops of selection, compaction and reading low bits, built on first use where there is a C++ compiler.
+"""The compiled inner loops of selection, compaction, re-anchoring and reading low bits, built on first use where there is a C++ compiler.
 
 The `.cpp` files beside this one are compiled once into the user's cache folder. Where that is not possible (no compiler, another device, a
 dtype without a kernel, or MILLPOND_NATIVE=0) the functions here return None or False and the caller's torch code runs.
@@ -26,11 +26,12 @@ __all__ = [
     "pool",
     "redundancy",
     "status",
+    "turn",
     "unpack",
 ]
 
-_KERNELS, _ATTENTION, _MERGING = (
-    Path(__file__).with_name(f"{name}.cpp") for name in ("kernels", "attention", "merging")
+_KERNELS, _ATTENTION, _MERGING, _CODEC, _TURNING = (
+    Path(__file__).with_name(f"{name}.cpp") for name in ("kernels", "attention", "merging", "codec", "turning")
 )
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -259,6 +260,37 @@ def move_rows(tensor: Tensor, keep: Tensor) -> bool:
     return True
 
 
+def turn(keys: Tensor, delta: Tensor, axis: Tensor, inv_freq: Tensor) -> bool:
+    """Turn keys by `delta` positions in place (`millpond.positions.Rope.rotate_`).
+
+    Args:
+        keys: [..., n, D]. delta: int64 [n, axes], any strides. axis: int64 [D/2]. inv_freq: float32 [D/2].
+
+    Returns:
+        False where there is no kernel; nothing has turned then.
+    """
+    library = _ready(keys, delta, axis, inv_freq, source=_TURNING)
+    tokens, width = keys.shape[-2:]
+    if library is None or keys.dtype not in _SUFFIX or delta.dtype != torch.int64 or delta.shape[:-1] != (tokens,):
+        return False
+    if not (_rows(keys) and axis.is_contiguous() and inv_freq.is_contiguous()):
+        return False
+    try:
+        heads = keys.view(-1, tokens, width)
+    except RuntimeError:  # heads that do not lie at equal distances
+        return False
+    getattr(library, f"millpond_turn_{_SUFFIX[keys.dtype]}")(
+        _pointer(keys),
+        *(ctypes.c_int64(each) for each in (heads.stride(0), *heads.shape)),
+        _pointer(delta),
+        *(ctypes.c_int64(each) for each in (*delta.stride(), delta.shape[1])),
+        _pointer(axis),
+        _pointer(inv_freq),
+        ctypes.c_int64(len(inv_freq)),
+    )
+    return True
+
+
 def unpack(codes: Tensor, scales: Tensor, bits: int, by_channel: bool, out: Tensor) -> bool:
     """Read packed keys or values (`millpond.cache.codec`), the same numbers as in torch.
 
@@ -268,7 +300,7 @@ def unpack(codes: Tensor, scales: Tensor, bits: int, by_channel: bool, out: Tens
     Returns:
         False where there is no kernel; `out` is untouched then.
     """
-    library = _ready(codes, scales, out)
+    library = _ready(codes, scales, out, source=_CODEC)
     whole = codes.is_contiguous() and scales.is_contiguous() and out.is_contiguous()
     if library is None or out.dtype not in _SUFFIX or not whole:
         return False

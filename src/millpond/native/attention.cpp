@@ -10,6 +10,8 @@
 #include <limits>
 #include <vector>
 
+#include "bfloat16.h"
+
 namespace {
 
 constexpr int64_t LANES = 8, KEYS = 2 * LANES, QUERIES = 4;
@@ -19,14 +21,6 @@ struct Scores {
     Floats half[2];
 };
 constexpr float NONE = -std::numeric_limits<float>::infinity();
-
-inline float widen(float x) { return x; }
-inline float widen(uint16_t bits) {  // bfloat16
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float x;
-    std::memcpy(&x, &wide, sizeof x);
-    return x;
-}
 
 // e^x for x <= 0, to about one unit in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
 inline Floats exponential(Floats x) {

@@ -15,7 +15,17 @@ from pathlib import Path
 __all__ = ["compiled"]
 
 # Nothing like -ffast-math: linking with that would switch the whole process to flush subnormal numbers to zero.
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC")
+_HEADERS = Path(__file__).parent
+_FLAGS = (
+    f"-I{_HEADERS}",
+    "-O3",
+    "-march=native",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+)
 
 
 @cache
@@ -27,7 +37,8 @@ def compiled(source: Path) -> tuple[ctypes.CDLL | None, str]:
     if compiler is None:
         return None, "no C++ compiler"
     # The processor is part of the key: a home folder may be shared between machines.
-    key = hashlib.sha256(source.read_bytes() + "".join((*_FLAGS, compiler, platform.processor(), _cpu())).encode())
+    contents = b"".join(path.read_bytes() for path in (source, *sorted(_HEADERS.glob("*.h"))))
+    key = hashlib.sha256(contents + "".join((*_FLAGS, compiler, platform.processor(), _cpu())).encode())
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "millpond"
         target = folder / f"{source.stem}-{key.hexdigest()[:16]}.so"

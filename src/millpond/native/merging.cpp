@@ -6,21 +6,9 @@
 #include <cstring>
 #include <vector>
 
-namespace {
+#include "bfloat16.h"
 
-inline float widen(float x) { return x; }
-inline float widen(uint16_t bits) {  // bfloat16
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float x;
-    std::memcpy(&x, &wide, sizeof x);
-    return x;
-}
-inline void narrow(float x, float& to) { to = x; }
-inline void narrow(float x, uint16_t& to) {  // to the nearest, of two equally near ones the even one
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    to = static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
+namespace {
 
 template <typename T>
 bool finite(const T* row, int64_t width) {

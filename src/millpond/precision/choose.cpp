@@ -5,6 +5,8 @@
 #include <cstring>
 #include <vector>
 
+#include "bfloat16.h"
+
 namespace {
 
 float squares(const float* x, int64_t count) {
@@ -22,13 +24,7 @@ typedef float Floats __attribute__((vector_size(32)));
 typedef uint32_t Words __attribute__((vector_size(32)));
 typedef uint16_t Shorts __attribute__((vector_size(16)));
 
-inline float widen(uint16_t bits) {  // bfloat16
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float x;
-    std::memcpy(&x, &wide, sizeof x);
-    return x;
-}
-inline Floats widen(const uint16_t* from) {
+inline Floats eight(const uint16_t* from) {
     Shorts bits;
     std::memcpy(&bits, from, sizeof bits);
     const Words wide = __builtin_convertvector(bits, Words) << 16;
@@ -44,7 +40,7 @@ inline float directions(const float* x, const uint16_t* g, int64_t columns) {
     int64_t i = 0;
     for (; i + 8 <= columns; i += 8) {
         std::memcpy(&part, x + i, sizeof part);
-        for (int64_t j = 0; j < COUNT; ++j) sums[j] += widen(g + j * columns + i) * part;
+        for (int64_t j = 0; j < COUNT; ++j) sums[j] += eight(g + j * columns + i) * part;
     }
     float sum = 0;
     for (int64_t j = 0; j < COUNT; ++j) {

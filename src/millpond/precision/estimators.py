@@ -98,13 +98,7 @@ def choose_estimators(
                 probe.ahead = norm.forward(x).reshape(-1, x.shape[-1])
 
     hooks = early_inputs(model, seen)
-    try:
-        with every_token(model):
-            for ids in samples:
-                model(input_ids=ids[None], use_cache=False, logits_to_keep=1)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    _run_as_steps(model, samples, hooks)
     choices = {}
     for name, pair in pairs.items():
         if name not in probes:
@@ -112,6 +106,17 @@ def choose_estimators(
             continue
         choices[name] = _choice(probes[name], pair)
     return choices, {name: probe.fit for name, probe in probes.items()}
+
+
+def _run_as_steps(model: Any, samples: Tensor, hooks: list[Any]) -> None:
+    """Run every token as a decoding step of its own, then take the hooks away."""
+    try:
+        with every_token(model):
+            for ids in samples:
+                model(input_ids=ids[None], use_cache=False, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _choice(probe: _Probe, pair: Pair) -> Choice:
@@ -161,13 +166,7 @@ def meet_shares(
         for name, linear in linears(model):
             if isinstance(linear.choose, Selector):
                 linear.choose.estimates = seen.setdefault(name, [])
-        try:
-            with every_token(model):
-                for ids in samples:
-                    model(input_ids=ids[None], use_cache=False, logits_to_keep=1)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        _run_as_steps(model, samples, hooks)
         choices = {
             name: replace(choice, threshold=float(torch.cat(seen[name]).double().quantile(pairs[name].share_low)))
             if seen.get(name)
