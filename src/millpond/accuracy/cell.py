@@ -10,10 +10,12 @@ from millpond import policies
 from millpond.budget import format_bytes, parse_bytes
 from millpond.errors import BudgetError
 
-__all__ = ["LAST_FRAMES", "Cell", "read_budget", "read_cells"]
+__all__ = ["LAST_FRAMES", "REFERENCES", "Cell", "read_budget", "read_cells"]
 
 LAST_FRAMES = "last-4-frames"
 """Not a policy: the model sees the last four frames before a question and nothing else, in a full cache."""
+REFERENCES = ("full", LAST_FRAMES, "uniform", "recent")
+"""In every table: what forgetting nothing, remembering nothing and not looking at content are worth."""
 
 Positions = Literal["absolute", "contiguous"]
 

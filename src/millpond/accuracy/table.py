@@ -109,16 +109,18 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _overall(rows: Sequence[dict[str, Any]]) -> str:
-    head = ["policy", "budget", "all", "95 %", "past", "95 %", "peak", "memory tokens", "compaction / decoder"]
+    head = ["policy", "budget", "streams", "all", "95 %", "past", "95 %"]
+    head += ["peak", "scratch", "memory tokens", "compaction, s", "/ decoder"]
     lines = [_line(head), _line(["---"] * len(head))]
     for row in rows:
         if not row["streams"]:
-            lines.append(_line([_policy(row), row["budget"], "refused", *[""] * 6]))
+            lines.append(_line([_policy(row), row["budget"], "refused", *[""] * (len(head) - 3)]))
             continue
         spent = row["seconds_compaction"] / max(row["seconds_decoder"], 1e-9)
-        cost = [format_bytes(row["peak_bytes"]), f"{row['memory_tokens']:.0f}", f"{spent:.2f}"]
+        cost = [format_bytes(row["peak_bytes"]), format_bytes(row["scratch_bytes"]), f"{row['memory_tokens']:.0f}"]
+        cost += [f"{row['seconds_compaction']:.2f}", f"{spent:.2f}"]
         shares = [text for key in ("all", "past") for text in (_percent(row[key]), _interval(row[key]))]
-        lines.append(_line([_policy(row), row["budget"], *shares, *cost]))
+        lines.append(_line([_policy(row), row["budget"], str(row["streams"]), *shares, *cost]))
     return "\n".join(lines)
 
 

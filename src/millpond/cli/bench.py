@@ -30,8 +30,13 @@ def accuracy(
     context: typer.Context,
     model: Annotated[str, typer.Option("--model", "-m", help="minnow, a local folder, or a hub id.")] = "minnow",
     policies: Annotated[
-        str, typer.Option(metavar="A,B,...", help="Policies, with parameters as in infinipot-v:alpha=0.3; or all.")
-    ] = "full,last-4-frames,infinipot-v,uniform,recent,random",
+        str,
+        typer.Option(
+            metavar="A,B,...",
+            help="Policies, with parameters as in infinipot-v:alpha=0.3; or all. full, last-4-frames, uniform and recent are "
+            "always measured.",
+        ),
+    ] = "infinipot-v",
     budgets: Annotated[
         str, typer.Option(metavar="B,...", help="Shares of the full cache (1/16) or sizes (256KiB).")
     ] = "1/2,1/4,1/8,1/16,1/32",
@@ -56,7 +61,7 @@ def accuracy(
     """
     announce(context, as_json=as_json, quiet=quiet)
     from millpond import streams as generated
-    from millpond.accuracy.cell import LAST_FRAMES, Cell, read_cells
+    from millpond.accuracy.cell import REFERENCES, Cell, read_cells
     from millpond.accuracy.run import Study, outcomes, run
     from millpond.accuracy.table import markdown, summarise
     from millpond.errors import MillpondError
@@ -65,14 +70,14 @@ def accuracy(
 
     names = _listed(policies)
     if names == ["all"]:
-        names = ["full", LAST_FRAMES, *(kind.name for kind in available() if kind.capped)]
+        names = [kind.name for kind in available() if kind.capped]
     families = tuple(_listed(questions)) if questions else SUPPORTED
     if unknown := [name for name in families if name not in generated.FAMILIES]:
         raise MillpondError(f"no question family is called {unknown[0]!r}; there are: {', '.join(generated.FAMILIES)}")
     generated.generate(0, groups=groups, level=level, split=split)  # refuse a wrong name before any process starts
     cells: list[Cell] = []
     for way in positions:
-        cells += read_cells(names, _listed(budgets), way.value)
+        cells += read_cells([*REFERENCES, *names], _listed(budgets), way.value)
     study = Study(model, streams, groups, level, split, families)
     _progress(run(study, cells, out, processes=processes), quiet=quiet or as_json)
     rows = summarise(cells, (row for row in outcomes(out) if row.seed < streams), families)
