@@ -17,6 +17,7 @@ from millpond.budget import format_bytes
 from millpond.errors import BudgetError
 from millpond.geometry import Geometry
 from millpond.policies.base import Policy
+from millpond.policies.matching import matching_scratch
 
 __all__ = ["Plan", "make_plan"]
 
@@ -217,6 +218,10 @@ def scratch_bytes(
     # three) and halves (float32, seven).
     turning = (40 + 8 * geometry.axes) * tokens + chunk * (3 * 8 + 7 * 4) * width // 2
     choosing = policy.scratch(heads, tokens, width, block, chunk)
+    if policy.deepest_first:
+        # The selection, and one head's tokens looked up in the next layer; all the while what came from one layer and goes to the next.
+        choosing = max(choosing, 8 * heads * tokens + matching_scratch(tokens))
+        protection += 8 * heads * tokens
     if tier := policy.tier:
         coding = tier.coding_bytes(geometry, chunk)
         choosing = max(choosing, tier.sorting_bytes(tokens)) + coding

@@ -11,16 +11,8 @@ from hypothesis import strategies as st
 from millpond import PolicyError, policies
 from millpond.policies.attention import add_columns, attention_moments, attention_scratch, proxy_attention
 from millpond.policies.base import View
-from tests.policies.views import grid_view, joined, thinned, with_text
+from tests.policies.views import VIEWS, grid_view, thinned
 from tests.session.measure import transient_peak
-
-VIEWS = [
-    grid_view(6, 2, 3, recent=2, seed=1, group=1, window=4),
-    grid_view(9, 1, 1, recent=1, seed=2, chunk=4, window=1),
-    with_text(grid_view(8, 3, 3, recent=2, heads=3, seed=3, group=3)),
-    joined(grid_view(5, 2, 3, seed=4), grid_view(4, 4, 2, recent=1, seed=5, window=7)),
-    grid_view(8, 3, 4, recent=1, seed=6, width=32, chunk=100),
-]
 
 
 def probabilities(view: View, head: int) -> torch.Tensor:
@@ -80,27 +72,39 @@ def test_h2o_keeps_the_latest_half_and_the_largest_sums(view: View) -> None:
         view = thinned(view, keep, 1)
 
 
+def hermes_score(view: View, head: int, deeper: torch.Tensor) -> torch.Tensor:
+    """float64 [n]: one layer's score, blended with the next deeper one's [n] where that is a number."""
+
+    def scaled(scores: torch.Tensor) -> torch.Tensor:
+        return (scores - scores.min()) / (scores.max() - scores.min() + 1e-6)
+
+    distance = torch.linspace(1, 0, view.tokens, dtype=torch.float64)
+    first, last = int(view.layers * 0.3), int(view.layers * 0.7)
+    attention = scaled(probabilities(view, head).mean((0, 1)))
+    if view.layer < first:
+        own, share = scaled(torch.exp(-20 * distance)), 0.1
+    elif view.layer >= last:
+        own, share = attention, 0.4
+    else:
+        progress = (view.layer - first) / (last - first)
+        weight = 0.75 - 0.6 * progress
+        own = (1 - weight) * attention + weight * scaled(torch.exp(-(20 - 12 * progress) * distance))
+        share = 0.3
+    return torch.where(deeper.isnan(), own, (1 - share) * own + share * deeper.double())
+
+
 @pytest.mark.parametrize("layer", [0, 1, 2, 3, 5, 6, 7, 9])
 def test_hermes_goes_from_recency_to_attention(layer: int) -> None:
     view = grid_view(8, 3, 3, recent=1, seed=layer, layer=layer, layers=10)
     slots = view.tokens // 2
     keep = policies.get("hermes").keep(view, slots)
-    distance = torch.linspace(1, 0, view.tokens, dtype=torch.float64)
-
-    def scaled(scores: torch.Tensor) -> torch.Tensor:
-        return (scores - scores.min()) / (scores.max() - scores.min() + 1e-6)
-
+    assert view.deeper is not None
+    assert view.carry is not None
     for head in range(view.heads):
-        attention = scaled(probabilities(view, head).mean((0, 1)))
-        if layer < 3:
-            expected = scaled(torch.exp(-20 * distance))
-        elif layer >= 7:
-            expected = attention.clone()
+        expected = hermes_score(view, head, view.deeper[head])
+        torch.testing.assert_close(view.carry[head].double(), expected, rtol=1e-4, atol=1e-6)
+        if layer >= 7:
             expected[0] = 2  # takes in what is forgotten
-        else:
-            progress = (layer - 3) / 4
-            weight = 0.75 - 0.6 * progress
-            expected = (1 - weight) * attention + weight * scaled(torch.exp(-(20 - 19.5 * progress) * distance))
         assert keep[head].tolist() == chosen(expected, view, head, slots)
 
 

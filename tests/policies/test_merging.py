@@ -13,16 +13,8 @@ from millpond import PolicyError, native, policies
 from millpond.policies.base import View
 from millpond.policies.merging import distances, fold, fold_scratch
 from tests.policies.test_attention import probabilities
-from tests.policies.views import grid_view, joined, thinned, with_text
+from tests.policies.views import VIEWS, grid_view, thinned
 from tests.session.measure import transient_peak
-
-VIEWS = [
-    grid_view(6, 2, 3, recent=2, seed=1, group=1, window=4),
-    grid_view(9, 1, 1, recent=1, seed=2, chunk=4, window=1),
-    with_text(grid_view(8, 3, 3, recent=2, heads=3, seed=3, group=3)),
-    joined(grid_view(5, 2, 3, seed=4), grid_view(4, 4, 2, recent=1, seed=5, window=7)),
-    grid_view(8, 3, 4, recent=1, seed=6, width=32, chunk=100),
-]
 
 
 @pytest.fixture(autouse=True, params=["compiled", "torch"])

@@ -25,7 +25,7 @@ def grid_view(
 ) -> View:
     """A first pass: every head holds every token of `frames` whole frames. Keys and values are slices of larger storage.
 
-    Proxy queries and sums of attention are there for whoever looks at them.
+    Proxy queries, sums of attention and what a deeper layer left are there for whoever looks at them.
     """
     random = torch.Generator().manual_seed(seed)
     size = rows * cols
@@ -39,6 +39,10 @@ def grid_view(
     wide_times[:, 3 : 3 + tokens] = times
     wide_place[:, 3 : 3 + tokens] = place.repeat(frames, 1)
     inner = slice(3, 3 + tokens)
+    queries = torch.randn(heads, group, window, width, generator=random).to(dtype)
+    sums = torch.rand(heads, tokens + 7, generator=random)[:, inner]
+    deeper = torch.rand(heads, tokens, generator=random)
+    deeper[torch.rand(heads, tokens, generator=random) < 0.2] = torch.nan
     return View(
         keys=storage[0][:, inner],
         values=storage[1][:, inner],
@@ -49,9 +53,11 @@ def grid_view(
         layers=layers,
         block=size,
         chunk=chunk,
-        queries=torch.randn(heads, group, window, width, generator=random).to(dtype),
+        queries=queries,
         prompt_keys=storage[0][:, :3],
-        sums=torch.rand(heads, tokens + 7, generator=random)[:, inner],
+        sums=sums,
+        deeper=deeper,
+        carry=torch.full_like(deeper, torch.nan),
     )
 
 
@@ -68,6 +74,8 @@ def thinned(view: View, keep: torch.Tensor, recent: int) -> View:
         place=view.place.gather(1, at.expand(-1, -1, 2)),
         protected=torch.isin(times, latest),
         sums=None if view.sums is None else view.sums.gather(1, keep),
+        deeper=None if view.deeper is None else view.deeper.gather(1, keep),
+        carry=None if view.carry is None else torch.full(keep.shape, torch.nan),
     )
 
 
@@ -85,6 +93,9 @@ def joined(first: View, second: View) -> View:
     def both(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.cat([a, b], dim=1)
 
+    def both_if(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+        return None if a is None or b is None else both(a, b)
+
     return replace(
         second,
         keys=both(first.keys, second.keys),
@@ -92,5 +103,16 @@ def joined(first: View, second: View) -> View:
         time_us=both(first.time_us, second.time_us + 10**9),
         place=both(first.place, second.place),
         protected=both(torch.zeros_like(first.protected), second.protected),
-        sums=None if first.sums is None or second.sums is None else both(first.sums, second.sums),
+        sums=both_if(first.sums, second.sums),
+        deeper=both_if(first.deeper, second.deeper),
+        carry=both_if(first.carry, second.carry),
     )
+
+
+VIEWS = [
+    grid_view(6, 2, 3, recent=2, seed=1, group=1, window=4),
+    grid_view(9, 1, 1, recent=1, seed=2, chunk=4, window=1),
+    with_text(grid_view(8, 3, 3, recent=2, heads=3, seed=3, group=3)),
+    joined(grid_view(5, 2, 3, seed=4), grid_view(4, 4, 2, recent=1, seed=5, window=7)),
+    grid_view(8, 3, 4, recent=1, seed=6, width=32, chunk=100),
+]

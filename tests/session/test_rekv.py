@@ -1,6 +1,8 @@
 """ReKV: what leaves the window is in host memory, questions recall the right frames of it, and both caps hold at every step."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -388,3 +390,27 @@ def test_a_policy_that_recalls_must_keep_the_same_everywhere() -> None:
     layers = session._flow.pond.layers
     assert all(torch.equal(layer.time_us[:, :50], layers[0].time_us[:, :50]) for layer in layers), "finished alike"
     assert policies.get("rekv").recalls == 64
+
+
+@dataclass(frozen=True)
+class FromBelow(ReKV):
+    """The same, asked from the deepest layer up."""
+
+    deepest_first: ClassVar[bool] = True
+
+
+def test_the_order_in_which_layers_are_asked_changes_no_bit_of_host_memory() -> None:
+    family = tiny("qwen2_5_vl")
+    down, up = small(family), small(family, policy=FromBelow())
+    # The same slots for both: what goes from layer to layer takes scratch.
+    plan = up.plan_for(56, 56)
+    for session in (down, up):
+        session._flow.plan_for = lambda grid: plan  # type: ignore[method-assign]
+        session.feed(list(moving(60)))
+    hosts = [session._flow.pond.host for session in (down, up)]
+    assert hosts[0] is not None
+    assert hosts[1] is not None
+    assert hosts[0].frames > 5
+    for name in ("_table", "_positions", "_keys", "_values", "_sums", "_place"):
+        assert torch.equal(getattr(hosts[0], name), getattr(hosts[1], name))
+    assert state(down) == state(up)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from millpond.cache.tier import TieredLayer, surviving_groups
 from millpond.errors import BudgetError, PolicyError
 from millpond.policies.allocation import apportion
 from millpond.policies.base import TEXT, View, keep_top
+from millpond.policies.matching import carried_over
 
 if TYPE_CHECKING:
     from millpond.cache.host import HostTier
@@ -52,13 +54,20 @@ def _pass(pond: Pond, slots: int) -> None:
     since, text = pond._protect(slots)
     fault: Exception | None = None
     lead: Tensor | None = None  # what the first layer kept, where all must keep the same
+    deeper: Tensor | None = None  # what the policy left at the layer before, for the tokens of the one to come
     moved = False
     with pond.ledger.borrow("scratch", plan.scratch_bytes):
         granted = _grant(pond, slots, since, text)
-        for index, (layer, share) in enumerate(zip(pond.layers, granted, strict=True)):
+        order = list(enumerate(zip(pond.layers, granted, strict=True)))
+        for index, (layer, share) in reversed(order) if pond.policy.deepest_first else order:
             if share == layer.length - start:
+                deeper = None
                 continue
             view = pond._view(index, layer, since, text)
+            if pond.policy.deepest_first and fault is None:
+                nothing = torch.full(view.time_us.shape, torch.nan, device=pond.device)
+                view, deeper = replace(view, deeper=deeper, carry=nothing), None
+                del nothing
             try:
                 newest = partial(_newest, lead=lead)
                 keep, stay = _choose(pond, layer, view, share, pond.policy.keep if fault is None else newest)
@@ -72,10 +81,15 @@ def _pass(pond: Pond, slots: int) -> None:
                 # Some layers have moved already: finish the pass by recency, so that the memory stays whole.
                 fault = error
                 keep, stay = _choose(pond, layer, view, share, partial(_newest, lead=lead))
+            carry = view.carry if fault is None and index else None
             del view
+            if carry is not None:
+                deeper = _hand_on(pond, index, carry)
+                del carry
             if pond.host is not None:
+                first = lead is None
                 lead = keep[0].clone() if lead is None else lead
-                _spill(pond, index, layer, lead, pond.host)
+                _spill(pond, index, layer, lead, pond.host, first)
             if isinstance(layer, TieredLayer):
                 layer.demote(keep, stay, start, plan.chunk)
             else:
@@ -94,8 +108,22 @@ def _pass(pond: Pond, slots: int) -> None:
         raise fault
 
 
-def _spill(pond: Pond, index: int, layer: PondLayer, keep: Tensor, host: HostTier) -> None:
-    """Copy the frames that a layer is about to forget to host memory; `keep`, int64 [S], is that of every head."""
+def _hand_on(pond: Pond, index: int, carry: Tensor) -> Tensor:
+    """What a layer that has not moved yet leaves, float32 [H, n], for the tokens of the next shallower one: float32 [H, m]."""
+    start = pond.plan.prompt_tokens
+    tokens = [
+        tensor[:, start : layer.length]
+        for layer in (pond.layers[index], pond.layers[index - 1])
+        for tensor in (layer.time_us, layer.place)
+    ]
+    return carried_over(carry, *tokens)
+
+
+def _spill(pond: Pond, index: int, layer: PondLayer, keep: Tensor, host: HostTier, first: bool) -> None:
+    """Copy the frames that a layer is about to forget to host memory; `keep`, int64 [S], is that of every head.
+
+    The `first` layer of a pass says which frames they are.
+    """
     start = pond.plan.prompt_tokens
     with host.timed():
         gone = torch.ones(layer.length - start, dtype=torch.bool, device=pond.device)
@@ -104,7 +132,7 @@ def _spill(pond: Pond, index: int, layer: PondLayer, keep: Tensor, host: HostTie
         leave = gone.nonzero()[:, 0]
         leave += start
         del gone
-        if index == 0:
+        if first:
             time_us, place, positions = (
                 tensor[0].index_select(0, leave) for tensor in (layer.time_us, layer.place, layer.positions)
             )

@@ -245,8 +245,6 @@ class HostTier:
                 self._sums[index, :, frame.row] += keys.sum(dim=1).cpu()
                 self._values[index, :, into].copy_(layer.values[0].index_select(1, part))
         self.bytes_in += sum(frame.count for frame in self._arrivals) * self._moving
-        if index == self.geometry.layers - 1:
-            self._arrivals = []
 
     @property
     def _moving(self) -> int:

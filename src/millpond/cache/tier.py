@@ -300,5 +300,16 @@ def _packed_view(layer: TieredLayer, view: View, start: int) -> tuple[View, Tens
             part, to = full[at : at + desk.step], rank[packed + at : packed + at + desk.step]
             keys[head].index_copy_(0, to, view.keys[head].index_select(0, part))
             values[head].index_copy_(0, to, view.values[head].index_select(0, part))
-    shown = replace(view, keys=keys, values=values, time_us=time_us, place=place, protected=order >= packed, sums=sums)
+    # The deeper layer's scores are those of its full tokens.
+    shown = replace(
+        view,
+        keys=keys,
+        values=values,
+        time_us=time_us,
+        place=place,
+        protected=order >= packed,
+        sums=sums,
+        deeper=None,
+        carry=None,
+    )
     return shown, order

@@ -160,6 +160,10 @@ class Layered(Policy):
         return self.scorer.sums
 
     @property
+    def deepest_first(self) -> bool:  # type: ignore[override]
+        return self.scorer.deepest_first
+
+    @property
     def queries(self) -> int:
         return self.scorer.queries if self.scorer.proxy else self.allocator.queries
 

@@ -21,7 +21,7 @@ from millpond.errors import PolicyError
 if TYPE_CHECKING:
     from millpond.cache.tier import Tier
 
-__all__ = ["LAYER_SHARE", "SEPARATOR", "TEXT", "Policy", "View", "keep_top"]
+__all__ = ["LAYER_SHARE", "SEPARATOR", "TEXT", "Policy", "View", "check_between", "keep_top"]
 
 TEXT = -1
 """`View.place` row and column of a token of a remembered turn."""
@@ -54,6 +54,12 @@ class View:
         prompt_keys: [H, P, D], the pinned prompt's keys, which share the softmax with the memory's; with `queries`.
         sums: float32 [H, n], attention that the token received from all stream tokens after it, summed over queries and the
             group's heads; None unless the policy declares `sums`.
+        deeper: float32 [H, n], what the policy left in `carry` at the next deeper layer for the same token of the same head. NaN
+            where that layer did not hold it, and for tokens without a place, which cannot be told apart. None unless the policy
+            is `deepest_first`; None too at the deepest layer, beside a layer that keeps all it has and was not asked, and where
+            packed tokens are chosen from.
+        carry: float32 [H, n], to be written: what the policy leaves for the next shallower layer; NaN where it leaves nothing.
+            None unless the policy is `deepest_first`, and where packed tokens are chosen from.
     """
 
     keys: Tensor
@@ -68,6 +74,8 @@ class View:
     queries: Tensor | None = None
     prompt_keys: Tensor | None = None
     sums: Tensor | None = None
+    deeper: Tensor | None = None
+    carry: Tensor | None = None
 
     @property
     def heads(self) -> int:
@@ -99,6 +107,9 @@ class Policy(ABC):
     """True when `merge` changes what stays."""
     sums: ClassVar[bool] = False
     """True when the cache must sum up the attention that every token receives (`View.sums`); 4 bytes a head and slot."""
+    deepest_first: ClassVar[bool] = False
+    """True when a compaction asks from the deepest layer up and each layer sees what the policy left at the next deeper one
+    (`View.deeper`, `View.carry`)."""
 
     @abstractmethod
     def keep(self, view: View, slots: int) -> Tensor:
@@ -155,6 +166,17 @@ class Policy(ABC):
         """
         # [H, n]: scores (float32) and the result (int64); one head's ranking (float32 and int64 [n], twice).
         return heads * tokens * (4 + 8) + 32 * tokens
+
+
+def check_between(policy: Policy, low: float, high: float, *fields: str) -> None:
+    """Hold parameters of a policy to low <= value <= high.
+
+    Raises:
+        PolicyError: one lies outside; names it.
+    """
+    for field in fields:
+        if not low <= getattr(policy, field) <= high:
+            raise PolicyError(f"{policy.name}: {field} must lie between {low} and {high}, not {getattr(policy, field)}")
 
 
 def keep_top(scores: Tensor, protected: Tensor, slots: int) -> Tensor:

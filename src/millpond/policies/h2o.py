@@ -9,7 +9,7 @@ from torch import Tensor
 
 from millpond.errors import PolicyError
 from millpond.policies.attention import attention_scratch
-from millpond.policies.base import Policy, View, keep_top
+from millpond.policies.base import Policy, View, check_between, keep_top
 from millpond.policies.snapkv import keep_window
 
 __all__ = ["H2O"]
@@ -37,8 +37,7 @@ class H2O(Policy):
     recent_share: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.recent_share <= 1:
-            raise PolicyError(f"h2o: recent_share must lie between 0 and 1, not {self.recent_share}")
+        check_between(self, 0, 1, "recent_share")
 
     def keep(self, view: View, slots: int) -> Tensor:
         if view.sums is None:

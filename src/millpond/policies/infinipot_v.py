@@ -10,7 +10,7 @@ from torch import Tensor
 
 from millpond import native
 from millpond.errors import PolicyError
-from millpond.policies.base import Policy, View, keep_top
+from millpond.policies.base import Policy, View, check_between, keep_top
 from millpond.policies.pooling import pool_over_grid
 
 __all__ = ["InfiniPotV", "temporal_redundancy"]
@@ -52,8 +52,7 @@ class InfiniPotV(Policy):
     thresholds: tuple[float, float, float] = (0.2, 0.3, 0.4)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise PolicyError(f"infinipot-v: alpha must lie between 0 and 1, not {self.alpha}")
+        check_between(self, 0, 1, "alpha")
         if not 0 < self.recent_share <= 1:
             raise PolicyError(f"infinipot-v: recent_share must lie above 0 and at most at 1, not {self.recent_share}")
         if self.pooling not in ("adaptive", 1, 3, 5, 7):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from millpond.errors import PolicyError
 from millpond.policies.attention import attention_scratch, proxy_attention
-from millpond.policies.base import Policy, View
+from millpond.policies.base import Policy, View, check_between
 from millpond.policies.merging import distances, fold, fold_scratch
 
 __all__ = ["KVMerger"]
@@ -48,10 +48,8 @@ class KVMerger(Policy):
     def __post_init__(self) -> None:
         if not isinstance(self.window, int) or self.window < 1:
             raise PolicyError(f"kvmerger: window must be a whole number of tokens, at least 1, not {self.window!r}")
-        if not 0 <= self.heavy <= 1:
-            raise PolicyError(f"kvmerger: heavy must lie between 0 and 1, not {self.heavy}")
-        if not -1 <= self.threshold <= 1:
-            raise PolicyError(f"kvmerger: threshold must lie between -1 and 1, not {self.threshold}")
+        check_between(self, 0, 1, "heavy")
+        check_between(self, -1, 1, "threshold")
 
     @property
     def queries(self) -> int:

@@ -51,7 +51,7 @@ class MiKV(Policy):
         # A frozen dataclass: the parameters stay what was given, and what the base needs becomes this policy's need.
         object.__setattr__(self, "_scorer", scorer)
         object.__setattr__(self, "_tier", Tier(Codec(self.bits, self.group), self.full_share))
-        for need in ("agnostic", "proxy", "sums"):
+        for need in ("agnostic", "proxy", "sums", "deepest_first"):
             object.__setattr__(self, need, getattr(scorer, need))
 
     @property

@@ -8,9 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from millpond.errors import PolicyError
 from millpond.policies.attention import attention_scratch, proxy_attention
-from millpond.policies.base import Policy, View, keep_top
+from millpond.policies.base import Policy, View, check_between, keep_top
 from millpond.policies.merging import fold, fold_scratch
 
 __all__ = ["StreamMem"]
@@ -40,8 +39,7 @@ class StreamMem(Policy):
     prototypes: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.prototypes <= 1:
-            raise PolicyError(f"streammem: prototypes must lie between 0 and 1, not {self.prototypes}")
+        check_between(self, 0, 1, "prototypes")
 
     def keep(self, view: View, slots: int) -> Tensor:
         scores = proxy_attention(view).nan_to_num_(0)

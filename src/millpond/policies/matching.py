@@ -1,0 +1,50 @@
+"""The same token in two layers: found by its stream time and its place, head by head.
+
+After the first compaction layers and heads hold different tokens, so the i-th of one is not the i-th of another. Knows no scores.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["carried_over", "matching_scratch"]
+
+
+def carried_over(scores: Tensor, time_us: Tensor, place: Tensor, to_time_us: Tensor, to_place: Tensor) -> Tensor:
+    """What one layer's scores say of another layer's tokens: float32 [H, m], NaN where that layer does not hold the token.
+
+    Tokens without a place (text, separators) are NaN too: several share a time and a place, and cannot be told apart.
+
+    Args:
+        scores: float32 [H, n]. time_us, place: int64 [H, n] and int16 [H, n, 2] of the same tokens, as in `View`.
+        to_time_us, to_place: int64 [H, m] and int16 [H, m, 2] of the other layer's tokens.
+    """
+    out = torch.empty(to_time_us.shape, device=scores.device)
+    for head, row in enumerate(out):
+        held, order = _keys(time_us[head], time_us[head], place[head]).sort(stable=True)
+        wanted = _keys(time_us[head], to_time_us[head], to_place[head])
+        at = torch.searchsorted(held, wanted).clamp_(max=len(held) - 1)
+        same = held[at] == wanted
+        del held, wanted
+        at = order[at]
+        del order
+        # A time that the layer does not hold has the rank of the next one.
+        same &= time_us[head][at] == to_time_us[head]
+        same &= to_place[head, :, 0] >= 0
+        row.copy_(scores[head][at]).masked_fill_(~same, torch.nan)
+    return out
+
+
+def matching_scratch(tokens: int) -> int:
+    """The most bytes that `carried_over` allocates for layers of at most `tokens` tokens, beside its result."""
+    return 72 * tokens + 64
+
+
+def _keys(times: Tensor, time_us: Tensor, place: Tensor) -> Tensor:
+    """One number for each token's time and place, int64 [n]; of the time only its rank among `times`, so that all fits in."""
+    key = torch.searchsorted(times, time_us)
+    key.bitwise_left_shift_(32)
+    key.add_(place[:, 0].to(torch.int64).add_(2).bitwise_left_shift_(16))
+    key.add_(place[:, 1].to(torch.int64).add_(2))
+    return key
