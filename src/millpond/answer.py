@@ -17,7 +17,7 @@ class Usage:
     Attributes:
         budget_bytes: the cap; None for the uncapped reference.
         live_bytes: what the live tokens take now, metadata included.
-        allocated_bytes: storage and waiting frames held now.
+        allocated_bytes: storage, and waiting and recent frames held now.
         peak_bytes: the most ever held at once, scratch included; never above the budget.
         full_cache_bytes: what a plain cache of the same stream would take by now (keys and values alone).
         frames_seen, frames_dropped: raw frames taken in, and dropped by a live source.

@@ -39,11 +39,12 @@ class Flow:
     """One stream's memory and the way into it.
 
     Args:
-        family, policy, positions, system, reserve_tokens, admission, host_path: as in `millpond.Session`.
+        family, policy, positions, system, reserve_tokens, admission, recent_frames, host_path: as in `millpond.Session`.
         budget: bytes; None only for a policy without a cap.
         host_budget: bytes; None where nothing is recalled, or only planned.
 
     Attributes:
+        recent_frames: as given.
         clock: where the next token stands.
         grid: the largest frame size planned for; None before the first frame.
         tokens: stream tokens that went in, the prompt among them.
@@ -64,13 +65,17 @@ class Flow:
         system: str | None,
         reserve_tokens: int | None,
         admission: Admission | None = None,
+        recent_frames: int = 0,
         host_budget: int | None = None,
         host_path: str | Path | None = None,
     ) -> None:
         if admission is not None and policy.whole_frames:
             raise PolicyError(f"{policy.name} keeps whole frames of one size, which {admission.name} thins")
+        if not isinstance(recent_frames, int) or recent_frames < 0:
+            raise MillpondError(f"recent_frames must be a whole number, at least 0, not {recent_frames!r}")
         self.family = family
         self.policy = policy
+        self.recent_frames = recent_frames
         self.admission = admission
         self._seen: Any = None  # the admission's state
         self.positions = positions
@@ -200,7 +205,7 @@ class Flow:
         """Re-anchor when the next block or turn would pass the positions that the weights were trained on."""
         rope, clock = self.family.rope, self.clock
         # At most a quarter: tokens of one frame share positions, and a turn that counts them all would re-anchor every block.
-        ahead = min(tokens + self.pond.plan.turn_tokens, rope.limit // 4)
+        ahead = min(tokens + self.pond.plan.turn_tokens + self.pond.plan.recent_tokens, rope.limit // 4)
         if clock.next + ahead <= rope.limit or self.pond.length == 0:
             return
         moved = 0
@@ -242,6 +247,8 @@ class Flow:
             reserve_tokens=self._reserve,
             state_bytes=0 if self.admission is None else self.admission.state_bytes(self.family.hidden),
             proxy_tokens=self._proxy_tokens,
+            recent_frames=self.recent_frames,
+            reopening_tokens=len(self.family.reopening()),
             what=what,
         )
 

@@ -1,6 +1,6 @@
 """Frames on their way in: given a time, queued at model resolution, and run through the model by whole blocks.
 
-Owns what waits for its block, and the stream's times. Knows nothing about questions but what one is shown of the frames that wait.
+Owns what waits for its block, and the stream's times. Knows nothing about questions but which frames one is shown.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from millpond.errors import SourceError
 from millpond.families.base import Grid, Tokens
 from millpond.flow import Flow, dated
 from millpond.frames import Frame
+from millpond.second_look import SecondLook, Shot
 
 __all__ = ["Intake"]
 
@@ -32,7 +33,8 @@ class Intake:
 
     def __init__(self, flow: Flow) -> None:
         self._flow = flow
-        self.waiting: list[tuple[int, np.ndarray]] = []
+        self.waiting: list[Shot] = []
+        self._look = SecondLook(flow)
         self._grid: Grid | None = None  # of the waiting frames
         self.video_open = True  # the opening ends where the first frame goes
         self.last_us: int | None = None
@@ -104,7 +106,8 @@ class Intake:
                 if not self.video_open:
                     self._flow.append(self._reopening(block[0][0]), text=True)
                     self.video_open = True
-                verdicts = self._flow.watch(self._encode(block))
+                    self._look.clear()  # a video's time begins with its first frame: none of those before could stand in it
+                verdicts = self._flow.watch(self.encode(block))
             done = True
             for index, verdict in enumerate(verdicts or ()):
                 frames_of_it = min(size, count - index * size)
@@ -117,10 +120,13 @@ class Intake:
             self._flow.pond.ledger.hold("waiting", sum(frame.nbytes for _, frame in self.waiting))
             if not self.waiting:
                 self._grid = None
+            if done:
+                self._look.keep(block)
 
-    def _encode(self, waiting: list[tuple[int, np.ndarray]]) -> Tokens:
+    def encode(self, shots: list[Shot]) -> Tokens:
+        """Frames as the decoder takes them; all of one size."""
         with self._flow.timed("vision"):
-            return self._flow.family.encode([frame for _, frame in waiting], [time for time, _ in waiting])
+            return self._flow.family.encode([frame for _, frame in shots], [time for time, _ in shots])
 
     def _reopening(self, time_us: int) -> Tokens:
         """What stands between a turn and the frames that go on behind it."""
@@ -133,18 +139,25 @@ class Intake:
             with self._flow.timed("compaction"):
                 self._flow.make_room(reopening + self._grid.tokens)
 
-    def shown(self) -> list[Tokens]:
-        """What a question sees of the waiting frames; nothing is taken in."""
-        if not self.waiting:
-            return []
-        seen = self._encode(self.waiting)
-        return [seen] if self.video_open else [self._reopening(self.waiting[0][0]), seen]
+    def shown(self) -> tuple[list[Tokens], list[list[Shot]], list[Tokens]]:
+        """What a question sees of the latest frames; nothing is taken in.
+
+        Returns:
+            What reopens the video, where that is needed; blocks of frames to `encode` once more; and the waiting frames.
+        """
+        again = self._look.blocks(len(self.waiting))
+        waiting = [self.encode(self.waiting)] if self.waiting else []
+        first = next(iter([*again, self.waiting]))
+        reopening = [self._reopening(first[0][0])] if first and not self.video_open else []
+        return reopening, again, waiting
 
     def close_video(self) -> None:
         """A turn that is remembered ends the video, with the frames that it was shown."""
+        shown = list(self.waiting)
         self.waiting.clear()
         self._grid = None
         self._flow.pond.ledger.hold("waiting", 0)
+        self._look.keep(shown)
         self.video_open = False
 
     def fork(self, flow: Flow) -> Intake:
@@ -153,4 +166,5 @@ class Intake:
         other.__dict__.update(self.__dict__)
         other._flow, other.waiting = flow, list(self.waiting)
         flow.pond.ledger.hold("waiting", sum(frame.nbytes for _, frame in self.waiting))
+        other._look = self._look.fork(flow)
         return other

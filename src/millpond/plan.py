@@ -2,7 +2,8 @@
 
     slots = prompt + memory |C| + room + reserve
     and, where a policy packs what it would forget: packed tokens, and a desk on which one layer is unpacked
-    bytes = slots x bytes_per_token + frames in waiting + scratch + an admission's state + a proxy's queries  <=  budget
+    bytes = slots x bytes_per_token + frames in waiting + frames for a second look + scratch + an admission's state
+            + a proxy's queries  <=  budget
 
 Arithmetic only; nothing is allocated here.
 """
@@ -45,7 +46,7 @@ class Plan:
         memory_tokens: |C|, what a compaction keeps beside the prompt.
         room_tokens: free after a compaction for the frames to come.
         block_tokens, block_groups: what runs through the model at once.
-        reserve_tokens: kept free for a question, its answer and what it recalls.
+        reserve_tokens: kept free for a question, its answer, what it recalls and what it is shown again.
         group_tokens, frames_per_group: size of one frame group.
         frames_in_full: raw frames that the memory holds when it keeps every one of their tokens.
         waiting_bytes: frames at model resolution that wait for their block to fill.
@@ -56,6 +57,8 @@ class Plan:
         packed_tokens, packed_bytes: tokens that are remembered in few bits, and their storage, metadata included.
         desk_bytes: one layer's keys and values, unpacked.
         recall_frames, recall_tokens: frame groups that a question recalls from host memory, and their share of the reserve.
+        recent_frames, recent_tokens, recent_bytes: latest raw frames, in whole groups, that a question is shown again; their share
+            of the reserve; and their pixels at model resolution.
     """
 
     budget: int | None
@@ -80,18 +83,21 @@ class Plan:
     desk_bytes: int = 0
     recall_frames: int = 0
     recall_tokens: int = 0
+    recent_frames: int = 0
+    recent_tokens: int = 0
+    recent_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """Everything the plan may hold at once; at most the budget."""
         beside = self.waiting_bytes + self.scratch_bytes + self.state_bytes + self.query_bytes
-        beside += self.packed_bytes + self.desk_bytes
+        beside += self.packed_bytes + self.desk_bytes + self.recent_bytes
         return self.slots * self.bytes_per_token + beside
 
     @property
     def turn_tokens(self) -> int:
         """What of the reserve is for a question and its answer."""
-        return self.reserve_tokens - self.recall_tokens
+        return self.reserve_tokens - self.recall_tokens - self.recent_tokens
 
     def seconds_in_full(self, fps: float) -> float:
         """Seconds of video at `fps` that fit into the memory in full detail."""
@@ -114,6 +120,8 @@ def make_plan(
     reserve_tokens: int | None = None,
     state_bytes: int = 0,
     proxy_tokens: int = 0,
+    recent_frames: int = 0,
+    reopening_tokens: int = 0,
     what: str = "this model",
 ) -> Plan:
     """Split `budget` bytes for a model and a frame size.
@@ -125,6 +133,8 @@ def make_plan(
         reserve_tokens: slots kept free for a turn; by default an eighth of all, between 32 and 512.
         state_bytes: what an admission remembers of the stream.
         proxy_tokens: length of the text that a policy with the proxy "prompt" is shown; the reserve is never shorter.
+        recent_frames: latest raw frames that a question is shown again; rounded up to whole groups.
+        reopening_tokens: what stands in front of them behind a remembered turn.
         what: named in errors.
 
     Raises:
@@ -134,11 +144,14 @@ def make_plan(
     proxy_tokens = proxy_tokens if policy.proxy == "prompt" else 0
     query_bytes = (proxy_tokens or policy.queries) * geometry.query_bytes
     reserve_least = max(_RESERVE_LEAST if reserve_tokens is None else reserve_tokens, proxy_tokens)
+    again = -(-recent_frames // frames_per_group)  # groups
+    recent_tokens = again * group_tokens + reopening_tokens if again else 0
 
     def split(slots: int) -> Plan:
         reserve = reserve_least
         if reserve_tokens is None:
             reserve = max(reserve, min(_RESERVE_MOST, slots // _RESERVE_SHARE))
+        reserve += recent_tokens
         recalled = 0
         if policy.recalls:
             recalled = max(1, min(policy.recalls, (slots - prompt_tokens - reserve) // _RECALL_SHARE // group_tokens))
@@ -179,14 +192,17 @@ def make_plan(
             desk_bytes=tier.desk_bytes(geometry, slots + packed) if tier else 0,
             recall_frames=recalled,
             recall_tokens=recalled * group_tokens,
+            recent_frames=again * frames_per_group,
+            recent_tokens=recent_tokens,
+            recent_bytes=again * frames_per_group * frame_bytes,
         )
 
     if not policy.capped:
-        return split(prompt_tokens + (reserve_tokens or _RESERVE_MOST) + 8 * group_tokens)
+        return split(prompt_tokens + (reserve_tokens or _RESERVE_MOST) + recent_tokens + 8 * group_tokens)
     if budget is None:
         raise BudgetError(f"the policy {policy.name!r} needs a budget; only 'full' runs without one")
     # The least that works: one group remembered, one coming in, and room for a turn and one group that it recalls.
-    fewest = prompt_tokens + (3 if policy.recalls else 2) * group_tokens + reserve_least
+    fewest = prompt_tokens + (3 if policy.recalls else 2) * group_tokens + reserve_least + recent_tokens
     # Tokens are packed by whole groups, so up to a group less one leave beside those that must.
     remembered = group_tokens + (tier.codec.group - 1 if tier else 0)
     fewest = _first(lambda slots: split(slots).memory_tokens >= remembered, fewest)

@@ -30,6 +30,7 @@ from millpond.frames import Frame
 from millpond.intake import Intake
 from millpond.plan import Plan
 from millpond.policies.base import Policy
+from millpond.second_look import Shot
 
 __all__ = ["Session"]
 
@@ -51,6 +52,8 @@ class Session:
         reserve_tokens: slots kept free for a question and its answer; by default an eighth of all, 32 to 512.
         admission: what of each frame is let in at all, before the policy: a name ("curvestream") or an `Admission`. None lets
             every frame in whole. Frames still waiting for their group are shown to a question whole, whatever it is.
+        recent_frames: that many of the latest frames, in whole groups, are kept as pixels, encoded again for each question, and
+            shown to it in full behind the memory. 0: none.
         host_budget: bytes of host memory for what leaves the device, beside `budget`: for a policy that recalls frames from there
             ("rekv"), which needs it. When it is full, the oldest frames are forgotten.
         host_path: a folder; host memory is then a mapped file in it, without a name, gone with the session.
@@ -70,6 +73,7 @@ class Session:
         system: str | None = None,
         reserve_tokens: int | None = None,
         admission: str | Admission | None = None,
+        recent_frames: int = 0,
         host_budget: str | int | None = None,
         host_path: str | Path | None = None,
     ) -> None:
@@ -90,6 +94,7 @@ class Session:
             system=system,
             reserve_tokens=reserve_tokens,
             admission=admissions.read(admission) if isinstance(admission, str) else admission,
+            recent_frames=recent_frames,
             host_budget=None if host_budget is None else int(Budget(host_budget)),
             host_path=host_path,
         )
@@ -124,6 +129,7 @@ class Session:
         system: str | None = None,
         reserve_tokens: int | None = None,
         admission: str | Admission | None = None,
+        recent_frames: int = 0,
         host_budget: str | int | None = None,
         host_path: str | Path | None = None,
         dtype: str | torch.dtype | None = None,
@@ -157,6 +163,7 @@ class Session:
             "system": system,
             "reserve_tokens": reserve_tokens,
             "admission": admissions.read(admission) if isinstance(admission, str) else admission,
+            "recent_frames": recent_frames,
         }
         family, granted = load_within(
             model,
@@ -235,20 +242,27 @@ class Session:
     def _generate(self, question: str, limit: int, remember: bool, began: float) -> Generator[str, None, Answer]:
         asked_us = self._intake.last_us or 0
         start = self._flow.pond.length
-        kept = self._intake.shown()
-        after_video = bool(kept) or self._intake.video_open
-        kept.append(dated(self.family.question(question, after_video=after_video), asked_us))
+        reopening, again, waiting = self._intake.shown()
+        after_video = bool(again or waiting) or self._intake.video_open
+        asked = dated(self.family.question(question, after_video=after_video), asked_us)
         if remember:
             self._flow.ask_proxy()  # while its reserve is free, and before it could see the question
-        recalled = self._flow.recallable
-        self._flow.pond.admit_turn(recalled + sum(len(part) for part in kept) + 1)
-        for part in kept[:-1]:
+        recalled, kept = self._flow.recallable, [*reopening, *waiting, asked]
+        self._flow.pond.admit_turn(recalled + _most_tokens(again, self.plan) + sum(len(part) for part in kept) + 1)
+        for part in reopening:
+            self._flow.run(part)
+        before = self._flow.pond.length
+        for block in again:
+            self._flow.run(self._intake.encode(block))
+        seen_again = self._flow.pond.length - before
+        for part in waiting:
             self._flow.run(part)
         behind = self._flow.pond.length
-        hidden = self._flow.ask(kept[-1])
+        hidden = self._flow.ask(asked)
         done = yield from decode(self._flow, hidden, asked_us, limit=limit, run_last=remember)
         if remember:
             self._flow.pond.cut(behind, recalled)
+            self._flow.pond.cut(before, seen_again)
             self._remember(kept + done.kept, start)
         return Answer(
             question=question,
@@ -357,3 +371,8 @@ class Session:
                 yield
             finally:
                 self._owner = None
+
+
+def _most_tokens(blocks: list[list[Shot]], plan: Plan) -> int:
+    """Slots that frames take; at most, because a timestamp's text varies in length."""
+    return sum(-(-len(block) // plan.frames_per_group) for block in blocks) * plan.group_tokens

@@ -44,3 +44,18 @@ def test_parameters_make_cells_of_their_own_and_mistakes_are_named() -> None:
         read_cells(["infinipot-v:alpha"], ["1/4"], "absolute")
     with pytest.raises(PolicyError, match="no policy is called 'nothing'"):
         read_cells(["nothing"], ["1/4"], "absolute")
+
+
+def test_frames_shown_again_make_cells_of_their_own_and_leave_the_other_names_as_they_were() -> None:
+    names = ["full", "last-4-frames", "recent"]
+    plain, again = (read_cells(names, ["1/4"], "contiguous", count) for count in (0, 4))
+    assert [cell.name for cell in plain] == [
+        "full @ - contiguous",
+        "last-4-frames @ - contiguous",
+        "recent @ 1/4 contiguous",
+    ]
+    assert [cell.name for cell in again] == [
+        "full @ - contiguous, 4 frames again",
+        "last-4-frames @ - contiguous",
+        "recent @ 1/4 contiguous, 4 frames again",
+    ]

@@ -64,6 +64,18 @@ def test_the_last_frames_baseline_saw_nothing_else(minnow: Family, stream: Strea
     assert outcome.budget_bytes is None
 
 
+def test_frames_are_shown_again(minnow: Family, stream: Stream) -> None:
+    (cell,) = read_cells(["keydiff"], ["1/4"], "contiguous", 4)
+    (outcome,) = watch(minnow, stream, [cell], SUPPORTED)
+    session = Session(minnow, budget=outcome.budget_bytes, policy="keydiff", recent_frames=4)
+    session.feed(stream.frames())
+    assert outcome.memory_tokens == session.usage.memory_tokens
+    assert outcome.peak_bytes == session.usage.peak_bytes <= session.plan.budget  # type: ignore[operator]
+    without = Session(minnow, budget=outcome.budget_bytes, policy="keydiff")
+    without.feed(stream.frames())
+    assert outcome.memory_tokens < without.usage.memory_tokens
+
+
 def test_a_policy_that_recalls_is_given_host_memory(minnow: Family, stream: Stream) -> None:
     (cell,) = read_cells(["rekv"], ["1/4"], "contiguous")
     (outcome,) = watch(minnow, stream, [cell], SUPPORTED)

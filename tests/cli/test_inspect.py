@@ -41,6 +41,17 @@ def test_plan_shows_the_session_s_own_split(model: str) -> None:
         assert str(number) in shown
 
 
+def test_plan_shows_what_the_latest_frames_take(model: str) -> None:
+    words = ("plan", "--model", model, "--budget", "3MiB", "--size", "112x56", "--recent-frames", 4)
+    split = Session(families.load(model, device="cpu"), budget="3MiB", recent_frames=4).plan_for(56, 112)
+    found, shown = objects(millpond(*words, "--json")), millpond(*words).stdout
+    assert {name: found[name] for name in split.to_dict()} == split.to_dict()
+    assert found["recent_bytes"] == 4 * found["waiting_bytes"] // (found["block_groups"] * found["frames_per_group"])
+    assert str(split.recent_bytes) in shown
+    assert "4 recent frames again" in shown
+    assert "recent frames" not in millpond(*words[:-2]).stdout
+
+
 @pytest.mark.parametrize("budget", ["1kB", "least for the prompt"])
 def test_a_budget_too_small_names_the_least_and_that_works(model: str, budget: str) -> None:
     words = ("plan", "--model", model, "--size", "112x112")

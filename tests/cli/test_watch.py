@@ -126,6 +126,20 @@ def test_an_admission_stands_before_the_memory(clip: Path, model: str) -> None:
     assert thinned["stream_seconds"] == plain["stream_seconds"]
 
 
+def test_the_latest_frames_are_shown_again(clip: Path, model: str) -> None:
+    from millpond import Session, families, frames
+
+    words = ("--json", "--recent-frames", 4, "--ask", "what is there")
+    found = last_object(watch(clip, model, *words))
+    session = Session(families.load(model, device="cpu"), budget="2MiB", recent_frames=4)
+    with frames.open(str(clip), fps=2) as source:
+        session.feed(source)
+    assert found["usage"]["peak_bytes"] == session.usage.peak_bytes
+    assert found["answers"][0]["text"] == session.ask("what is there", max_new_tokens=6).text
+    refused = watch(clip, model, "--recent-frames", -1)
+    assert refused.exit_code == 2
+
+
 def test_host_memory_stands_behind_the_budget(clip: Path, model: str) -> None:
     result = watch(clip, model, "--json", "--policy", "rekv", "--host-budget", "1MB", "--ask", "what is there")
     usage = last_object(result)["usage"]

@@ -27,17 +27,19 @@ class Cell:
     Attributes:
         policy: a policy with its parameters as `millpond.policies.read` takes it, or `LAST_FRAMES`.
         budget: share of the full cache (a `Fraction`), bytes (int), or None where there is no cap.
-        positions: as in `millpond.Session`.
+        positions, recent_frames: as in `millpond.Session`.
     """
 
     policy: str
     budget: Fraction | int | None
     positions: Positions
+    recent_frames: int = 0
 
     @property
     def name(self) -> str:
         """Unique, readable, and what a resumed study recognises a finished trial by."""
-        return f"{self.policy} @ {'-' if self.budget is None else self.budget} {self.positions}"
+        again = f", {self.recent_frames} frames again" if self.recent_frames else ""
+        return f"{self.policy} @ {'-' if self.budget is None else self.budget} {self.positions}{again}"
 
     @property
     def budget_name(self) -> str:
@@ -70,7 +72,7 @@ def read_budget(text: str) -> Fraction | int:
     return share
 
 
-def read_cells(names: list[str], budgets: list[str], positions: Positions) -> list[Cell]:
+def read_cells(names: list[str], budgets: list[str], positions: Positions, recent_frames: int = 0) -> list[Cell]:
     """Every capped policy under every budget, and the uncapped references once.
 
     Raises:
@@ -80,7 +82,8 @@ def read_cells(names: list[str], budgets: list[str], positions: Positions) -> li
     cells: list[Cell] = []
     for name in names:
         if name != LAST_FRAMES and policies.read(name).capped:
-            cells += [Cell(name, share, positions) for share in shares]
+            cells += [Cell(name, share, positions, recent_frames) for share in shares]
         else:
-            cells.append(Cell(name, None, positions))
+            # The last frames by themselves are the reference without a memory: nothing to show once more.
+            cells.append(Cell(name, None, positions, 0 if name == LAST_FRAMES else recent_frames))
     return list(dict.fromkeys(cells))

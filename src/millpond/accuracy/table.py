@@ -57,6 +57,7 @@ def _row(cell: Cell, outcomes: list[Outcome], questions: Sequence[str]) -> dict[
         "policy": cell.policy,
         "budget": cell.budget_name,
         "positions": cell.positions,
+        "recent_frames": cell.recent_frames,
         "streams": len(seen),
         "refused": next((outcome.refused for outcome in outcomes if outcome.refused), None),
     }
@@ -125,7 +126,9 @@ def _overall(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _policy(row: dict[str, Any]) -> str:
-    return row["policy"] if row["positions"] == "contiguous" else f"{row['policy']} ({row['positions']})"
+    marks = [] if row["positions"] == "contiguous" else [row["positions"]]
+    marks += [f"{row['recent_frames']} frames again"] if row["recent_frames"] else []
+    return f"{row['policy']} ({', '.join(marks)})" if marks else row["policy"]
 
 
 def _line(cells: Iterable[str]) -> str:

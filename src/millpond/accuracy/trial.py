@@ -87,7 +87,14 @@ def _run(
     policy = policies.read("full" if last else cell.policy)
     try:
         host = full if policy.recalls else None
-        session = Session(family, budget=cell.bytes_of(full), policy=policy, positions=cell.positions, host_budget=host)
+        session = Session(
+            family,
+            budget=cell.bytes_of(full),
+            policy=policy,
+            positions=cell.positions,
+            recent_frames=cell.recent_frames,
+            host_budget=host,
+        )
         session.plan_for(*frames[0][1].shape[:2])
         session.feed(frames[-4:] if last else frames)
     except (BudgetError, PolicyError) as error:  # a policy too may need more than this budget has room for

@@ -217,13 +217,13 @@ class Pond(Cache):
             layer.length = min(layer.length, length + ahead)
 
     def cut(self, start: int, count: int) -> None:
-        """Take `count` slots from `start` on out of every layer; what lies behind them moves down."""
+        """Take `count` slots from slot `start` of the first layer on out of every layer; what lies behind them moves down."""
         if not count:
             return
         behind = torch.arange(count, self.length - start, device=self.device).repeat(self.geometry.kv_heads, 1)
         with self.ledger.borrow("scratch", self.plan.scratch_bytes):
-            for layer in self.layers:
-                layer.compact(behind, start, self.plan.chunk)
+            for layer, ahead in zip(self.layers, self._ahead, strict=True):
+                layer.compact(behind, start + ahead, self.plan.chunk)
 
     # --- shrinking ----------------------------------------------------------------------------------------------
 

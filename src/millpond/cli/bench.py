@@ -47,6 +47,7 @@ def accuracy(
     positions: Annotated[list[Positions], typer.Option(help="As in `millpond watch`; repeatable.")] = [  # noqa: B006
         Positions.contiguous
     ],
+    recent_frames: Annotated[int, typer.Option(min=0, metavar="N", help="As in `millpond watch`.")] = 0,
     questions: Annotated[
         str | None, typer.Option(metavar="A,B,...", help="Question families; by default those that Minnow supports.")
     ] = None,
@@ -77,7 +78,9 @@ def accuracy(
     generated.generate(0, groups=groups, level=level, split=split)  # refuse a wrong name before any process starts
     cells: list[Cell] = []
     for way in positions:
-        cells += read_cells([*REFERENCES, *names], _listed(budgets), way.value)
+        cells += read_cells([*REFERENCES], _listed(budgets), way.value)
+        cells += read_cells(names, _listed(budgets), way.value, recent_frames)
+    cells = list(dict.fromkeys(cells))
     study = Study(model, streams, groups, level, split, families)
     _progress(run(study, cells, out, processes=processes), quiet=quiet or as_json)
     rows = summarise(cells, (row for row in outcomes(out) if row.seed < streams), families)

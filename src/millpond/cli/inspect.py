@@ -25,6 +25,7 @@ from millpond.cli.options import (
     PixelsOption,
     PolicyOption,
     QuietFlag,
+    RecentOption,
     SystemOption,
     budget_for,
     read_size,
@@ -32,7 +33,6 @@ from millpond.cli.options import (
 from millpond.errors import BudgetError
 
 if TYPE_CHECKING:
-    from millpond.device import DevicePlan
     from millpond.families.base import Family
     from millpond.plan import Plan
     from millpond.precision.device_budget import DeviceSplit
@@ -53,6 +53,7 @@ def plan(
     ] = "640x480",  # type: ignore[assignment]
     fps: FpsOption = 2.0,
     policy: PolicyOption = DEFAULT_POLICY,
+    recent_frames: RecentOption = 0,
     system: SystemOption = None,
     dtype: DtypeOption = None,
     max_pixels: PixelsOption = None,
@@ -63,19 +64,20 @@ def plan(
     announce(context, as_json=as_json, quiet=quiet)
     from millpond import families
     from millpond.cli.watch import silence
+    from millpond.device import plan_device
 
     silence()
     family = families.load(model, dtype=dtype, max_pixels=max_pixels, weights=False)
     capped = budget_for(budget, policy, device_memory)
     title = f"{model}, {policy}, frames of {size.width} x {size.height} at {fps:g} a second"
-    device: dict[str, Any] = {}
+    stream, device = _stream(policy, recent_frames, system), {}
     if device_memory is not None:
-        whole = _of_device(family, model, device_memory, policy, system, size)
+        whole = plan_device(family, model, device_memory, (size.height, size.width), **stream)
         split, device = whole.plan, {"device": whole.split.to_dict()}
         if not as_json:
             _print_device(whole.split, title)
     else:
-        split = _split(family, capped, policy, system, size)
+        split = _split(family, capped, stream, size)
     if as_json:
         seconds = {"fps": fps, "seconds_in_full": split.seconds_in_full(fps)}
         frame = {"width": size.width, "height": size.height}
@@ -84,7 +86,7 @@ def plan(
         _print_plan(split, "the stream's part" if device else title, fps)
 
 
-def _split(family: Family, budget: int | None, policy: str, system: str | None, size: FrameSize) -> Plan:
+def _split(family: Family, budget: int | None, stream: dict[str, Any], size: FrameSize) -> Plan:
     """The plan; where the budget cannot hold even the prompt, the error still names the least for these frames."""
     from millpond.budget import format_bytes
     from millpond.device import least_budget
@@ -92,11 +94,11 @@ def _split(family: Family, budget: int | None, policy: str, system: str | None, 
 
     grid = family.grid(size.height, size.width)
     try:
-        return Flow(family, budget=budget, **_stream(policy, system)).plan_for(grid)
+        return Flow(family, budget=budget, **stream).plan_for(grid)
     except BudgetError as error:
         if budget is None or error.least is None:
             raise
-        least = least_budget(family, grid, **_stream(policy, system))
+        least = least_budget(family, grid, **stream)
         raise BudgetError(
             f"a budget of {format_bytes(budget)} is too small for frames of {size.width} x {size.height}: "
             f"the least that works is {least} bytes ({format_bytes(least)})",
@@ -104,17 +106,13 @@ def _split(family: Family, budget: int | None, policy: str, system: str | None, 
         ) from error
 
 
-def _stream(policy: str, system: str | None) -> dict[str, Any]:
+def _stream(policy: str, recent_frames: int, system: str | None) -> dict[str, Any]:
     """What `millpond.flow.Flow` takes beside a family and a budget."""
     from millpond import policies
 
-    return {"policy": policies.read(policy), "positions": "contiguous", "system": system, "reserve_tokens": None}
-
-
-def _of_device(family: Family, model: str, memory: int, policy: str, system: str | None, size: FrameSize) -> DevicePlan:
-    from millpond.device import plan_device
-
-    return plan_device(family, model, memory, (size.height, size.width), **_stream(policy, system))
+    chosen = policies.read(policy)
+    own = {"positions": "contiguous", "system": system, "reserve_tokens": None}
+    return {"policy": chosen, "recent_frames": recent_frames, **own}
 
 
 def _print_device(split: DeviceSplit, title: str) -> None:
@@ -156,12 +154,13 @@ def _print_plan(split: Plan, title: str, fps: float) -> None:
         ("desk", None, split.desk_bytes, "where a layer is unpacked"),
         ("reserve", split.reserve_tokens, split.reserve_tokens * each, _of_turn(split)),
         ("waiting frames", None, split.waiting_bytes, "until their block is full"),
+        ("recent frames", None, split.recent_bytes, f"the latest {split.recent_frames}, to be encoded again"),
         ("scratch", None, split.scratch_bytes, "compaction and re-anchoring"),
         ("admission", None, split.state_bytes, "what it remembers of the stream"),
         ("queries", None, split.query_bytes, "the policy's proxy"),
         ("total", split.slots, split.total_bytes, _of_budget(split)),
     ]
-    rows = [row for row in rows if row[2] or row[0] not in ("admission", "queries", "packed", "desk")]
+    rows = [row for row in rows if row[2] or row[0] not in ("admission", "queries", "packed", "desk", "recent frames")]
     table = Table(title=Text(title), title_justify="left")
     for name, justify in (("", "left"), ("tokens", "right"), ("bytes", "right"), ("", "right"), ("what for", "left")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
@@ -174,7 +173,8 @@ def _print_plan(split: Plan, title: str, fps: float) -> None:
 
 def _of_turn(split: Plan) -> str:
     recalled = f", and {split.recall_frames * split.frames_per_group} recalled frames" if split.recall_frames else ""
-    return f"a question and its answer{recalled}"
+    again = f", and {split.recent_frames} recent frames again" if split.recent_frames else ""
+    return f"a question and its answer{recalled}{again}"
 
 
 def _of_budget(split: Plan) -> str:

@@ -33,6 +33,7 @@ __all__ = [
     "PolicyOption",
     "PositionsOption",
     "QuietFlag",
+    "RecentOption",
     "SystemOption",
     "WatchCommand",
     "budget_for",
@@ -205,6 +206,16 @@ AdmissionOption = Annotated[
         metavar="NAME",
         show_default="everything",
         help="What of each frame is let in, before any policy: curvestream.",
+    ),
+]
+RecentOption = Annotated[
+    int,
+    typer.Option(
+        "--recent-frames",
+        envvar="MILLPOND_RECENT_FRAMES",
+        min=0,
+        metavar="N",
+        help="Show each question the latest N frames once more, encoded again; they and their slots count against the budget.",
     ),
 ]
 PositionsOption = Annotated[

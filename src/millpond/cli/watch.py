@@ -31,6 +31,7 @@ from millpond.cli.options import (
     Positions,
     PositionsOption,
     QuietFlag,
+    RecentOption,
     SystemOption,
     budget_for,
     read_moment,
@@ -72,6 +73,7 @@ def watch(
     fps: FpsOption = 2.0,
     policy: PolicyOption = DEFAULT_POLICY,
     admission: AdmissionOption = None,
+    recent_frames: RecentOption = 0,
     positions: PositionsOption = Positions.contiguous,
     system: SystemOption = None,
     max_new_tokens: Annotated[
@@ -113,6 +115,7 @@ def watch(
         host_budget=host_budget,
         policy=policy,
         admission=admission,
+        recent_frames=recent_frames,
         positions=positions.value,
         system=system,
         dtype=dtype,

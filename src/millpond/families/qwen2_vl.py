@@ -138,7 +138,8 @@ class Qwen2VL(DecoderFamily):
         base = clock.open_segment(int(tokens.time_us[0]))
         # A group begins where its grid does; two groups may well carry the same time.
         begins = (tokens.place == 0).all(dim=1)
-        temporal = clock.origin + self._temporal(tokens.time_us[begins], clock)
+        # Frames shown again stand where they stood; where gaps were closed since, that may lie in front of the segment.
+        temporal = (clock.origin + self._temporal(tokens.time_us[begins], clock)).clamp_(min=base)
         if len(temporal) > 1:
             clock.step = max(1, int(temporal[-1] - temporal[-2]))
         clock.groups += len(temporal)

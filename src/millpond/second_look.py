@@ -1,0 +1,69 @@
+"""The latest frames once more: their pixels are kept after they have run, and a question is shown them again in full.
+
+Owns those pixels. Knows nothing about the question, or about what the memory has kept of these frames.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+
+from millpond.flow import Flow
+
+__all__ = ["SecondLook", "Shot"]
+
+Shot = tuple[int, np.ndarray]
+"""A frame at model resolution, uint8 [height, width, 3], and its stream time in microseconds."""
+
+
+class SecondLook:
+    """The pixels of the latest frames that have run through the model, in the groups in which they ran.
+
+    Args:
+        flow: says how many (`recent_frames`, rounded up to whole groups) and keeps the books.
+    """
+
+    def __init__(self, flow: Flow) -> None:
+        self._flow = flow
+        self._groups: deque[list[Shot]] = deque(maxlen=-(-flow.recent_frames // flow.family.frames_per_group))
+
+    def keep(self, block: list[Shot]) -> None:
+        """Take over the frames of a block that has run; the oldest ones go."""
+        size = self._flow.family.frames_per_group
+        self._groups.extend(block[first : first + size] for first in range(0, len(block), size))
+        self._count()
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._groups.clear()
+        self._count()
+
+    def blocks(self, waiting: int) -> list[list[Shot]]:
+        """What a question is shown again when `waiting` of the latest frames have not run: blocks to encode, oldest first.
+
+        A block holds frames of one size, no more than run at once while watching, in the groups in which they ran: one that was cut
+        short, by a change of size or by a turn, ends its block.
+        """
+        size, most = self._flow.family.frames_per_group, self._flow.pond.plan.block_groups
+        count = -(-max(0, self._flow.recent_frames - waiting) // size)
+        blocks: list[list[Shot]] = []
+        for group in list(self._groups)[max(0, len(self._groups) - count) :]:
+            last = blocks[-1] if blocks else []
+            whole, alike = len(last) % size == 0, last and last[0][1].shape == group[0][1].shape
+            if alike and whole and len(last) < most * size:
+                last.extend(group)
+            else:
+                blocks.append(list(group))
+        return blocks
+
+    def fork(self, flow: Flow) -> SecondLook:
+        """The same for a copy of the flow."""
+        other = SecondLook(flow)
+        other._groups.extend(self._groups)
+        other._count()
+        return other
+
+    def _count(self) -> None:
+        held = sum(frame.nbytes for group in self._groups for _, frame in group)
+        self._flow.pond.ledger.hold("recent frames", held)
