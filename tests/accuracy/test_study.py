@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from millpond.accuracy import Cell, summarise, wilson
+from millpond.accuracy.pairing import sign_test
 from millpond.accuracy.run import Study, outcomes, run
 from millpond.accuracy.table import markdown
 from millpond.accuracy.trial import Mark, Outcome
@@ -88,6 +89,40 @@ def test_every_answer_is_counted_once_in_each_table(found: list[Mark]) -> None:
     assert sum(share["asked"] for share in row["ages"].values()) == len(dated)
     assert row["past"]["asked"] == sum(mark.age >= 16 for mark in dated if mark.age is not None)
     assert markdown(rows).count("recent") == 3
+
+
+def test_cells_are_paired_question_by_question_with_the_default_policy() -> None:
+    def outcome(seed: int, cell: Cell, right: str) -> Outcome:
+        return Outcome(seed, cell.name, [Mark("colour", 20.0, mark == "1") for mark in right])
+
+    default, other, alone = (
+        Cell(name, Fraction(1, part), "absolute") for name, part in (("infinipot-v", 2), ("keydiff", 2), ("keydiff", 4))
+    )
+    rows = summarise(
+        [default, other, alone],
+        [
+            outcome(0, default, "1100"),
+            outcome(1, default, "0000"),
+            outcome(1, other, "1111"),  # in another order than the default's
+            outcome(0, other, "0110"),
+            outcome(2, other, "1111"),  # a stream that the default has not been through
+            outcome(0, alone, "1111"),
+        ],
+        ["colour"],
+    )
+    assert rows[1]["against_default"] == {"won": 5, "lost": 1, "asked": 8, "p": 0.21875}  # 2 * (1 + 6) / 2**6
+    assert "against_default" not in rows[0]
+    assert "against_default" not in rows[2]
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_the_sign_test_is_a_sum_over_all_ways_to_win(won: int, lost: int) -> None:
+    rounds, gap = won + lost, abs(won - lost)
+    chance, total = 1.0, 0.0
+    for count in range(rounds + 1):  # of `count` wins among `rounds`, by recurrence
+        total += chance if abs(2 * count - rounds) >= gap else 0
+        chance *= (rounds - count) / (count + 1)
+    assert math.isclose(sign_test(won, lost), total / 2**rounds, rel_tol=1e-9)
 
 
 @given(st.integers(0, 300), st.integers(1, 300))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from millpond.accuracy.cell import Cell
+from millpond.accuracy.pairing import paired
 from millpond.accuracy.trial import Mark, Outcome
 from millpond.budget import format_bytes
+from millpond.session import DEFAULT_POLICY
 
 __all__ = ["AGES", "PAST_SECONDS", "Accuracy", "markdown", "summarise", "wilson"]
 
@@ -43,12 +45,23 @@ def wilson(right: int, asked: int) -> Accuracy:
 
 
 def summarise(cells: Sequence[Cell], outcomes: Iterable[Outcome], questions: Sequence[str]) -> list[dict[str, Any]]:
-    """One row per cell, in the order of `cells`: accuracy over all questions, per family, per age, and what it cost."""
+    """One row per cell, in the order of `cells`: accuracy over all questions, per family, per age, and what it cost.
+
+    Seconds are medians over the streams. Where the default policy was measured under the same budget, `against_default` compares
+    the two question by question.
+    """
     by_cell: dict[str, dict[int, Outcome]] = {cell.name: {} for cell in cells}
     for outcome in outcomes:
         if outcome.cell in by_cell:
             by_cell[outcome.cell][outcome.seed] = outcome
-    return [_row(cell, list(by_cell[cell.name].values()), questions) for cell in cells]
+    rows = []
+    for cell in cells:
+        row = _row(cell, list(by_cell[cell.name].values()), questions)
+        default = replace(cell, policy=DEFAULT_POLICY, recent_frames=0).name
+        if row["streams"] and cell.name != default and by_cell.get(default):
+            row["against_default"] = asdict(paired(by_cell[cell.name], by_cell[default]))
+        rows.append(row)
+    return rows
 
 
 def _row(cell: Cell, outcomes: list[Outcome], questions: Sequence[str]) -> dict[str, Any]:
@@ -78,8 +91,8 @@ def _row(cell: Cell, outcomes: list[Outcome], questions: Sequence[str]) -> dict[
         "scratch_bytes": max(outcome.scratch_bytes for outcome in seen),
         "memory_tokens": round(fmean(outcome.memory_tokens for outcome in seen), 1),
         "compactions": round(fmean(outcome.compactions for outcome in seen), 1),
-        "seconds_compaction": round(fmean(outcome.seconds_compaction for outcome in seen), 4),
-        "seconds_decoder": round(fmean(outcome.seconds_decoder for outcome in seen), 4),
+        "seconds_compaction": round(median(outcome.seconds_compaction for outcome in seen), 4),
+        "seconds_decoder": round(median(outcome.seconds_decoder for outcome in seen), 4),
     }
     return row
 
@@ -110,7 +123,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _overall(rows: Sequence[dict[str, Any]]) -> str:
-    head = ["policy", "budget", "streams", "all", "95 %", "past", "95 %"]
+    head = ["policy", "budget", "streams", "all", "95 %", "past", "95 %", f"against {DEFAULT_POLICY}: won, lost"]
     head += ["peak", "scratch", "memory tokens", "compaction, s", "/ decoder"]
     lines = [_line(head), _line(["---"] * len(head))]
     for row in rows:
@@ -121,7 +134,9 @@ def _overall(rows: Sequence[dict[str, Any]]) -> str:
         cost = [format_bytes(row["peak_bytes"]), format_bytes(row["scratch_bytes"]), f"{row['memory_tokens']:.0f}"]
         cost += [f"{row['seconds_compaction']:.2f}", f"{spent:.2f}"]
         shares = [text for key in ("all", "past") for text in (_percent(row[key]), _interval(row[key]))]
-        lines.append(_line([_policy(row), row["budget"], str(row["streams"]), *shares, *cost]))
+        duel = row.get("against_default")
+        won = f"{duel['won']}, {duel['lost']}" if duel else ""
+        lines.append(_line([_policy(row), row["budget"], str(row["streams"]), *shares, won, *cost]))
     return "\n".join(lines)
 
 
