@@ -42,8 +42,11 @@ def draw(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
                 [100 * row[key]["high"] - share for share, row in zip(shares, line, strict=True)],
             ]
             kib = [row["budget_bytes"] / 1024 for row in line]
-            marker = "os^vDP*X<>"[index % 10]
-            axes.errorbar(kib, shares, yerr=spread, marker=marker, capsize=2, linewidth=1.2, label=label)
+            # Ten colours; the next ten lines take them again, dashed and with other markers.
+            again, colour = divmod(index, 10)
+            look: dict[str, Any] = {"color": f"C{colour}", "marker": "os^vDP*X<>"[(index + 3 * again) % 10]}
+            look["linestyle"] = ["-", "--"][again % 2]
+            axes.errorbar(kib, shares, yerr=spread, capsize=2, linewidth=1.2, label=label, **look)
         axes.set_xscale("log", base=2)
         axes.set_xlabel("budget, KiB")
         axes.set_title(name)
