@@ -43,9 +43,9 @@ def draw(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
             ]
             kib = [row["budget_bytes"] / 1024 for row in line]
             # Ten colours; the next ten lines take them again, dashed and with other markers.
-            again, colour = divmod(index, 10)
-            look: dict[str, Any] = {"color": f"C{colour}", "marker": "os^vDP*X<>"[(index + 3 * again) % 10]}
-            look["linestyle"] = ["-", "--"][again % 2]
+            lap, colour = divmod(index, 10)
+            look: dict[str, Any] = {"color": f"C{colour}", "marker": "os^vDP*X<>"[(index + 3 * lap) % 10]}
+            look["linestyle"] = ["-", "--"][lap % 2]
             axes.errorbar(kib, shares, yerr=spread, capsize=2, linewidth=1.2, label=label, **look)
         axes.set_xscale("log", base=2)
         axes.set_xlabel("budget, KiB")
