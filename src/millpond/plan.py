@@ -226,13 +226,14 @@ def scratch_bytes(
     Compacting or re-anchoring `tokens` tokens of a layer, `packed` of them in few bits, or recalling `recalled`.
     """
     heads, width = geometry.kv_heads, geometry.head_dim
-    # Protection: two masks [H, n] and, while text is counted from the end, one int64 [n] twice.
-    protection = 2 * heads * tokens + 16 * tokens
-    # Moving: `keep` is counted by the policy; one chunk of one head of one tensor, and the check of the selection.
-    moving = chunk * max(geometry.vector_bytes, 8) + heads * tokens
+    # Protection: two masks [H, n] and, while text is counted from the end, one int64 [n] twice; and what every layer keeps, one bit a
+    # token, because all choose before one moves.
+    protection = 2 * heads * tokens + 16 * tokens + geometry.layers * heads * -(-tokens // 8)
+    # Moving: `keep` is counted by the policy; one chunk of one head of one tensor, the check of the selection and its bits.
+    moving = chunk * max(geometry.vector_bytes, 8) + heads * tokens + heads * -(-tokens // 4)
     # Re-anchoring: one head's gaps and shifts (int64 [n], five and one an axis), and one chunk's angles (float64 [chunk, D/2],
-    # three) and halves (float32, seven).
-    turning = (40 + 8 * geometry.axes) * tokens + chunk * (3 * 8 + 7 * 4) * width // 2
+    # three) and halves (float32, seven), beside what was turned until it is written.
+    turning = (40 + 8 * geometry.axes) * tokens + chunk * (3 * 8 + 7 * 4) * width // 2 + chunk * geometry.vector_bytes
     choosing = policy.scratch(heads, tokens, width, block, chunk)
     if policy.deepest_first:
         # The selection, and one head's tokens looked up in the next layer; all the while what came from one layer and goes to the next.

@@ -5,13 +5,15 @@ Knows rows, not tokens' meaning: who may hold how many is decided by `millpond.c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 
-import torch
 from torch import Tensor
 
 from millpond.cache.layer import PondLayer
+from millpond.cache.storage import zeros
+from millpond.resumable import Pieces
 
 __all__ = ["Arena"]
 
@@ -30,21 +32,18 @@ class Arena:
         capacities: slots of each layer; the sum is the arena's size.
 
     Attributes:
-        vectors, metadata: kinds of storage that there are, the large and the small.
+        kinds: of storage that there are.
     """
 
     def __init__(self, layers: Sequence[PondLayer], capacities: Sequence[int]) -> None:
         self._layers = layers
         self._heads = layers[0].geometry.kv_heads
-        self.vectors = _VECTORS
-        self.metadata = tuple(kind for kind in _METADATA if getattr(layers[0], kind) is not None)
+        self.kinds = tuple(kind for kind in (*_VECTORS, *_METADATA) if getattr(layers[0], kind) is not None)
         self._flat: dict[str, Tensor] = {}
-        for kind in (*self.vectors, *self.metadata):
+        for kind in self.kinds:
             like = getattr(layers[0], kind)
             shape = like.shape[3:] if kind in _VECTORS else like.shape[2:]
-            self._flat[kind] = torch.zeros(
-                sum(capacities) * self._heads, *shape, dtype=like.dtype, device=layers[0].device
-            )
+            self._flat[kind] = zeros((sum(capacities) * self._heads, *shape), like.dtype, layers[0].device)
         self._bind(capacities)
 
     @property
@@ -62,35 +61,30 @@ class Arena:
         """Bytes allocated."""
         return sum(flat.untyped_storage().nbytes() for flat in self._flat.values())
 
-    def cut(self, capacities: Sequence[int], chunk: int) -> None:
-        """Give the layers regions of other sizes; every live row keeps its bytes and its slot.
+    def cutting(self, capacities: Sequence[int], lengths: Sequence[int], chunk: int) -> list[Callable[[], None]]:
+        """The steps that give the layers regions of other sizes; every live row keeps its bytes and its slot. See `Steps`.
 
         Args:
             capacities: at least each layer's length; the sum is at most the arena's size.
+            lengths: live rows that the layers will have when the steps begin.
             chunk: rows moved at a time, which is all the scratch.
         """
         assert sum(capacities) <= self.slots
-        self._move(self._starts(self.capacities), self._starts(capacities), chunk)
-        self._bind(capacities)
+        moves = self._moves(self._starts(self.capacities), self._starts(capacities), lengths, chunk)
+        return [*moves, partial(self._bind, capacities)]
 
-    def pack(self, chunk: int) -> int:
-        """Move all live rows to the front, and return how many they are; the layers are without storage until `unpack`."""
+    def packing(self, chunk: int) -> list[Callable[[], None]]:
+        """The steps that move all live rows to the front; then the layers are without storage until `unpacking` is done."""
         lengths = [layer.length for layer in self._layers]
-        self._move(self._starts(self.capacities), self._starts(lengths), chunk)
-        for layer in self._layers:
-            for kind, flat in self._flat.items():
-                setattr(layer, kind, flat.new_empty(0))
-        return self._heads * sum(lengths)
+        return [*self._moves(self._starts(self.capacities), self._starts(lengths), lengths, chunk), self._unbind]
 
-    def unpack(self, capacities: Sequence[int], chunk: int) -> None:
+    def unpacking(self, capacities: Sequence[int], chunk: int) -> list[Callable[[], None]]:
         """The reverse: regions of these sizes."""
-        self._move(self._starts([layer.length for layer in self._layers]), self._starts(capacities), chunk)
-        self._bind(capacities)
-
-    def empty(self, kind: str, slots: int) -> Tensor:
-        """Zeroed storage for `slots` slots over all layers: [slots x H, ...]."""
-        flat = self._flat[kind]
-        return torch.zeros(slots * self._heads, *flat.shape[1:], dtype=flat.dtype, device=flat.device)
+        lengths = [layer.length for layer in self._layers]
+        return [
+            *self._moves(self._starts(lengths), self._starts(capacities), lengths, chunk),
+            partial(self._bind, capacities),
+        ]
 
     def flat(self, kind: str) -> Tensor:
         """One kind's storage, [slots x H, ...]."""
@@ -100,27 +94,48 @@ class Arena:
         """Put other storage in place of a packed arena's; its rows are the caller's matter."""
         self._flat[kind] = flat
 
-    def _move(self, old: Sequence[int], new: Sequence[int], chunk: int) -> None:
-        """Move the live rows of every head of every layer from row `old` on to row `new` on."""
-        counts = [layer.length for layer in self._layers for _ in range(self._heads)]
+    def _moves(
+        self, old: Sequence[int], new: Sequence[int], lengths: Sequence[int], chunk: int
+    ) -> list[Callable[[], None]]:
+        """Steps that move the live rows of every head of every layer from row `old` on to row `new` on, a step a kind."""
+        counts = [length for length in lengths for _ in range(self._heads)]
         moves = list(zip(old, new, counts, strict=True))
         # Segments keep their order, so those that move down go first, from the left, and those that move up from the right:
         # none is written over before it has moved.
-        for flat in self._flat.values():
-            for source, target, count in moves:
-                if target < source:
-                    for first in range(0, count, chunk):
-                        _copy(flat, source + first, target + first, min(chunk, count - first))
-            for source, target, count in reversed(moves):
-                if target > source:
-                    for last in range(count, 0, -chunk):
-                        size = min(chunk, last)
-                        _copy(flat, source + last - size, target + last - size, size)
+        pieces: list[tuple[int, int, int]] = []
+        for source, target, count in moves:
+            if target < source:
+                for first in range(0, count, chunk):
+                    pieces.append((source + first, target + first, min(chunk, count - first)))
+        for source, target, count in reversed(moves):
+            if target > source:
+                for last in range(count, 0, -chunk):
+                    size = min(chunk, last)
+                    pieces.append((source + last - size, target + last - size, size))
+        return [partial(self._move, kind, pieces, Pieces()) for kind in self.kinds]
+
+    def _move(self, kind: str, pieces: Sequence[tuple[int, int, int]], progress: Pieces) -> None:
+        flat = self._flat[kind]
+
+        def make(index: int) -> tuple[Tensor]:
+            source, _, count = pieces[index]
+            return (flat[source : source + count].clone(),)
+
+        def write(index: int, rows: Tensor) -> None:
+            target = pieces[index][1]
+            flat[target : target + len(rows)] = rows
+
+        progress.run(len(pieces), make, write)
 
     def _starts(self, capacities: Sequence[int]) -> list[int]:
         """First row of each head of each layer."""
         rows = [size for size in capacities for _ in range(self._heads)]
         return [0, *accumulate(rows)][:-1]
+
+    def _unbind(self) -> None:
+        for layer in self._layers:
+            for kind, flat in self._flat.items():
+                setattr(layer, kind, flat.new_empty(0))
 
     def _bind(self, capacities: Sequence[int]) -> None:
         first = 0
@@ -130,7 +145,3 @@ class Arena:
             for kind, flat in self._flat.items():
                 region = flat[rows].view(self._heads, size, *flat.shape[1:])
                 setattr(layer, kind, region[None] if kind in _VECTORS else region)
-
-
-def _copy(flat: Tensor, source: int, target: int, count: int) -> None:
-    flat[target : target + count] = flat[source : source + count].clone()

@@ -1,13 +1,12 @@
-"""One pass of a compaction: asks the policy layer by layer, holds it to its contract, and has the layers move, pack or hand over.
+"""What a compaction keeps: asks the policy for every layer and holds it to its contract, before anything moves in any of them.
 
-A policy that fails after some layers have moved is replaced by recency for the rest of the pass, so that the memory stays whole.
-Knows the pond it works on; nothing about budgets beyond the scratch that it borrows.
+What fails here leaves the memory untouched; moving is the matter of `millpond.cache.moving`. Knows the pond it works on; nothing
+about budgets beyond the scratch that it borrows.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,14 +15,15 @@ import torch
 from torch import Tensor
 
 from millpond import native
+from millpond.cache.moving import Chosen, Compaction, Forgetting
 from millpond.cache.tier import TieredLayer, surviving_groups
 from millpond.errors import BudgetError, PolicyError
 from millpond.policies.allocation import apportion
-from millpond.policies.base import TEXT, View, keep_top
+from millpond.policies.base import View
 from millpond.policies.matching import carried_over
+from millpond.resumable import Mask
 
 if TYPE_CHECKING:
-    from millpond.cache.host import HostTier
     from millpond.cache.layer import PondLayer
     from millpond.cache.pond import Pond
 
@@ -32,6 +32,7 @@ __all__ = ["compact_pond", "forget_packed"]
 
 def compact_pond(pond: Pond, slots: int) -> None:
     """See `Pond.compact`."""
+    pond.finish()
     most = pond.full_tokens - pond.plan.packed_tokens
     if pond.desk and slots < most:
         _pass(pond, most)  # more than the tier holds at once
@@ -39,7 +40,7 @@ def compact_pond(pond: Pond, slots: int) -> None:
 
 
 def _pass(pond: Pond, slots: int) -> None:
-    tokens, start, plan, before = pond.full_tokens, pond.plan.prompt_tokens, pond.plan, pond.memory_tokens
+    tokens, plan = pond.full_tokens, pond.plan
     if pond.policy.whole_frames and pond._recent:
         slots -= slots % pond._recent[-1][1]
     if slots >= tokens:
@@ -52,60 +53,40 @@ def _pass(pond: Pond, slots: int) -> None:
         if slots < 1:
             raise BudgetError(f"tokens are packed {group} at a time, which leaves none of {tokens} in full")
     since, text = pond._protect(slots)
-    fault: Exception | None = None
-    lead: Tensor | None = None  # what the first layer kept, where all must keep the same
-    deeper: Tensor | None = None  # what the policy left at the layer before, for the tokens of the one to come
-    moved = False
     with pond.ledger.borrow("scratch", plan.scratch_bytes):
         granted = _grant(pond, slots, since, text)
-        order = list(enumerate(zip(pond.layers, granted, strict=True)))
-        for index, (layer, share) in reversed(order) if pond.policy.deepest_first else order:
-            if share == layer.length - start:
-                deeper = None
-                continue
-            view = pond._view(index, layer, since, text)
-            if pond.policy.deepest_first and fault is None:
-                nothing = torch.full(view.time_us.shape, torch.nan, device=pond.device)
-                view, deeper = replace(view, deeper=deeper, carry=nothing), None
-                del nothing
-            try:
-                newest = partial(_newest, lead=lead)
-                keep, stay = _choose(pond, layer, view, share, pond.policy.keep if fault is None else newest)
-                _check_alike(pond, keep, lead)
-                if fault is None:
-                    moved |= pond.policy.merges
-                    pond.policy.merge(view, keep)
-            except Exception as error:
-                if not moved:
-                    raise
-                # Some layers have moved already: finish the pass by recency, so that the memory stays whole.
-                fault = error
-                keep, stay = _choose(pond, layer, view, share, partial(_newest, lead=lead))
-            carry = view.carry if fault is None and index else None
-            del view
-            if carry is not None:
-                deeper = _hand_on(pond, index, carry)
-                del carry
-            if pond.host is not None:
-                first = lead is None
-                lead = keep[0].clone() if lead is None else lead
-                _spill(pond, index, layer, lead, pond.host, first)
-            if isinstance(layer, TieredLayer):
-                layer.demote(keep, stay, start, plan.chunk)
-            else:
-                layer.compact(keep, start, plan.chunk)
-            moved = True
-        if pond.arena:
-            # Beside its memory every layer keeps the same room: blocks and turns are equally long in all of them.
-            pond.arena.cut([start + share + pond.capacity - start - slots for share in granted], plan.chunk)
-    pond._ahead = [layer.length - pond.length for layer in pond.layers]
-    pond.compactions += 1
-    pond.evicted += before - pond.memory_tokens
-    # What was not protected is no longer whole in every head, and can never be protected again.
-    pond._recent = deque(group for group in pond._recent if group[0] >= since)
-    pond._text = text
-    if fault is not None:
-        raise fault
+        chosen = _select(pond, granted, since, text)
+        # Beside its memory every layer keeps the same room: blocks and turns are equally long in all of them.
+        room = pond.capacity - slots if pond.arena else 0
+        pond.carry_out(Compaction(pond, chosen, [share + room for share in granted], since, text))
+
+
+def _select(pond: Pond, granted: Sequence[int], since: int, text: int) -> list[Chosen | None]:
+    """Ask the policy for every layer, the order of `deepest_first` included; None for a layer that keeps all it has."""
+    lead: Tensor | None = None  # what the first layer kept, where all must keep the same
+    deeper: Tensor | None = None  # what the policy left at the layer before, for the tokens of the one to come
+    chosen: list[Chosen | None] = [None] * len(pond.layers)
+    order = list(enumerate(zip(pond.layers, granted, strict=True)))
+    for index, (layer, share) in reversed(order) if pond.policy.deepest_first else order:
+        if share == layer.length - pond.plan.prompt_tokens:
+            deeper = None
+            continue
+        view = pond._view(index, layer, since, text)
+        if pond.policy.deepest_first:
+            nothing = torch.full(view.time_us.shape, torch.nan, device=pond.device)
+            view, deeper = replace(view, deeper=deeper, carry=nothing), None
+            del nothing
+        keep, stay = _choose(pond, layer, view, share)
+        _check_alike(pond, keep, lead)
+        if pond.host is not None and lead is None:
+            lead = keep[0].clone()
+        carry = view.carry if index else None
+        chosen[index] = Chosen(Mask(keep, view.tokens), None if stay is None else Mask(stay, layer.shelf.groups))
+        del view, keep
+        if carry is not None:
+            deeper = _hand_on(pond, index, carry)
+            del carry
+    return chosen
 
 
 def _hand_on(pond: Pond, index: int, carry: Tensor) -> Tensor:
@@ -119,64 +100,29 @@ def _hand_on(pond: Pond, index: int, carry: Tensor) -> Tensor:
     return carried_over(carry, *tokens)
 
 
-def _spill(pond: Pond, index: int, layer: PondLayer, keep: Tensor, host: HostTier, first: bool) -> None:
-    """Copy the frames that a layer is about to forget to host memory; `keep`, int64 [S], is that of every head.
-
-    The `first` layer of a pass says which frames they are.
-    """
-    start = pond.plan.prompt_tokens
-    with host.timed():
-        gone = torch.ones(layer.length - start, dtype=torch.bool, device=pond.device)
-        gone[keep] = False
-        gone &= layer.place[0, start : layer.length, 0] != TEXT
-        leave = gone.nonzero()[:, 0]
-        leave += start
-        del gone
-        if first:
-            time_us, place, positions = (
-                tensor[0].index_select(0, leave) for tensor in (layer.time_us, layer.place, layer.positions)
-            )
-            host.admit(time_us, place, positions, pond.plan.group_tokens)
-            del time_us, place, positions
-        host.store(index, layer, leave, max(1, pond.plan.chunk // pond.geometry.kv_heads))
-
-
-def _choose(
-    pond: Pond, layer: PondLayer, view: View, slots: int, choose: Callable[[View, int], Tensor]
-) -> tuple[Tensor, Tensor | None]:
+def _choose(pond: Pond, layer: PondLayer, view: View, slots: int) -> tuple[Tensor, Tensor | None]:
     """The full tokens that stay, and the packed groups; None for the groups when all of them may."""
-
-    choose = _checked(pond, choose)
-    keep = choose(view, slots)
+    keep = _keep(pond, view, slots)
     if not isinstance(layer, TieredLayer):
         return keep, None
     groups = layer.shelf.capacity - (view.tokens - slots) // layer.shelf.codec.group
     if layer.shelf.groups <= groups:
         return keep, None
-    return keep, surviving_groups(layer, view, pond.plan.prompt_tokens, groups, choose)
+    return keep, surviving_groups(layer, view, pond.plan.prompt_tokens, groups, partial(_keep, pond))
 
 
 def forget_packed(pond: Pond, groups: int) -> None:
     """See `Pond.forget_packed`."""
-    before, start = pond.memory_tokens, pond.plan.prompt_tokens
+    pond.finish()
     since, text = pond._protect(pond.full_tokens)
-    choose, fault = _checked(pond, pond.policy.keep), None
+    chosen: list[Chosen | None] = [None] * len(pond.layers)
     with pond.ledger.borrow("scratch", pond.plan.scratch_bytes):
         for index, layer in enumerate(pond.layers):
-            if not isinstance(layer, TieredLayer) or layer.shelf.groups <= groups:
-                continue
-            view = pond._view(index, layer, since, text)
-            try:
-                stay = surviving_groups(layer, view, start, groups, choose)
-            except Exception as error:
-                if index == 0:
-                    raise
-                fault, choose = error, _newest
-                stay = surviving_groups(layer, view, start, groups, choose)
-            layer.shelf.drop(stay)
-    pond.evicted += before - pond.memory_tokens
-    if fault is not None:
-        raise fault
+            if isinstance(layer, TieredLayer) and layer.shelf.groups > groups:
+                view = pond._view(index, layer, since, text)
+                stay = surviving_groups(layer, view, pond.plan.prompt_tokens, groups, partial(_keep, pond))
+                chosen[index] = Chosen(None, Mask(stay, layer.shelf.groups))
+        pond.carry_out(Forgetting(pond, chosen))
 
 
 def _grant(pond: Pond, slots: int, since: int, text: int) -> list[int]:
@@ -192,20 +138,11 @@ def _grant(pond: Pond, slots: int, since: int, text: int) -> list[int]:
     return granted
 
 
-def _newest(view: View, slots: int, lead: Tensor | None = None) -> Tensor:
-    if lead is not None:
-        return lead.repeat(view.heads, 1)
-    newest = torch.arange(view.tokens, dtype=torch.float32, device=view.keys.device)
-    return keep_top(newest.repeat(view.heads, 1), view.protected, slots)
-
-
-def _checked(pond: Pond, choose: Callable[[View, int], Tensor]) -> Callable[[View, int], Tensor]:
-    def checked(view: View, slots: int) -> Tensor:
-        keep = choose(view, slots)
-        _check(pond, keep, view, slots)
-        return keep
-
-    return checked
+def _keep(pond: Pond, view: View, slots: int) -> Tensor:
+    """What the policy keeps, held to its contract."""
+    keep = pond.policy.keep(view, slots)
+    _check(pond, keep, view, slots)
+    return keep
 
 
 def _check(pond: Pond, keep: Tensor, view: View, slots: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +21,13 @@ from torch import Tensor
 
 from millpond.budget import format_bytes
 from millpond.cache.layer import PondLayer
+from millpond.cache.storage import zeros
 from millpond.errors import BudgetError
 from millpond.geometry import Geometry
 from millpond.positions import Rope
+from millpond.resumable import Pieces
 
-__all__ = ["HostTier"]
+__all__ = ["Arrivals", "HostTier"]
 
 _TIME, _START, _COUNT = range(3)
 
@@ -37,12 +39,29 @@ class _Arrival:
     Attributes:
         row: of the frame. slot: of its first new token, before the ring's modulo.
         first, count: which of the leaving tokens they are.
+        line: int64 [3], the frame's line in the table afterwards.
+        new: whether no part of the frame came before.
     """
 
     row: int
     slot: int
     first: int
     count: int
+    line: Tensor
+    new: bool
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """What a pass brings, and where it goes: worked out by `HostTier.arrange`, written by `admit` and `storing`.
+
+    Attributes:
+        counters: the tier's afterwards, by name.
+        frames: in stream order.
+    """
+
+    counters: dict[str, int]
+    frames: list[_Arrival]
 
 
 class HostTier:
@@ -73,7 +92,6 @@ class HostTier:
         self._next = 0  # tokens that ever came in: the next one's slot, before the ring's modulo
         self._moved = torch.zeros(geometry.axes, dtype=torch.int64)  # by how much re-anchoring moved the stream so far
         self._buffer: Tensor | None = None
-        self._arrivals: list[_Arrival] = []
         self._rows = self._slots = 0
 
     # --- size ---------------------------------------------------------------------------------------------------
@@ -130,9 +148,10 @@ class HostTier:
         )
         sizes = [torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape in parts]
         self._rows, self._slots = rows, slots
-        self._buffer = torch.from_numpy(self._storage(sum(sizes)))
-        for (name, dtype, shape), part in zip(parts, self._buffer.split(sizes), strict=True):
+        buffer = torch.from_numpy(self._storage(sum(sizes)))
+        for (name, dtype, shape), part in zip(parts, buffer.split(sizes), strict=True):
             setattr(self, name, part.view(dtype).view(shape))
+        self._buffer = buffer
 
     _table: Tensor
     _positions: Tensor
@@ -143,7 +162,7 @@ class HostTier:
 
     def _storage(self, size: int) -> np.ndarray:
         if self.folder is None:
-            return np.zeros(size, dtype=np.uint8)
+            return zeros((size,), torch.uint8, torch.device("cpu")).numpy()
         try:
             with tempfile.TemporaryFile(dir=self.folder) as file:
                 if hasattr(os, "posix_fallocate"):
@@ -169,14 +188,16 @@ class HostTier:
 
     # --- in -----------------------------------------------------------------------------------------------------
 
-    def admit(self, time_us: Tensor, place: Tensor, positions: Tensor, group_tokens: int) -> None:
-        """Make room for the frame tokens that leave, in stream order; then `store` takes each layer's.
+    def arrange(self, time_us: Tensor, group_tokens: int) -> Arrivals:
+        """Find room for the frame tokens that leave, in stream order; nothing that is held changes.
 
         A frame may leave in parts, one behind the other. What is larger than the whole tier is forgotten at once.
 
         Args:
-            time_us: int64 [m]. place: int16 [m, 2]. positions: int [m, axes]. On any device.
-            group_tokens: of a frame, by which the storage is cut when it is first needed.
+            time_us: int64 [m], on any device. group_tokens: of a frame, by which the storage is cut when it is first needed.
+
+        Raises:
+            BudgetError: when the first frame comes: the folder or the machine has no room.
         """
         if self._buffer is None:
             each, beside = self.token_bytes(self.geometry), self.frame_bytes(self.geometry)
@@ -193,28 +214,51 @@ class HostTier:
                 break
             taken += 1
         skipped = len(times) - taken
-        self.forgotten += skipped
         first = sum(counts[:skipped])
-        self._arrivals = []
+        arrivals: list[_Arrival] = []
+        oldest, end, behind = self.first, self.end, self._next
         for time, count in zip(times[skipped:], counts[skipped:], strict=True):
             new = not goes_on or first > 0
-            self._make_room(count, frames=int(new))
-            self.end += new
-            row = (self.end - 1) % self._rows
-            if new:
-                self._table[row] = torch.tensor([time, self._next, 0])
-                self._sums[:, :, row] = 0
-            self._table[row, _COUNT] += count
-            for slot, begin, many in self._stretches(self._next, count, count):
-                known = slice(first + begin, first + begin + many)
-                self._positions[slot : slot + many] = positions[known].cpu()
-                self._positions[slot : slot + many] += self._moved
-                self._place[slot : slot + many] = place[known].cpu()
-            self._arrivals.append(_Arrival(row, self._next, first, count))
-            self._next += count
+            while oldest < self.end and (
+                behind - self._start(oldest) + count > self._slots or end - oldest + new > self._rows
+            ):
+                oldest += 1
+            end += new
+            start, held = (behind, 0) if new or latest is None else latest[_START:]
+            line = torch.tensor([time, start, held + count])
+            arrivals.append(_Arrival((end - 1) % self._rows, behind, first, count, line, new))
+            behind += count
             first += count
-            low, high = self.extent(self.end - 1)
+        counters = {
+            "first": oldest,
+            "end": end,
+            "_next": behind,
+            "forgotten": self.forgotten + skipped + oldest - self.first,
+            "bytes_in": self.bytes_in + sum(frame.count for frame in arrivals) * self._moving * self.geometry.layers,
+        }
+        return Arrivals(counters, arrivals)
+
+    def admit(self, arrivals: Arrivals, place: Tensor, positions: Tensor) -> None:
+        """Write down which frame tokens come, before `storing` takes each layer's; can be repeated until then.
+
+        Args:
+            place: int16 [m, 2]. positions: int [m, axes]. Of the tokens that were arranged, on any device.
+        """
+        for frame in arrivals.frames:
+            self._table[frame.row] = frame.line
+            if frame.new:
+                self._sums[:, :, frame.row] = 0
+            for slot, begin, many in self._stretches(frame.slot, frame.count, frame.count):
+                known = slice(frame.first + begin, frame.first + begin + many)
+                self._positions[slot : slot + many] = positions[known].cpu() + self._moved
+                self._place[slot : slot + many] = place[known].cpu()
+        vars(self).update(arrivals.counters)
+        for number in range(max(self.first, self.end - len(arrivals.frames)), self.end):
+            low, high = self.extent(number)
             self.span = max(self.span, high - low)
+
+    def _start(self, number: int) -> int:
+        return int(self._table[number % self._rows, _START])
 
     def _stretches(self, slot: int, count: int, at_most: int) -> Iterator[tuple[int, int, int]]:
         """`count` tokens from `slot` on, cut where the ring ends and at `at_most`: (slot in the ring, tokens before, tokens)."""
@@ -225,36 +269,56 @@ class HostTier:
             yield at, done, many
             done += many
 
-    def _make_room(self, tokens: int, *, frames: int) -> None:
-        while self.frames and (self.tokens + tokens > self._slots or self.frames + frames > self._rows):
-            self.first += 1
-            self.forgotten += 1
-
-    def store(self, index: int, layer: PondLayer, leave: Tensor, at_most: int) -> None:
-        """Copy what was admitted out of one layer, rotation taken out, before the pond moves over it.
+    def storing(
+        self, arrivals: Arrivals, index: int, layer: PondLayer, leave: Tensor, at_most: int
+    ) -> Callable[[], None]:
+        """The step that copies what was admitted out of one layer, rotation taken out, before the pond moves over it. See `Steps`.
 
         Args:
             leave: int64 [m], slots of the leaving tokens. at_most: tokens of all heads copied at a time.
         """
-        for frame in self._arrivals:
-            for slot, begin, many in self._stretches(frame.slot, frame.count, at_most):
-                part, into = leave[frame.first + begin :][:many], slice(slot, slot + many)
-                keys = layer.keys[0].index_select(1, part).to(torch.float32)
-                self.rope.rotate_(keys, (self._moved - self._positions[into]).to(keys.device))
-                self._keys[index, :, into].copy_(keys)
-                self._sums[index, :, frame.row] += keys.sum(dim=1).cpu()
-                self._values[index, :, into].copy_(layer.values[0].index_select(1, part))
-        self.bytes_in += sum(frame.count for frame in self._arrivals) * self._moving
+        pieces = [
+            (frame, *stretch)
+            for frame in arrivals.frames
+            for stretch in self._stretches(frame.slot, frame.count, at_most)
+        ]
+
+        def make(number: int) -> tuple[Tensor, Tensor, Tensor]:
+            frame, slot, begin, many = pieces[number]
+            part = leave[frame.first + begin :][:many]
+            keys = layer.keys[0].index_select(1, part).to(torch.float32)
+            self.rope.rotate_(keys, (self._moved - self._positions[slot : slot + many]).to(keys.device))
+            return keys, self._sums[index, :, frame.row] + keys.sum(dim=1).cpu(), layer.values[0].index_select(1, part)
+
+        def write(number: int, keys: Tensor, sums: Tensor, values: Tensor) -> None:
+            frame, slot, _, many = pieces[number]
+            self._keys[index, :, slot : slot + many].copy_(keys)
+            self._values[index, :, slot : slot + many].copy_(values)
+            self._sums[index, :, frame.row] = sums
+
+        progress = Pieces()
+
+        def run() -> None:
+            with self.timed():
+                progress.run(len(pieces), make, write)
+
+        return run
 
     @property
     def _moving(self) -> int:
         """Bytes of a token's keys and values in one layer."""
         return 2 * self.geometry.kv_heads * self.geometry.vector_bytes
 
-    def move(self, spatial: int, temporal: int) -> None:
-        """The stream's positions moved back: see `millpond.positions.Clock.shift`. Distances to what is stored here stay."""
-        self._moved[0] += temporal
-        self._moved[1:] += spatial
+    def moved(self, spatial: int, temporal: int) -> Tensor:
+        """By how much the stream will have moved, int64 [axes], once its positions have moved back so far: see
+        `millpond.positions.Clock.shift`."""
+        by = torch.full_like(self._moved, spatial)
+        by[0] = temporal
+        return self._moved + by
+
+    def move(self, moved: Tensor) -> None:
+        """The stream's positions moved back, to what `moved` gave. Distances to what is stored here stay."""
+        self._moved = moved
 
     # --- out ----------------------------------------------------------------------------------------------------
 

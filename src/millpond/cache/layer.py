@@ -6,16 +6,22 @@ budgets, policies or positions' meaning; `millpond.cache.pond` owns those.
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from millpond import native
+from millpond.cache.storage import zeros
 from millpond.errors import BudgetError, ModelError
 from millpond.geometry import Geometry
 from millpond.positions import Rope
+from millpond.resumable import Pieces, Rows
 
-__all__ = ["PondLayer"]
+__all__ = ["PondLayer", "turning"]
 
 
 class PondLayer(CacheLayerMixin):
@@ -50,12 +56,12 @@ class PondLayer(CacheLayerMixin):
 
     def _allocate(self, capacity: int) -> None:
         heads, width = self.geometry.kv_heads, self.geometry.head_dim
-        self.keys: Tensor = torch.zeros(1, heads, capacity, width, dtype=self.dtype, device=self.device)
-        self.values: Tensor = torch.zeros(1, heads, capacity, width, dtype=self.dtype, device=self.device)
-        self.time_us = torch.zeros(heads, capacity, dtype=torch.int64, device=self.device)
-        self.place = torch.zeros(heads, capacity, 2, dtype=torch.int16, device=self.device)
-        self.positions = torch.zeros(heads, capacity, self.geometry.axes, dtype=torch.int32, device=self.device)
-        self.sums = torch.zeros(heads, capacity, device=self.device) if self.geometry.sums else None
+        self.keys: Tensor = zeros((1, heads, capacity, width), self.dtype, self.device)
+        self.values: Tensor = zeros((1, heads, capacity, width), self.dtype, self.device)
+        self.time_us = zeros((heads, capacity), torch.int64, self.device)
+        self.place = zeros((heads, capacity, 2), torch.int16, self.device)
+        self.positions = zeros((heads, capacity, self.geometry.axes), torch.int32, self.device)
+        self.sums = zeros((heads, capacity), torch.float32, self.device) if self.geometry.sums else None
 
     @property
     def capacity(self) -> int:
@@ -132,21 +138,19 @@ class PondLayer(CacheLayerMixin):
         if self.sums is not None:
             self.sums[:, start:end] = 0
 
-    def compact(self, keep: Tensor, start: int, chunk: int) -> None:
-        """Move the kept tokens down in place, head by head; the rest is forgotten.
-
-        Because `keep` ascends, survivor j comes from slot >= j: moving chunks in ascending order never overwrites a
-        survivor that is still to be moved, so the scratch is one chunk of one head.
+    def compaction(self, keep: Tensor, start: int, chunk: int) -> list[Callable[[], None]]:
+        """The steps that move the kept tokens down in place, head by head; the rest is forgotten. See `Rows` and `Steps`.
 
         Args:
             keep: int64 [H, S], ascending, relative to `start`; everything below `start` stays where it is.
             chunk: survivors moved at a time.
         """
-        for tensor in self.tensors():
-            live = tensor[:, start : self.length]
-            if not native.move_rows(live, keep):
-                _move_rows(live, keep, chunk)
-        self.length = start + keep.shape[1]
+        rows = [Rows(tensor[:, start : self.length], keep, chunk).run for tensor in self.tensors()]
+        return [*rows, partial(self.settle, start + keep.shape[1])]
+
+    def settle(self, length: int) -> None:
+        """From now on so many slots are live."""
+        self.length = length
 
     def attended(self) -> tuple[Tensor, Tensor]:
         """Keys [H, n, D] that the forward just run could see, and their `sums` [H, n], to be changed and given to `credit`."""
@@ -160,11 +164,22 @@ class PondLayer(CacheLayerMixin):
         """int32 [n, axes] positions and int16 [n, 2] places of a head's live tokens in the order of the stream."""
         return self.positions[head, : self.length], self.place[head, : self.length]
 
-    def turn(self, head: int, rope: Rope, by: Tensor, chunk: int) -> None:
-        """Turn one head's live keys by `by`, int64 [n, axes] in the order of `in_order`, and write the new positions down."""
-        rope.rotate_(self.keys[0, head, : self.length], by, chunk)
-        for positions, shift in zip(self.positions[head, : self.length].split(chunk), by.split(chunk), strict=True):
-            positions += shift.to(torch.int32)
+    def turning(self, head: int, rope: Rope, by: Tensor, chunk: int) -> list[Callable[[], None]]:
+        """The steps that turn one head's live keys by `by`, int64 [n, axes] in the order of `in_order`, and write the new positions down."""
+        positions = self.positions[head, : self.length]
+        moved = Pieces()
+
+        def make(index: int) -> tuple[Tensor]:
+            part = slice(index * chunk, (index + 1) * chunk)
+            return (positions[part] + by[part].to(torch.int32),)
+
+        def write(index: int, rows: Tensor) -> None:
+            positions[index * chunk : index * chunk + len(rows)] = rows
+
+        return [
+            turning(self.keys[0, head, : self.length], rope, by, chunk),
+            partial(moved.run, -(-len(positions) // chunk), make, write),
+        ]
 
     def adopt(self, other: PondLayer) -> None:
         """Copy the live tokens of a layer of the same geometry into this one's storage."""
@@ -173,12 +188,21 @@ class PondLayer(CacheLayerMixin):
         self.length = other.length
 
 
-def _move_rows(live: Tensor, keep: Tensor, chunk: int) -> None:
-    """What the compiled kernel does, in torch: [H, n, ...] rows to the front of each head, `chunk` at a time."""
-    kept = keep.shape[1]
-    for head in range(keep.shape[0]):
-        for first in range(0, kept, chunk):
-            last = min(first + chunk, kept)
-            part = keep[head, first:last]
-            if int(part[-1]) != last - 1:  # else the head is unmoved up to here: keep[j] == j
-                live[head, first:last] = live[head].index_select(0, part)
+def turning(keys: Tensor, rope: Rope, by: Tensor, chunk: int) -> Callable[[], None]:
+    """A step that turns keys [n, D] in place by `by`, int64 [n, axes]; what has turned does not turn again when it is repeated."""
+    done, turned = ctypes.c_int64(0), Pieces()
+
+    def make(index: int) -> tuple[Tensor]:
+        part = slice(index * chunk, (index + 1) * chunk)
+        rows = keys[part].clone()
+        rope.rotate_(rows, by[part])
+        return (rows,)
+
+    def write(index: int, rows: Tensor) -> None:
+        keys[index * chunk : index * chunk + len(rows)] = rows
+
+    def run() -> None:
+        if not native.turn(keys, by, rope.axis, rope.inv_freq, done):
+            turned.run(-(-len(keys) // chunk), make, write)
+
+    return run

@@ -51,14 +51,14 @@ class Ledger:
                 f"{name} would need {format_bytes(size)}, which makes {total} bytes in all, over the budget of {self.limit}",
                 least=total,
             )
-        self._accounts[name] = size
         self.peak = max(self.peak, total)
+        self._accounts[name] = size
 
     @contextmanager
     def borrow(self, name: str, size: int) -> Iterator[None]:
-        """Hold `size` bytes more in an account for the duration of a `with` block."""
-        self.hold(name, self.account(name) + size)
+        """Hold `size` bytes in an account, which is empty otherwise, for the duration of a `with` block."""
         try:
+            self.hold(name, size)
             yield
         finally:
-            self._accounts[name] -= size
+            self._accounts[name] = 0

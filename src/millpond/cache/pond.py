@@ -6,9 +6,12 @@ Every allocation goes through the ledger. The pond never sees frames, questions 
 
 from __future__ import annotations
 
+import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,10 +25,11 @@ from millpond.cache.ledger import Ledger
 from millpond.cache.queries import ProxyQueries
 from millpond.cache.resize import resize_pond
 from millpond.cache.tier import Desk, TieredLayer
-from millpond.errors import BudgetError, PolicyError
+from millpond.errors import BudgetError, MillpondError, PolicyError
 from millpond.geometry import Geometry
 from millpond.plan import Plan
 from millpond.policies.base import TEXT, Policy, View
+from millpond.resumable import Move, Steps
 
 __all__ = ["Pond"]
 
@@ -74,6 +78,7 @@ class Pond(Cache):
         self.evicted = 0
         self._text: int | None = None  # newest text tokens that are whole in every head; None while there was no text
         self._recent: deque[tuple[int, int]] = deque()  # (time_us, tokens) of the latest groups, newest last
+        self._move: Move | None = None  # that has begun and is not finished
 
     def _layer(self) -> PondLayer:
         if self.desk is None:
@@ -152,6 +157,7 @@ class Pond(Cache):
 
     def overrun(self, tokens: int) -> int:
         """Slots by which a block of `tokens` stream tokens would reach into the turn's reserve; then `admit` compacts."""
+        self.finish()
         free: int = self.free
         return tokens + self.plan.reserve_tokens - free
 
@@ -161,6 +167,7 @@ class Pond(Cache):
         Raises:
             BudgetError: they do not fit into the free slots.
         """
+        self.finish()
         if tokens <= self.free:
             return
         if not self.policy.capped:
@@ -184,6 +191,7 @@ class Pond(Cache):
             place: int16 [n, 2], see `millpond.policies.base`.
             positions: int [axes, n] rotary positions.
         """
+        self.finish()
         count = time_us.shape[0]
         if count > self.free:
             raise BudgetError(f"a block of {count} tokens was not admitted: {self.free} slots are free")
@@ -198,32 +206,67 @@ class Pond(Cache):
         Args:
             time_us: int64 [n]. place: int16 [n, 2]. On the CPU; as announced.
         """
-        text = place[:, 0] == TEXT
+        text, recent, said = place[:, 0] == TEXT, self._recent.copy(), self._text
         if bool(text.any()):
-            self._text = (self._text or 0) + int(text.sum())
+            said = (said or 0) + int(text.sum())
         times, counts = time_us[~text].unique_consecutive(return_counts=True)
         for time, count in zip(times.tolist(), counts.tolist(), strict=True):
-            if self._recent and self._recent[-1][0] == time:
-                count += self._recent.pop()[1]
-            self._recent.append((time, count))
+            if recent and recent[-1][0] == time:
+                count += recent.pop()[1]
+            recent.append((time, count))
         # Groups beyond what the memory could hold can never be protected again.
-        held = sum(count for _, count in self._recent)
-        while len(self._recent) > 1 and held - self._recent[0][1] >= self.plan.slots:
-            held -= self._recent.popleft()[1]
+        held = sum(count for _, count in recent)
+        while len(recent) > 1 and held - recent[0][1] >= self.plan.slots:
+            held -= recent.popleft()[1]
+        self.__dict__.update(_recent=recent, _text=said)
 
     def truncate(self, length: int) -> None:
         """Forget everything from slot `length` of the first layer on: the end of a turn that is not remembered, or a failed block."""
-        for layer, ahead in zip(self.layers, self._ahead, strict=True):
-            layer.length = min(layer.length, length + ahead)
+        self.finish()
+        lengths = [min(layer.length, length + ahead) for layer, ahead in zip(self.layers, self._ahead, strict=True)]
+        self.carry_out(Steps(partial(layer.settle, each) for layer, each in zip(self.layers, lengths, strict=True)))
 
     def cut(self, start: int, count: int) -> None:
         """Take `count` slots from slot `start` of the first layer on out of every layer; what lies behind them moves down."""
+        self.finish()
         if not count:
             return
         behind = torch.arange(count, self.length - start, device=self.device).repeat(self.geometry.kv_heads, 1)
+        steps: list[Callable[[], None]] = []
+        for layer, ahead in zip(self.layers, self._ahead, strict=True):
+            steps += layer.compaction(behind, start + ahead, self.plan.chunk)
         with self.ledger.borrow("scratch", self.plan.scratch_bytes):
-            for layer, ahead in zip(self.layers, self._ahead, strict=True):
-                layer.compact(behind, start + ahead, self.plan.chunk)
+            self.carry_out(Steps(steps))
+
+    # --- moves --------------------------------------------------------------------------------------------------
+
+    def carry_out(self, move: Move) -> None:
+        """Carry a prepared move out: once begun it is finished, also when it is interrupted, before the interruption goes on."""
+        try:
+            self._move = move
+            move.run()
+            self._move = None
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # what they worked on goes: its bytes are needed again
+            with suppress(Exception):  # what `finish` says then is said by every call from now on
+                self.finish()
+            raise
+
+    def finish(self) -> None:
+        """Finish a move that was interrupted, if one was; everything that reads or changes the memory begins with it.
+
+        Raises:
+            MillpondError: it cannot be finished, for want of memory most likely. The next call tries again.
+        """
+        if self._move is None:
+            return
+        try:
+            self._move.run()
+        except Exception as error:
+            raise MillpondError(
+                f"the memory cannot be used: it was interrupted while it moved, and going on fails ({error}); every call tries again"
+            ) from error
+        self._move = None
 
     # --- shrinking ----------------------------------------------------------------------------------------------
 
@@ -236,8 +279,8 @@ class Pond(Cache):
         With layer budgets `slots` is the mean over the layers, whose regions are cut anew to what each was granted.
 
         Raises:
-            PolicyError: the policy failed or broke its contract. The memory stays whole: nothing has moved, or, where other
-                layers had, the pass was finished by recency.
+            PolicyError: the policy failed or broke its contract; nothing has moved. Only where its `merge` fails, and fails again, is
+                the pass finished, and what had not been merged by then is forgotten without a trace.
         """
         compact_pond(self, slots)
 
@@ -245,7 +288,7 @@ class Pond(Cache):
         """Keep at most `groups` packed groups in every head of every layer.
 
         Raises:
-            PolicyError: the policy failed. The memory stays whole, as in `compact`.
+            PolicyError: the policy failed; nothing has moved.
         """
         forget_packed(self, groups)
 
@@ -295,6 +338,7 @@ class Pond(Cache):
 
         Packed ones come first, in the order in which they were packed.
         """
+        self.finish()
         start = self.plan.prompt_tokens
         for layer in self.layers:
             time_us, place = layer.time_us[:, start : layer.length], layer.place[:, start : layer.length]
@@ -319,15 +363,17 @@ class Pond(Cache):
         While it moves, the larger of the two budgets is the cap; afterwards the new one.
 
         Raises:
-            BudgetError: the new plan cannot hold what must survive; the pond stays as it was.
+            BudgetError: the new plan cannot hold what must survive, or the machine has no such memory; the plan stays as it was, and
+                so does the memory, but for what was forgotten to make it smaller.
         """
         resize_pond(self, plan)
 
     def fork(self) -> Pond:
         """A second pond with a copy of the memory and books of its own."""
+        self.finish()
         other = Pond(self.geometry, self.plan, self.policy, self.device)
         if self.arena and other.arena:
-            other.arena.cut(self.arena.capacities, self.plan.chunk)
+            Steps(other.arena.cutting(self.arena.capacities, [0] * len(self.layers), self.plan.chunk)).run()
         for mine, copy in zip(self.layers, other.layers, strict=True):
             copy.adopt(mine)
         other._ahead = list(self._ahead)

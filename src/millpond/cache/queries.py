@@ -5,11 +5,13 @@ Knows nothing about who asks; `millpond.flow` decides whose queries come here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from millpond.cache.layer import turning
 from millpond.geometry import Geometry
 from millpond.policies.attention import add_columns
 from millpond.positions import Rope
@@ -51,11 +53,10 @@ class ProxyQueries:
         kept.copy_(latest.transpose(0, 1).view_as(kept))
         rope.rotate_(kept, positions[:, -latest.shape[0] :].T)
 
-    def turn(self, rope: Rope, by: Tensor, chunk: int) -> None:
-        """Turn all queries by `by` positions, int64 [axes], `chunk` at a time."""
-        for index in range(len(self.counts)):
-            rows = self.layer(index).view(-1, self._geometry.head_dim)
-            rope.rotate_(rows, by.expand(rows.shape[0], -1), chunk)
+    def turning(self, rope: Rope, by: Tensor, chunk: int) -> list[Callable[[], None]]:
+        """The steps that turn all queries by `by` positions, int64 [axes], `chunk` at a time. See `Steps`."""
+        every = [self.layer(index).view(-1, self._geometry.head_dim) for index in range(len(self.counts))]
+        return [turning(rows, rope, by.expand(len(rows), -1), chunk) for rows in every]
 
     def adopt(self, other: ProxyQueries) -> None:
         """Copy what another of the same size holds."""

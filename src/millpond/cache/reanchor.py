@@ -6,6 +6,10 @@ difference, in float32: nothing accumulates but one rounding per re-anchoring, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -13,6 +17,7 @@ from millpond.cache.layer import PondLayer
 from millpond.cache.pond import Pond
 from millpond.policies.base import TEXT
 from millpond.positions import Clock, Rope
+from millpond.resumable import Lazy, Steps
 
 __all__ = ["close_gaps", "shift_uniformly"]
 
@@ -23,15 +28,12 @@ def shift_uniformly(pond: Pond, rope: Rope, clock: Clock, by: int) -> None:
     Only differences of positions enter attention, so the logits stay what they were; what it buys is that position
     numbers stay small enough for float32.
     """
-    with pond.ledger.borrow("scratch", pond.plan.scratch_bytes):
-        for layer in pond.layers:
-            for head in range(layer.positions.shape[0]):
-                back = torch.full((1, rope_axes(layer)), -by, dtype=torch.int64, device=layer.device)
-                layer.turn(head, rope, back.expand(layer.get_seq_length(), -1), pond.plan.chunk)
-        pond.queries.turn(rope, torch.full((pond.geometry.axes,), -by), pond.plan.chunk)
-    if pond.host is not None:
-        pond.host.move(by, by)
-    clock.shift(spatial=by, temporal=by)
+    pond.finish()
+
+    def shifts(layer: PondLayer, head: int) -> Tensor:
+        return torch.full((layer.get_seq_length(), rope_axes(layer)), by, dtype=torch.int64, device=layer.device)
+
+    pond.carry_out(_Reanchoring(pond, rope, clock, shifts, by, by))
 
 
 def close_gaps(pond: Pond, rope: Rope, clock: Clock) -> int:
@@ -46,26 +48,60 @@ def close_gaps(pond: Pond, rope: Rope, clock: Clock) -> int:
         By how many positions the end of the stream moved back.
     """
     base = clock.base if clock.base is not None else clock.next
+    pond.finish()
     with pond.ledger.borrow("scratch", pond.plan.scratch_bytes):
         before, after = _closable(pond, clock, base)
-        if pond.host is not None:
-            wanted = pond.plan.recall_frames * (pond.host.span + clock.step)
-            before = max(0, before - max(0, wanted - after))
-            after = max(0, after - wanted)
-        if before + after:
-            for layer in pond.layers:
-                for head in range(layer.positions.shape[0]):
-                    shift = _shifts(layer, head, clock, base, before, after)
-                    layer.turn(head, rope, shift.neg_(), pond.plan.chunk)
-            # The proxy's tokens stand at the end of the stream, behind every gap, and move with the clock.
-            moved = torch.full((pond.geometry.axes,), before + after)
-            if clock.base is not None:
-                moved[1:] = before
-            pond.queries.turn(rope, -moved, pond.plan.chunk)
     if pond.host is not None:
-        pond.host.move(before, before + after)
-    clock.shift(spatial=before, temporal=before + after)
+        wanted = pond.plan.recall_frames * (pond.host.span + clock.step)
+        before = max(0, before - max(0, wanted - after))
+        after = max(0, after - wanted)
+    if before + after:
+        then = replace(clock)  # the clock moves last, and what is left to turn must go by what it was
+        shifts = partial(_shifts, clock=then, base=base, before=before, after=after)
+        pond.carry_out(_Reanchoring(pond, rope, clock, shifts, before, before + after))
     return before + after
+
+
+class _Reanchoring:
+    """Turns every stored key back, head by head, then the proxy's queries, what host memory knows, and the clock. A `Move`.
+
+    Args:
+        shifts: by how much the tokens of a layer's head move back, int64 [n, axes] in the order of the stream. Asked when the head's
+            turn comes: it may look at nothing that other heads' turning changes.
+        spatial, temporal: by how much the clock does.
+    """
+
+    def __init__(
+        self,
+        pond: Pond,
+        rope: Rope,
+        clock: Clock,
+        shifts: Callable[[PondLayer, int], Tensor],
+        spatial: int,
+        temporal: int,
+    ) -> None:
+        self._pond, self._rope, self._shifts = pond, rope, shifts
+        # The proxy's tokens stand at the end of the stream, behind every gap, and move with the clock.
+        by = torch.full((pond.geometry.axes,), -temporal)
+        if clock.base is not None:
+            by[1:] = -spatial
+        end = replace(clock)
+        end.shift(spatial, temporal)
+        heads = [(layer, head) for layer in pond.layers for head in range(layer.positions.shape[0])]
+        rest = pond.queries.turning(rope, by, pond.plan.chunk)
+        if pond.host is not None:
+            rest.append(partial(pond.host.move, pond.host.moved(spatial, temporal)))
+        rest.append(partial(vars(clock).update, vars(end)))
+        self._steps = Steps([*(Lazy(partial(self._turning, *each)).run for each in heads), *rest])
+
+    def run(self) -> None:
+        with self._pond.ledger.borrow("scratch", self._pond.plan.scratch_bytes):
+            self._steps.run()
+
+    def _turning(self, layer: PondLayer, head: int) -> list[Callable[[], None]]:
+        by = self._shifts(layer, head).neg_()
+        turning: list[Callable[[], None]] = layer.turning(head, self._rope, by, self._pond.plan.chunk)
+        return turning
 
 
 def rope_axes(layer: PondLayer) -> int:

@@ -1,27 +1,27 @@
-"""Moving a pond into larger or smaller storage, one tensor at a time, without ever passing the cap.
+"""Moving a pond into larger or smaller storage while the stream runs, as one `Move` that can also be taken back.
 
-A tensor is replaced by allocating its successor beside it where the cap has room for both. Where it has not, its live
-rows wait in the unused tails of the other layers' tensors while the old storage is freed first. With a low-bit tier there is
-always room: the desk, which is larger than any tensor and holds nothing between forwards, is given back first.
+What the new plan wants is compared with what the cap has room for before anything moves. A machine that refuses memory on the way gets
+the pond its old storage back. With a low-bit tier the desk, which holds nothing between forwards, is given back first.
 """
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
+from millpond.cache.storage import Exchange, Slab, feasible
+from millpond.cache.tier import TieredLayer
 from millpond.errors import BudgetError
+from millpond.resumable import Steps
 
 if TYPE_CHECKING:
     from millpond.cache.arena import Arena
-    from millpond.cache.layer import PondLayer
-    from millpond.cache.ledger import Ledger
     from millpond.cache.pond import Pond
-    from millpond.cache.shelf import Shelf
-    from millpond.cache.tier import Desk
     from millpond.plan import Plan
 
 __all__ = ["resize_pond"]
@@ -32,205 +32,150 @@ _METADATA = ("time_us", "place", "positions", "sums")
 
 def resize_pond(pond: Pond, plan: Plan) -> None:
     """See `Pond.resize`."""
+    pond.finish()
+    old = pond.plan
+    limit = max(old.budget or 0, plan.budget or 0) if pond.policy.capped else None
+    groups = 0
     if pond.desk is not None:
-        _resize_tiers(pond, pond.desk, plan)
-        return
-    if pond.arena is not None:
-        _resize_arena(pond, pond.arena, plan)
-        return
-    old, ledger = pond.plan, pond.ledger
-    shrinking = plan.slots < old.slots
-    if pond.policy.capped:
-        assert plan.budget is not None
-        limit = max(old.budget or 0, plan.budget)
-    else:
-        limit = None
-    if shrinking:
-        most = plan.slots - plan.reserve_tokens
-        if limit is not None and ledger.held + _tensor_bytes(pond, plan.slots) > limit:
-            # No room for a copy of one tensor: its live rows must fit into the tails of the others.
-            most = min(most, plan.slots - -(-plan.slots // (2 * pond.geometry.layers)))
-        target = min(plan.memory_tokens, most - plan.prompt_tokens)
-        if target < 1:
-            raise BudgetError(f"the pond cannot shrink to {plan.slots} slots", least=old.budget)
-        pond.compact(target)
-    elif not _can_grow(pond, plan.slots, limit):
+        groups = plan.packed_tokens // pond.desk.tier.codec.group
+    if plan.slots < old.slots:
+        _shrink(pond, plan, groups, limit)
+    if pond.desk is not None:
+        pond.forget_packed(groups)
+    longest = max(layer.length for layer in pond.layers)
+    if not feasible(_slabs(pond, plan, longest, groups), _held(pond), limit):
+        if plan.slots <= old.slots or pond.desk is not None:
+            raise BudgetError(f"the pond cannot be moved to {plan.slots} slots", least=old.budget)
         # Too small a step to be worth a second copy of a tensor, which the cap has no room for: keep the storage.
         spare = plan.slots - old.slots
         plan = replace(plan, slots=old.slots, memory_tokens=max(plan.group_tokens, plan.memory_tokens - spare))
-    ledger.limit = limit
-    if plan.slots != old.slots:
-        # The small tensors move while there is most room: last when shrinking, first when growing.
-        for names in (_VECTORS, _METADATA) if shrinking else (_METADATA, _VECTORS):
-            for layer in pond.layers:
-                for name in names:
-                    if getattr(layer, name) is not None:
-                        _move(pond, layer, name, plan.slots, limit)
-    ledger.limit = plan.budget if pond.policy.capped else None
-    pond.plan = plan
+    move = _Resizing(pond, plan, _slabs(pond, plan, longest, groups), limit)
+    pond.carry_out(move)
+    if move.refused is not None:
+        raise move.refused
 
 
-def _resize_tiers(pond: Pond, desk: Desk, plan: Plan) -> None:
-    old, ledger = pond.plan, pond.ledger
-    groups = plan.packed_tokens // desk.tier.codec.group
-    if plan.slots < old.slots:
-        pond.compact(plan.memory_tokens)
-    pond.forget_packed(groups)
-    assert plan.budget is not None
-    ledger.limit = max(old.budget or 0, plan.budget)
-    desk.clear()
-    fuller, deeper = plan.slots > old.slots, plan.packed_tokens > old.packed_tokens
-    for grow in (False, True):
-        for layer in pond.layers:
-            shelf = layer.shelf
-            if fuller == grow and plan.slots != old.slots:
-                for name in (*_VECTORS, *_METADATA):
-                    _copy(ledger, layer, name, 2 if name in _VECTORS else 1, plan.slots, layer.length)
-            if deeper == grow and plan.packed_tokens != old.packed_tokens:
-                for name in shelf.NAMES:
-                    _copy(ledger, shelf, name, 1, groups, shelf.groups)
-    desk.allocate(plan)
-    ledger.limit = plan.budget
-    pond.plan = plan
+def _shrink(pond: Pond, plan: Plan, groups: int, limit: int | None) -> None:
+    """Forget as much as the new plan has no slots for, and as much more as must go for a tensor's live rows to fit elsewhere."""
+    start = plan.prompt_tokens
+    target = min(plan.memory_tokens, plan.slots - plan.reserve_tokens - start)
+    few, most = 0, target  # the most for which the move is feasible
+    while few < most:
+        middle = (few + most + 1) // 2
+        if feasible(_slabs(pond, plan, start + middle, groups), _held(pond), limit):
+            few = middle
+        else:
+            most = middle - 1
+    if few < 1:
+        raise BudgetError(f"the pond cannot shrink to {plan.slots} slots", least=pond.plan.budget)
+    pond.compact(few)
 
 
-def _copy(ledger: Ledger, holder: PondLayer | Shelf, name: str, axis: int, size: int, live: int) -> None:
-    """Replace a tensor of a layer or shelf by one of `size` along `axis` with the same live part, where there is room for both."""
-    old: Tensor | None = getattr(holder, name)
-    if old is None:
-        return
-    shape = list(old.shape)
-    shape[axis] = size
-    ledger.hold("storage", ledger.account("storage") + old.element_size() * torch.Size(shape).numel())
-    new = torch.zeros(shape, dtype=old.dtype, device=old.device)
-    new.narrow(axis, 0, live).copy_(old.narrow(axis, 0, live))
-    setattr(holder, name, new)
-    freed = old.untyped_storage().nbytes()
-    del old
-    ledger.hold("storage", ledger.account("storage") - freed)
+def _held(pond: Pond) -> int:
+    """Bytes of the cap that are taken while storage is exchanged."""
+    return pond.ledger.held - pond.ledger.account("desk")
 
 
-def _resize_arena(pond: Pond, arena: Arena, plan: Plan) -> None:
-    """The same for layers in one arena: its keys and its values are one tensor each, so less fits beside the old ones.
-
-    Where even the live rows of one do not fit into the tail of the other, shrinking forgets down to half of the new slots,
-    and growing leaves the storage as it is.
-    """
-    old, ledger, layers = pond.plan, pond.ledger, len(pond.layers)
-    assert plan.budget is not None  # layer budgets have a cap
-    limit, shrinking = max(old.budget or 0, plan.budget), plan.slots < old.slots
-    small, large = (layers * _tensor_bytes(pond, slots) for slots in (old.slots, plan.slots))
-    held = ledger.held
-    if shrinking:
-        target = min(plan.memory_tokens, plan.slots - plan.reserve_tokens - plan.prompt_tokens)
-        if held + large > limit:
-            target = min(target, plan.slots // 2 - plan.prompt_tokens)
-        if target < 1:
-            raise BudgetError(f"the pond cannot shrink to {plan.slots} slots", least=old.budget)
-        pond.compact(target)
+def _slabs(pond: Pond, plan: Plan, length: int, groups: int) -> list[Slab]:
+    """Every tensor that changes its size, in the order of the exchange, for `length` live slots in the mean over the layers."""
+    slabs: list[Slab] = []
+    if pond.arena is not None:
+        live = min(pond.arena.slots, sum(layer.length for layer in pond.layers), length * len(pond.layers))
+        slabs = [_flat(pond.arena, kind, plan.slots * len(pond.layers), live) for kind in pond.arena.kinds]
     else:
-        held += (plan.slots - old.slots) * (pond.geometry.bytes_per_token - pond.geometry.kv_bytes_per_token)
-        live = sum(layer.length for layer in pond.layers)
-        beside = held + large <= limit or 2 * live <= layers * old.slots
-        if not beside or (held + 2 * large - small > limit and 2 * live > layers * plan.slots):
-            spare = plan.slots - old.slots
-            plan = replace(plan, slots=old.slots, memory_tokens=max(plan.group_tokens, plan.memory_tokens - spare))
-    ledger.limit = limit
-    if plan.slots != old.slots:
-        with ledger.borrow("scratch", old.scratch_bytes):
-            rows = arena.pack(old.chunk)
-        for kind in (*arena.vectors, *arena.metadata) if shrinking else (*arena.metadata, *arena.vectors):
-            _replace(pond, arena, kind, rows, plan.slots * layers, limit)
-        share = (plan.slots * layers - sum(layer.length for layer in pond.layers)) // layers
-        arena.unpack([layer.length + share for layer in pond.layers], old.chunk)
-    ledger.limit = plan.budget
-    pond.plan = plan
+        for layer in pond.layers:
+            for name in (*_VECTORS, *_METADATA):
+                if getattr(layer, name) is not None:
+                    slabs.append(_own(layer, name, plan.slots, min(length, layer.length), name in _VECTORS))
+            if isinstance(layer, TieredLayer):
+                shelf = layer.shelf
+                for name in shelf.NAMES:
+                    if getattr(shelf, name) is not None:
+                        slabs.append(_own(shelf, name, groups, min(groups, shelf.groups), False))
+    # What becomes smaller goes first, the largest in front; of what becomes larger the small ones, while there is most room.
+    slabs.sort(key=lambda slab: slab.nbytes(slab.new) - slab.nbytes(slab.old))
+    return [slab for slab in slabs if slab.new != slab.old]
 
 
-def _replace(pond: Pond, arena: Arena, kind: str, rows: int, slots: int, limit: int) -> None:
-    """Give a packed arena storage of another size for one kind, with the same first `rows` rows."""
-    old, ledger = arena.flat(kind), pond.ledger
-    old_size = old.untyped_storage().nbytes()
-    size = old_size // len(old) * slots * pond.geometry.kv_heads
-    held = ledger.account("storage")
-    if kind in arena.metadata or ledger.held + size <= limit:
-        ledger.hold("storage", held + size)
-        new = arena.empty(kind, slots)
-        new[:rows].copy_(old[:rows])
-        arena.replace(kind, new)
-        del old
-        ledger.hold("storage", held + size - old_size)
-        return
-    (other,) = (name for name in arena.vectors if name != kind)
-    tail = arena.flat(other)[rows : 2 * rows]
-    tail.copy_(old[:rows])
-    arena.replace(kind, old[:0].clone())
-    del old
-    ledger.hold("storage", held - old_size + size)
-    new = arena.empty(kind, slots)
-    new[:rows].copy_(tail)
-    arena.replace(kind, new)
+def _own(holder: Any, name: str, new: int, live: int, batched: bool) -> Slab:
+    """A tensor of a layer or shelf, [H, n, ...], or [1, H, n, ...] when `batched`."""
+
+    def get() -> Tensor:
+        tensor: Tensor = getattr(holder, name)
+        return tensor[0] if batched else tensor
+
+    def put(tensor: Tensor) -> None:
+        setattr(holder, name, tensor[None] if batched else tensor)
+
+    return _slab(get, put, get().shape[1], new, live)
 
 
-def _tensor_bytes(pond: Pond, slots: int) -> int:
-    return pond.geometry.kv_heads * slots * pond.geometry.vector_bytes
+def _flat(arena: Arena, kind: str, slots: int, live: int) -> Slab:
+    """One kind of an arena's storage, which has its heads one behind the other: [1, n x H, ...]."""
+    heads = len(arena.flat(kind)) // arena.slots
+    return _slab(
+        lambda: arena.flat(kind)[None],
+        lambda tensor: arena.replace(kind, tensor[0]),
+        arena.slots * heads,
+        slots * heads,
+        live * heads,
+    )
 
 
-def _can_grow(pond: Pond, slots: int, limit: int | None) -> bool:
-    """Whether every tensor in turn finds room: beside the old one, or for its live rows in the others' tails."""
-    if limit is None:
-        return True
-    count, held = 2 * pond.geometry.layers, pond.ledger.held
-    held += (slots - pond.capacity) * (pond.geometry.bytes_per_token - pond.geometry.kv_bytes_per_token)
-    small, large = _tensor_bytes(pond, pond.capacity), _tensor_bytes(pond, slots)
-    for moved in range(count):
-        tails = moved * (slots - pond.length) + (count - 1 - moved) * (pond.capacity - pond.length)
-        if held + large > limit and tails < pond.length:
-            return False
-        held += large - small
-    return True
+def _slab(get: Callable[[], Tensor], put: Callable[[Tensor], None], old: int, new: int, live: int) -> Slab:
+    like = get()
+    return Slab(get, put, tuple(like.shape[2:]), like.dtype, like.device, like.shape[0], old, new, live)
 
 
-def _move(pond: Pond, layer: PondLayer, name: str, slots: int, limit: int | None) -> None:
-    """Replace one tensor of a layer by one of `slots` slots that holds the same live rows."""
-    old: Tensor = getattr(layer, name)
-    length, axis = layer.length, 2 if name in _VECTORS else 1
-    shape = list(old.shape)
-    shape[axis] = slots
-    size, ledger = old.element_size() * torch.Size(shape).numel(), pond.ledger
-    old_size = old.untyped_storage().nbytes()
-    if limit is None or ledger.held + size <= limit or name in _METADATA:
-        del old
-        _copy(ledger, layer, name, axis, slots, length)
-        return
-    tails = _stash(pond, old)
-    setattr(layer, name, old.new_empty(0))
-    del old
-    ledger.hold("storage", ledger.account("storage") - old_size + size)
-    new = torch.zeros(shape, dtype=layer.dtype, device=layer.device)
-    first = 0
-    for tail in tails:
-        new[:, :, first : first + tail.shape[2]].copy_(tail)
-        first += tail.shape[2]
-    setattr(layer, name, new)
+class _Resizing:
+    """To the new plan; or, once the machine has refused memory, back to the old one. A `Move`.
 
+    Attributes:
+        refused: why it went back.
+    """
 
-def _stash(pond: Pond, tensor: Tensor) -> list[Tensor]:
-    """Copy a tensor's live rows into the unused tails of the others; return the pieces in order."""
-    pieces: list[Tensor] = []
-    first = 0
-    for layer in pond.layers:
-        for name in _VECTORS:
-            other: Tensor = getattr(layer, name)
-            if other is tensor or other.numel() == 0:
-                continue
-            count = min(other.shape[2] - layer.length, layer.length - first)
-            if count <= 0:
-                continue
-            tail = other[:, :, layer.length : layer.length + count]
-            tail.copy_(tensor[:, :, first : first + count])
-            pieces.append(tail)
-            first += count
-    if first < pond.length:
-        raise RuntimeError("the tails cannot hold a tensor's live rows")  # resize_pond made sure that they can
-    return pieces
+    def __init__(self, pond: Pond, plan: Plan, slabs: Sequence[Slab], limit: int | None) -> None:
+        self.refused: BudgetError | None = None
+        self._pond, self._limit = pond, limit
+        exchange = Exchange(slabs, pond.ledger, limit, lambda: pond.nbytes)
+        arena, desk = pond.arena if slabs else None, pond.desk
+        clear = [] if desk is None else [desk.clear]
+        forth, back = [*clear, exchange.forth], [*clear, exchange.back]
+        self._pack = Steps([])
+        if arena is not None:
+            chunk, lengths = pond.plan.chunk, [layer.length for layer in pond.layers]
+            room = (plan.slots * len(lengths) - sum(lengths)) // len(lengths)
+            self._pack = self._with_scratch(pond.plan, arena.packing(chunk))
+            forth.append(self._with_scratch(plan, arena.unpacking([length + room for length in lengths], chunk)).run)
+            back.append(self._with_scratch(pond.plan, arena.unpacking(arena.capacities, chunk)).run)
+        if desk is not None:
+            forth.append(partial(desk.allocate, plan))
+            back.append(partial(desk.allocate, pond.plan))
+        self._forth = Steps([*forth, partial(self._settle, plan)])
+        self._back = Steps([*back, partial(self._settle, pond.plan)])
+
+    def run(self) -> None:
+        self._pond.ledger.limit = self._limit
+        self._pack.run()
+        if self.refused is None:
+            try:
+                self._forth.run()
+                return
+            except BudgetError as error:
+                traceback.clear_frames(error.__traceback__)
+                self.refused = error
+        self._back.run()
+
+    def _with_scratch(self, plan: Plan, moves: Sequence[Callable[[], None]]) -> Steps:
+        """An arena's moves, with the scratch of a plan that leaves room for it."""
+        steps = Steps(moves)
+
+        def run() -> None:
+            with self._pond.ledger.borrow("scratch", plan.scratch_bytes):
+                steps.run()
+
+        return Steps([run])
+
+    def _settle(self, plan: Plan) -> None:
+        self._pond.plan = plan
+        self._pond.ledger.limit = plan.budget if self._pond.policy.capped else None

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from millpond import native
 from millpond.cache.codec import Codec
 from millpond.cache.layer import PondLayer
 from millpond.geometry import Geometry
 from millpond.positions import Rope
+from millpond.resumable import Pieces, Rows
 
 __all__ = ["Shelf"]
 
@@ -53,13 +56,13 @@ class Shelf:
         tensor: Tensor = getattr(self, name)
         return tensor[:, : self.groups].flatten(1, 2)
 
-    def put(self, layer: PondLayer, leave: Tensor, step: int) -> None:
-        """Pack tokens of a layer behind the live groups.
+    def put(self, layer: PondLayer, leave: Tensor, first: int, step: int) -> None:
+        """Pack tokens of a layer behind the `first` groups, which are the live ones. Can be repeated until the layer's tokens move.
 
         Args:
             leave: int64 [H, n], slots, ascending; n is a multiple of G. step: tokens coded at a time.
         """
-        size, first = self.codec.group, self.groups
+        size = self.codec.group
         groups = leave.shape[1] // size
         for head, slots in enumerate(leave):
             for at in range(0, leave.shape[1], step):
@@ -76,15 +79,13 @@ class Shelf:
                         mine[head, to].flatten(0, 1).copy_(getattr(layer, name)[head].index_select(0, part))
         self.groups = first + groups
 
-    def drop(self, stay: Tensor) -> None:
-        """Forget all groups but `stay`, int64 [H, g] ascending."""
-        for tensor in self.tensors():
-            live = tensor[:, : self.groups]
-            if stay.shape[1] and not native.move_rows(live, stay):
-                for head in range(stay.shape[0]):
-                    for to, at in enumerate(stay[head].tolist()):
-                        live[head, to].copy_(live[head, at])
-        self.groups = stay.shape[1]
+    def dropping(self, stay: Tensor) -> list[Callable[[], None]]:
+        """The steps that forget all groups but `stay`, int64 [H, g] ascending. See `Steps`."""
+        rows = [Rows(tensor[:, : self.groups], stay, 1).run for tensor in self.tensors()]
+        return [*rows, partial(self._settle, stay.shape[1])]
+
+    def _settle(self, groups: int) -> None:
+        self.groups = groups
 
     def read(
         self, head: int, first: int, last: int, keys: Tensor | None, values: Tensor | None, step: int | None = None
@@ -96,23 +97,33 @@ class Shelf:
         if values is not None:
             self.codec.decode_values(self.value_codes[head, part], self.value_scales[head, part], values, step)
 
-    def turn(self, head: int, rope: Rope, by: Tensor, step: int) -> None:
-        """Turn one head's packed keys by `by`, int64 [n, axes], and write the new positions down.
+    def turning(self, head: int, rope: Rope, by: Tensor, step: int) -> Callable[[], None]:
+        """The step that turns one head's packed keys by `by`, int64 [n, axes], and writes the new positions down. See `Steps`.
 
         Tokens of a group may move differently, so a group is unpacked, turned in float32 and packed again: half a step of error
         each time, where storing keys unturned would cost a rotation of every packed key in every forward.
         """
-        width = self.key_scales.shape[3]
-        for first in range(0, self.tokens, step):
-            last = min(first + step, self.tokens)
-            part = slice(first // self.codec.group, last // self.codec.group)
-            if not bool(by[first:last].any()):
-                continue
-            keys = torch.empty(last - first, width, device=by.device)
-            self.read(head, first, last, keys, None)
-            rope.rotate_(keys, by[first:last])
-            self.codec.encode_keys(keys, self.key_codes[head, part], self.key_scales[head, part])
-            self.positions[head, part] += by[first:last].to(torch.int32).view_as(self.positions[head, part])
+        size, each = self.codec.group, step // self.codec.group
+
+        def make(index: int) -> tuple[Tensor, ...]:
+            part = slice(index * each, min((index + 1) * each, self.groups))
+            turn = by[part.start * size : part.stop * size]
+            if not bool(turn.any()):
+                return ()
+            keys = torch.empty(len(turn), self.key_scales.shape[3], device=by.device)
+            self.read(head, part.start * size, part.stop * size, keys, None)
+            rope.rotate_(keys, turn)
+            codes = torch.empty_like(self.key_codes[head, part])
+            scales = torch.empty_like(self.key_scales[head, part])
+            self.codec.encode_keys(keys, codes, scales)
+            positions = self.positions[head, part]
+            return codes, scales, positions + turn.to(torch.int32).view_as(positions)
+
+        def write(index: int, *made: Tensor) -> None:
+            for mine, new in zip((self.key_codes, self.key_scales, self.positions), made, strict=False):
+                mine[head, index * each : index * each + len(new)] = new
+
+        return partial(Pieces().run, -(-self.groups // each), make, write)
 
     def adopt(self, other: Shelf) -> None:
         """Copy the live groups of a shelf of the same shapes."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ from millpond.cache.codec import Codec
 from millpond.cache.layer import PondLayer
 from millpond.cache.ledger import Ledger
 from millpond.cache.shelf import Shelf
+from millpond.cache.storage import zeros
 from millpond.errors import PolicyError
 from millpond.geometry import Geometry
 from millpond.policies.base import View
@@ -105,8 +107,8 @@ class Desk:
         self.coding_bytes = self.tier.codec.scratch_bytes(self.step, self.geometry.head_dim)
         self.ledger.hold("desk", plan.desk_bytes)
         shape = 1, self.geometry.kv_heads, plan.packed_tokens + plan.slots, self.geometry.head_dim
-        self.keys = torch.zeros(shape, dtype=self.geometry.dtype, device=self.device)
-        self.values = torch.zeros(shape, dtype=self.geometry.dtype, device=self.device)
+        self.keys = zeros(shape, self.geometry.dtype, self.device)
+        self.values = zeros(shape, self.geometry.dtype, self.device)
 
     def clear(self) -> None:
         """Give the storage back."""
@@ -185,16 +187,15 @@ class TieredLayer(PondLayer):
         order, positions, place = self._order(head)
         return positions[order], place[order]
 
-    def turn(self, head: int, rope: Rope, by: Tensor, chunk: int) -> None:
+    def turning(self, head: int, rope: Rope, by: Tensor, chunk: int) -> list[Callable[[], None]]:
         if not self.shelf.groups:
-            super().turn(head, rope, by, chunk)
-            return
+            return super().turning(head, rope, by, chunk)
         order, *_ = self._order(head)
         stored = torch.empty_like(by).index_copy_(0, order, by)
         del order
         packed = self.shelf.tokens
-        self.shelf.turn(head, rope, stored[:packed], self.desk.tier.step(chunk))
-        super().turn(head, rope, stored[packed:], chunk)
+        shelved = self.shelf.turning(head, rope, stored[:packed], self.desk.tier.step(chunk))
+        return [shelved, *super().turning(head, rope, stored[packed:], chunk)]
 
     def _order(self, head: int) -> tuple[Tensor, Tensor, Tensor]:
         """The stream order of all tokens of a head, int64 [n], and their positions and places as stored."""
@@ -202,21 +203,21 @@ class TieredLayer(PondLayer):
         place = torch.cat([self.shelf.live("place")[head], self.place[head, : self.length]])
         return stream_order(positions[:, 0], place), positions, place
 
-    def demote(self, keep: Tensor, stay: Tensor | None, start: int, chunk: int) -> None:
-        """Pack what `keep` leaves out, and move the rest down.
+    def demotion(self, keep: Tensor, stay: Tensor | None, start: int, chunk: int) -> list[Callable[[], None]]:
+        """The steps that pack what `keep` leaves out, and move the rest down. See `Steps`.
 
         Args:
-            keep, start, chunk: as in `compact`. stay: int64 [H, g], packed groups that stay; None for all.
+            keep, start, chunk: as in `compaction`. stay: int64 [H, g], packed groups that stay; None for all.
         """
-        if stay is not None:
-            self.shelf.drop(stay)
+        drop = [] if stay is None else self.shelf.dropping(stay)
         leave = torch.empty(keep.shape[0], self.length - start - keep.shape[1], dtype=torch.int64, device=self.device)
         for head, kept in enumerate(keep):
             left = torch.ones(self.length - start, dtype=torch.bool, device=self.device)
             left[kept] = False
             leave[head] = left.nonzero()[:, 0].add_(start)
-        self.shelf.put(self, leave, self.desk.tier.step(chunk))
-        self.compact(keep, start, chunk)
+        first = self.shelf.groups if stay is None else stay.shape[1]
+        put = partial(self.shelf.put, self, leave, first, self.desk.tier.step(chunk))
+        return [*drop, put, *self.compaction(keep, start, chunk)]
 
     def adopt(self, other: PondLayer) -> None:
         super().adopt(other)

@@ -158,8 +158,10 @@ def attention(
     return totals[0], totals[1]
 
 
-def fold(keys: Tensor, values: Tensor, owner: Tensor, weight: Tensor) -> bool:
+def fold(keys: Tensor, values: Tensor, owner: Tensor, weight: Tensor, done: ctypes.c_int64) -> bool:
     """Weighted means of runs of one head's tokens, in place (`millpond.policies.merging.fold`).
+
+    `done` is 0 before and 1 afterwards; where it is 1, nothing changes any more.
 
     Returns:
         False where there is no kernel; nothing has changed then.
@@ -176,7 +178,7 @@ def fold(keys: Tensor, values: Tensor, owner: Tensor, weight: Tensor) -> bool:
         return False
     sizes = ctypes.c_int64(keys.shape[0]), ctypes.c_int64(keys.shape[1])
     run = getattr(library, f"millpond_fold_{_SUFFIX[keys.dtype]}")
-    run(_pointer(keys), _pointer(values), *sizes, _pointer(owner), _pointer(weight))
+    run(_pointer(keys), _pointer(values), *sizes, _pointer(owner), _pointer(weight), ctypes.byref(done))
     return True
 
 
@@ -240,11 +242,12 @@ def check(keep: Tensor, protected: Tensor) -> int | None:
     return int(library.millpond_check(_pointer(keep), _pointer(protected), *sizes))
 
 
-def move_rows(tensor: Tensor, keep: Tensor) -> bool:
+def move_rows(tensor: Tensor, keep: Tensor, done: ctypes.c_int64) -> bool:
     """Move the rows that `keep` names to the front of each head, in place.
 
     Args:
-        tensor: [H, n, ...], rows contiguous. keep: int64 [H, S], ascending.
+        tensor: [H, n, ...], rows contiguous. keep: int64 [H, S], ascending. done: heads that have moved, 0 at first; counted up here,
+            and left out when it is run again.
 
     Returns:
         False where there is no kernel; nothing has moved then.
@@ -256,15 +259,17 @@ def move_rows(tensor: Tensor, keep: Tensor) -> bool:
     size = tensor.element_size()
     sizes = ctypes.c_int64(tensor.stride(0) * size), ctypes.c_int64(row * size)
     heads, slots = keep.shape
-    library.millpond_move_rows(_pointer(tensor), *sizes, _pointer(keep), ctypes.c_int64(heads), ctypes.c_int64(slots))
+    counts = ctypes.c_int64(heads), ctypes.c_int64(slots)
+    library.millpond_move_rows(_pointer(tensor), *sizes, _pointer(keep), *counts, ctypes.byref(done))
     return True
 
 
-def turn(keys: Tensor, delta: Tensor, axis: Tensor, inv_freq: Tensor) -> bool:
+def turn(keys: Tensor, delta: Tensor, axis: Tensor, inv_freq: Tensor, done: ctypes.c_int64 | None = None) -> bool:
     """Turn keys by `delta` positions in place (`millpond.positions.Rope.rotate_`).
 
     Args:
         keys: [..., n, D]. delta: int64 [n, axes], any strides. axis: int64 [D/2]. inv_freq: float32 [D/2].
+        done: 0 before and 1 afterwards, where it is given; where it is 1, nothing turns any more.
 
     Returns:
         False where there is no kernel; nothing has turned then.
@@ -287,6 +292,7 @@ def turn(keys: Tensor, delta: Tensor, axis: Tensor, inv_freq: Tensor) -> bool:
         _pointer(axis),
         _pointer(inv_freq),
         ctypes.c_int64(len(inv_freq)),
+        None if done is None else ctypes.byref(done),
     )
     return True
 

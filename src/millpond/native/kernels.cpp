@@ -354,10 +354,10 @@ int64_t millpond_check(const int64_t* keep, const uint8_t* protected_, int64_t h
 }
 
 // Move the kept rows of each head down in place; `keep` ascends, so nothing is overwritten before it has moved.
-// `head_bytes` is the distance between heads, `row_bytes` the size of a row.
+// `head_bytes` is the distance between heads, `row_bytes` the size of a row. `done` counts the heads that have moved; those are left out.
 void millpond_move_rows(char* base, int64_t head_bytes, int64_t row_bytes, const int64_t* keep, int64_t heads,
-                        int64_t slots) {
-    for (int64_t h = 0; h < heads; ++h) {
+                        int64_t slots, int64_t* done) {
+    for (int64_t h = *done; h < heads; *done = ++h) {
         char* head = base + h * head_bytes;
         const int64_t* from = keep + h * slots;
         for (int64_t first = 0; first < slots;) {

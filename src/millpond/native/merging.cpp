@@ -24,7 +24,8 @@ bool finite(const T* row, int64_t width) {
 }
 
 template <typename T>
-void fold(T* keys, T* values, int64_t tokens, int64_t width, const int64_t* owner, const float* weight) {
+void fold(T* keys, T* values, int64_t tokens, int64_t width, const int64_t* owner, const float* weight, int64_t* done) {
+    if (*done) return;
     std::vector<float> key(static_cast<size_t>(width)), value(static_cast<size_t>(width));
     for (int64_t n = 0; n < tokens;) {
         if (owner[n] < 0) {
@@ -50,6 +51,7 @@ void fold(T* keys, T* values, int64_t tokens, int64_t width, const int64_t* owne
                 narrow(value[i] / total, values[to * width + i]);
             }
     }
+    *done = 1;
 }
 
 template <typename T>
@@ -92,13 +94,15 @@ void distances(const T* keys, int64_t tokens, int64_t width, const int64_t* owne
 extern "C" {
 
 // Each token of keys and values [tokens, width] that others go into becomes their mean by weight, in place. owner: [tokens], -1 or the
-// token that each goes into, ascending where it is not -1. What is not finite counts for nothing.
-void millpond_fold_f32(float* keys, float* values, int64_t tokens, int64_t width, const int64_t* owner, const float* weight) {
-    fold(keys, values, tokens, width, owner, weight);
+// token that each goes into, ascending where it is not -1. What is not finite counts for nothing. done: 1 once it is, and then nothing
+// changes any more.
+void millpond_fold_f32(float* keys, float* values, int64_t tokens, int64_t width, const int64_t* owner, const float* weight,
+                       int64_t* done) {
+    fold(keys, values, tokens, width, owner, weight, done);
 }
 void millpond_fold_bf16(uint16_t* keys, uint16_t* values, int64_t tokens, int64_t width, const int64_t* owner,
-                        const float* weight) {
-    fold(keys, values, tokens, width, owner, weight);
+                        const float* weight, int64_t* done) {
+    fold(keys, values, tokens, width, owner, weight, done);
 }
 
 // Distance of each key from its owner's and the cosine of the two, [tokens] each; 0 where the owner is -1.

@@ -10,7 +10,8 @@ namespace {
 
 template <typename T>
 void turn(T* keys, int64_t head_stride, int64_t heads, int64_t tokens, int64_t width, const int64_t* delta, int64_t token_step,
-          int64_t axis_step, int64_t axes, const int64_t* axis, const float* inverse, int64_t half) {
+          int64_t axis_step, int64_t axes, const int64_t* axis, const float* inverse, int64_t half, int64_t* done) {
+    if (done && *done) return;
     std::vector<float> cosine(half), sine(half);
     std::vector<int64_t> by(axes);
     bool known = false;  // cosine and sine are those of `by`: neighbours mostly turn alike
@@ -40,6 +41,7 @@ void turn(T* keys, int64_t head_stride, int64_t heads, int64_t tokens, int64_t w
             }
         }
     }
+    if (done) *done = 1;
 }
 
 }  // namespace
@@ -47,10 +49,12 @@ void turn(T* keys, int64_t head_stride, int64_t heads, int64_t tokens, int64_t w
 extern "C" {
 
 // keys: [heads, tokens, width], rows contiguous, heads `head_stride` elements apart. delta: positions to turn by, the same for every head,
-// with its strides in elements. axis, inverse: [half], the axis that each frequency reads, and the frequency.
+// with its strides in elements. axis, inverse: [half], the axis that each frequency reads, and the frequency. done: may be null; 1 once the
+// keys have turned, which then never turn again.
 void millpond_turn_f32(float* keys, int64_t head_stride, int64_t heads, int64_t tokens, int64_t width, const int64_t* delta,
-                       int64_t token_step, int64_t axis_step, int64_t axes, const int64_t* axis, const float* inverse, int64_t half) {
-    turn(keys, head_stride, heads, tokens, width, delta, token_step, axis_step, axes, axis, inverse, half);
+                       int64_t token_step, int64_t axis_step, int64_t axes, const int64_t* axis, const float* inverse, int64_t half,
+                       int64_t* done) {
+    turn(keys, head_stride, heads, tokens, width, delta, token_step, axis_step, axes, axis, inverse, half, done);
 }
 void millpond_turn_bf16(uint16_t* keys, int64_t head_stride, int64_t heads, int64_t tokens, int64_t width, const int64_t* delta,
                         int64_t token_step, int64_t axis_step, int64_t axes, const int64_t* axis, const float* inverse,

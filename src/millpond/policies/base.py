@@ -8,7 +8,7 @@ pinned prompt, which therefore survives whatever a policy does.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -60,6 +60,8 @@ class View:
             packed tokens are chosen from.
         carry: float32 [H, n], to be written: what the policy leaves for the next shallower layer; NaN where it leaves nothing.
             None unless the policy is `deepest_first`, and where packed tokens are chosen from.
+        fold: what carries out a `millpond.policies.merging.fold` in the cache, given head, owner and weight; None: it writes to the
+            view at once.
     """
 
     keys: Tensor
@@ -76,6 +78,7 @@ class View:
     sums: Tensor | None = None
     deeper: Tensor | None = None
     carry: Tensor | None = None
+    fold: Callable[[int, Tensor, Tensor], None] | None = None
 
     @property
     def heads(self) -> int:
@@ -120,9 +123,10 @@ class Policy(ABC):
         """
 
     def merge(self, view: View, keep: Tensor) -> None:  # noqa: B027  # nothing is merged, unless a policy says so
-        """Fold what is about to be forgotten into what stays: rewrite keys and values of kept, unprotected tokens, in place.
+        """Fold what is about to be forgotten into what stays, by `millpond.policies.merging.fold`, at most once a head, from the first on.
 
-        Called with what `keep` returned, before anything moves; the only exception to the view being read-only.
+        Called with what `keep` returned, before the layer moves, and again when that was interrupted; so what it folds in a head
+        depends on nothing but that head. It writes nothing itself.
         """
 
     def recent(self, frames: int) -> int:

@@ -1,0 +1,179 @@
+"""What follows a compaction's choice: layers merge, hand over, pack and move what was chosen, and the books are set, as one `Move`.
+
+Nothing here asks what to keep, and nothing fails for good but by want of memory: interrupted anywhere, a pass goes on where it
+stopped. Knows the pond it works on.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from millpond.cache.tier import TieredLayer
+from millpond.policies.base import TEXT, View
+from millpond.policies.merging import Fold
+from millpond.resumable import Lazy, Mask, Steps
+
+if TYPE_CHECKING:
+    from millpond.cache.host import Arrivals
+    from millpond.cache.layer import PondLayer
+    from millpond.cache.pond import Pond
+
+__all__ = ["Chosen", "Compaction", "Forgetting"]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What stays in one layer.
+
+    Attributes:
+        keep: of the full tokens behind the prompt; None for all. stay: of the packed groups; None for all.
+    """
+
+    keep: Mask | None
+    stay: Mask | None
+
+
+class _Pass(ABC):
+    """Steps for every layer that changes, and what follows them."""
+
+    def __init__(self, pond: Pond) -> None:
+        self._pond = pond
+        self._steps = Steps([])
+        self._before = pond.evicted + pond.memory_tokens
+
+    def run(self) -> None:
+        with self._pond.ledger.borrow("scratch", self._pond.plan.scratch_bytes):
+            self._steps.run()
+
+    @abstractmethod
+    def _layer(self, index: int, chosen: Chosen) -> list[Callable[[], None]]:
+        """A layer's steps, worked out when the layers before it are done."""
+
+    def _layers(self, chosen: Sequence[Chosen | None]) -> list[Callable[[], None]]:
+        return [Lazy(partial(self._layer, index, one)).run for index, one in enumerate(chosen) if one is not None]
+
+    def _count(self) -> None:
+        """Of the tokens that were evicted or in memory before, those that are not in memory now have been evicted."""
+        self._pond.evicted = self._before - self._pond.memory_tokens
+
+
+class Forgetting(_Pass):
+    """Packed groups go, in every layer."""
+
+    def __init__(self, pond: Pond, chosen: Sequence[Chosen | None]) -> None:
+        super().__init__(pond)
+        self._steps = Steps([*self._layers(chosen), self._count])
+
+    def _layer(self, index: int, chosen: Chosen) -> list[Callable[[], None]]:
+        layer = self._pond.layers[index]
+        assert isinstance(layer, TieredLayer)
+        assert chosen.stay is not None
+        return layer.shelf.dropping(chosen.stay.indices())
+
+
+class Compaction(_Pass):
+    """One pass.
+
+    Args:
+        chosen: for every layer; None for one that keeps all it has. capacities: each layer's slots in the arena afterwards.
+        since, text: what was protected, see `Pond._protect`.
+    """
+
+    def __init__(
+        self, pond: Pond, chosen: Sequence[Chosen | None], capacities: Sequence[int], since: int, text: int
+    ) -> None:
+        super().__init__(pond)
+        self._since, self._text = since, text
+        self._arrivals: Arrivals | None = None
+        steps = self._layers(chosen)
+        if pond.host is not None:
+            # Every layer and head keeps the same.
+            layer, keep = pond.layers[0], next(one.keep for one in chosen if one is not None and one.keep is not None)
+            leave = self._leave(layer, keep.indices()[0])
+            self._arrivals = pond.host.arrange(layer.time_us[0].index_select(0, leave), pond.plan.group_tokens)
+            place, positions = (tensor[0].index_select(0, leave) for tensor in (layer.place, layer.positions))
+            steps.insert(0, partial(pond.host.admit, self._arrivals, place, positions))
+        lengths = [
+            layer.length if one is None or one.keep is None else pond.plan.prompt_tokens + one.keep.kept
+            for layer, one in zip(pond.layers, chosen, strict=True)
+        ]
+        if pond.arena:
+            steps += pond.arena.cutting(capacities, lengths, pond.plan.chunk)
+        books = {
+            "_ahead": [length - lengths[0] for length in lengths],
+            "compactions": pond.compactions + 1,
+            # What was not protected is no longer whole in every head, and can never be protected again.
+            "_recent": deque(group for group in pond._recent if group[0] >= since),
+            "_text": text,
+        }
+        steps += [partial(pond.__dict__.update, books), self._count]
+        self._steps = Steps(steps)
+
+    def _layer(self, index: int, chosen: Chosen) -> list[Callable[[], None]]:
+        pond, layer = self._pond, self._pond.layers[index]
+        assert chosen.keep is not None
+        keep, start, chunk = chosen.keep.indices(), pond.plan.prompt_tokens, pond.plan.chunk
+        steps: list[Callable[[], None]] = []
+        if pond.policy.merges:
+            view = partial(pond._view, index, layer, self._since, self._text)
+            steps.append(_Merging(pond, view, layer, keep).run)
+        if pond.host is not None and self._arrivals is not None:
+            at_most = max(1, chunk // pond.geometry.kv_heads)
+            steps.append(pond.host.storing(self._arrivals, index, layer, self._leave(layer, keep[0]), at_most))
+        if isinstance(layer, TieredLayer):
+            stay = None if chosen.stay is None else chosen.stay.indices()
+            return [*steps, *layer.demotion(keep, stay, start, chunk)]
+        return [*steps, *layer.compaction(keep, start, chunk)]
+
+    def _leave(self, layer: PondLayer, keep: Tensor) -> Tensor:
+        """Slots of the frame tokens that a layer forgets, int64 [m]; `keep`, int64 [S], is that of every head."""
+        start = self._pond.plan.prompt_tokens
+        gone = torch.ones(layer.length - start, dtype=torch.bool, device=self._pond.device)
+        gone[keep] = False
+        gone &= layer.place[0, start : layer.length, 0] != TEXT
+        return gone.nonzero()[:, 0].add_(start)
+
+
+class _Merging:
+    """A layer's merge, head by head: heads that have been folded are left out when it is run again.
+
+    A policy that fails in it twice is not asked again, and what it had not folded by then stays as it was.
+    """
+
+    def __init__(self, pond: Pond, view: Callable[[], View], layer: PondLayer, keep: Tensor) -> None:
+        self._pond, self._view, self._layer, self._keep = pond, view, layer, keep
+        self._heads = self._faults = 0  # heads that have been folded, or need not be
+        self._fold: tuple[int, Fold] | None = None
+
+    def run(self) -> None:
+        self._finish()
+        if self._faults > 1:
+            return
+        try:
+            self._pond.policy.merge(replace(self._view(), fold=self._take), self._keep)
+        except Exception:
+            self._faults += 1
+            if self._faults < 2 or self._fold is not None:
+                raise
+
+    def _take(self, head: int, owner: Tensor, weight: Tensor) -> None:
+        if head >= self._heads:
+            start, end = self._pond.plan.prompt_tokens, self._layer.length
+            keys, values = self._layer.keys[0, head, start:end], self._layer.values[0, head, start:end]
+            self._fold = head, Fold(keys, values, owner, weight, self._pond.plan.chunk)
+            self._finish()
+
+    def _finish(self) -> None:
+        if self._fold is not None:
+            head, fold = self._fold
+            fold.run()
+            self._heads = head + 1
+            self._fold = None

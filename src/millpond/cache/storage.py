@@ -1,0 +1,155 @@
+"""Tensors of a pond's storage that are replaced by larger or smaller ones, one at a time, without ever passing the cap.
+
+A tensor is replaced by allocating its successor beside it where the cap has room for both. Where it has not, its live rows wait in
+the unused tails of the other tensors while it is freed first. Knows bytes; not what they mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from millpond.budget import format_bytes
+from millpond.errors import BudgetError
+
+if TYPE_CHECKING:
+    from millpond.cache.ledger import Ledger
+
+__all__ = ["Exchange", "Slab", "feasible", "zeros"]
+
+
+def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeroed storage.
+
+    Raises:
+        BudgetError: the machine does not have it.
+    """
+    try:
+        return torch.zeros(tuple(shape), dtype=dtype, device=device)
+    except (MemoryError, RuntimeError) as error:
+        size = format_bytes(prod(shape) * dtype.itemsize)
+        raise BudgetError(f"the {device.type} has no {size} more for the memory: give it a smaller budget") from error
+
+
+@dataclass(frozen=True)
+class Slab:
+    """One tensor of the storage, [H, n, ...].
+
+    Attributes:
+        get, put: read and replace the tensor; putting one is a single step.
+        row: shape of a row. dtype, device: of the tensor.
+        heads: H. old, new: n before and after. live: rows of each head in use.
+    """
+
+    get: Callable[[], Tensor]
+    put: Callable[[Tensor], None]
+    row: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    heads: int
+    old: int
+    new: int
+    live: int
+
+    def nbytes(self, rows: int) -> int:
+        """Bytes of `rows` rows of every head."""
+        return self.heads * rows * prod(self.row) * self.dtype.itemsize
+
+    def allocate(self, rows: int) -> Tensor:
+        """Zeroed, [H, rows, ...]."""
+        return zeros((self.heads, rows, *self.row), self.dtype, self.device)
+
+    def spans(self, first: int, last: int) -> list[Tensor]:
+        """Bytes of the rows from `first` to `last` of each head, uint8 views."""
+        return [head[first:last].reshape(-1).view(torch.uint8) for head in self.get()]
+
+
+def feasible(slabs: Sequence[Slab], held: int, limit: int | None) -> bool:
+    """Whether the slabs can be exchanged in this order, with `held` bytes of the cap taken at first; backwards too, then."""
+    if limit is None:
+        return True
+    tails = sum(slab.nbytes(slab.old - slab.live) for slab in slabs)
+    for slab in slabs:
+        old, new = slab.nbytes(slab.old), slab.nbytes(slab.new)
+        others = tails - slab.nbytes(slab.old - slab.live)
+        if held + new > limit and (others < slab.nbytes(slab.live) or held - old + new > limit):
+            return False
+        held += new - old
+        tails = others + slab.nbytes(slab.new - slab.live)
+    return True
+
+
+class Exchange:
+    """Gives all slabs their new size, or their old one again; can be interrupted anywhere and run again.
+
+    Args:
+        slabs: in an order that is `feasible`. limit: the cap meanwhile. nbytes: bytes of the whole storage as it is now.
+    """
+
+    def __init__(self, slabs: Sequence[Slab], ledger: Ledger, limit: int | None, nbytes: Callable[[], int]) -> None:
+        self._slabs, self._ledger, self._limit, self._nbytes = slabs, ledger, limit, nbytes
+        self._parked: tuple[Slab, list[list[Tensor]]] | None = None  # whose live rows lie in which spans of the others
+
+    def forth(self) -> None:
+        """To the new sizes."""
+        for slab in self._slabs:
+            self._resize(slab, slab.new)
+
+    def back(self) -> None:
+        """To the old sizes."""
+        for slab in reversed(self._slabs):
+            self._resize(slab, slab.old)
+
+    def _resize(self, slab: Slab, rows: int) -> None:
+        if self._parked is None or self._parked[0] is not slab:
+            self._ledger.hold("storage", self._nbytes())
+            if slab.get().shape[1] == rows:
+                return
+            if self._limit is None or self._ledger.held + slab.nbytes(rows) <= self._limit:
+                self._ledger.hold("storage", self._nbytes() + slab.nbytes(rows))
+                new = slab.allocate(rows)
+                new[:, : slab.live] = slab.get()[:, : slab.live]
+                slab.put(new)
+                self._ledger.hold("storage", self._nbytes())
+                return
+            self._parked = slab, self._park(slab)
+        parked = self._parked[1]
+        slab.put(slab.get().new_empty((slab.heads, 0, *slab.row)))
+        self._ledger.hold("storage", self._nbytes() + slab.nbytes(rows))
+        new = slab.allocate(rows)
+        for head, spans in zip(new, parked, strict=True):
+            into, first = head[: slab.live].reshape(-1).view(torch.uint8), 0
+            for span in spans:
+                into[first : first + len(span)] = span
+                first += len(span)
+        slab.put(new)
+        self._parked = None
+
+    def _park(self, slab: Slab) -> list[list[Tensor]]:
+        """Copy a slab's live rows into the tails of the others; for each head the spans where they lie, in order."""
+        room = iter(
+            [
+                tail
+                for other in self._slabs
+                if other is not slab
+                for tail in other.spans(other.live, other.get().shape[1])
+            ]
+        )
+        tail, parked = next(room), []
+        for rows in slab.spans(0, slab.live):
+            spans, first = [], 0
+            while first < len(rows):
+                if not len(tail):
+                    tail = next(room)  # there is one more: `feasible` made sure
+                    continue
+                span = tail[: len(rows) - first]
+                span.copy_(rows[first : first + len(span)])
+                spans.append(span)
+                first, tail = first + len(span), tail[len(span) :]
+            parked.append(spans)
+        return parked

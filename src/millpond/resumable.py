@@ -1,0 +1,143 @@
+"""Changes in place that can be taken up again wherever they were interrupted, so that what has begun is always finished.
+
+Python can be interrupted between any two steps (Ctrl-C, memory that runs out), and an interrupted move in place cannot be undone
+without a copy of what it overwrote. So every move here can be run again: it goes on where it stopped, and when it is complete, running
+it changes nothing. Knows rows of tensors; nothing about tokens, layers or budgets.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from millpond import native
+
+__all__ = ["Lazy", "Mask", "Move", "Pieces", "Rows", "Steps"]
+
+
+class Move(Protocol):
+    """Something prepared that can be run until it is complete, as often as it takes."""
+
+    def run(self) -> None: ...
+
+
+class Steps:
+    """Steps one behind the other. Each can be repeated, whole or in part, until the next one begins."""
+
+    def __init__(self, steps: Iterable[Callable[[], None]]) -> None:
+        self._steps = list(steps)
+        self._at = 0
+
+    def run(self) -> None:
+        while self._at < len(self._steps):
+            self._steps[self._at]()
+            self._at += 1
+
+
+class Lazy:
+    """Steps that are worked out when their time comes, from what they are about to change, and forgotten when they are done."""
+
+    def __init__(self, prepare: Callable[[], Iterable[Callable[[], None]]]) -> None:
+        self._prepare = prepare
+        self._steps: Steps | None = None
+        self._done = False
+
+    def run(self) -> None:
+        if not self._done:
+            if self._steps is None:
+                self._steps = Steps(self._prepare())
+            self._steps.run()
+            self._done = True
+        self._steps = None
+
+
+class Pieces:
+    """Pieces of a tensor that are worked out from what they replace: each is kept until it is written, and only then counted."""
+
+    def __init__(self) -> None:
+        self._state: tuple[int, tuple[Any, ...] | None] = 0, None
+
+    def run(self, count: int, make: Callable[[int], tuple[Any, ...]], write: Callable[..., None]) -> None:
+        """Do all pieces that have not been done.
+
+        Args:
+            make: works piece i out; changes nothing. write: takes i and what `make` gave, and writes it; can be repeated.
+        """
+        at, made = self._state
+        while at < count:
+            if made is None:
+                made = make(at)
+                self._state = at, made
+            write(at, *made)
+            at, made = at + 1, None
+            self._state = at, None
+
+
+class Rows:
+    """Rows that move to the front of each head, in place; what lies behind them is forgotten.
+
+    Because `keep` ascends, survivor j comes from row >= j: moving chunks in ascending order never overwrites a survivor that is
+    still to be moved, so the scratch is one chunk of one head.
+
+    Args:
+        live: [H, n, ...]. keep: int64 [H, S], ascending. chunk: rows moved at a time where there is no kernel.
+    """
+
+    def __init__(self, live: Tensor, keep: Tensor, chunk: int) -> None:
+        self._live, self._keep, self._chunk = live, keep, chunk
+        self._heads = ctypes.c_int64(
+            0
+        )  # that have moved; counted by the kernel itself, so that no interruption comes between
+        self._pieces = Pieces()
+
+    def run(self) -> None:
+        kept = self._keep.shape[1]
+        if not kept or native.move_rows(self._live, self._keep, self._heads):
+            return
+        each = -(-kept // self._chunk)
+
+        def make(index: int) -> tuple[Tensor | None]:
+            head, first = index // each, index % each * self._chunk
+            part = self._keep[head, first : first + self._chunk]
+            if int(part[-1]) == first + len(part) - 1:  # the head is unmoved up to here: keep[j] == j
+                return (None,)
+            return (self._live[head].index_select(0, part),)
+
+        def write(index: int, rows: Tensor | None) -> None:
+            head, first = index // each, index % each * self._chunk
+            if rows is not None:
+                self._live[head, first : first + len(rows)] = rows
+
+        self._pieces.run(each * len(self._keep), make, write)
+
+
+class Mask:
+    """A selection in one bit an index, for what has to wait until all selections are made.
+
+    Args:
+        keep: int64 [H, S], ascending. size: n, indices to choose from.
+
+    Attributes:
+        kept: S.
+    """
+
+    def __init__(self, keep: Tensor, size: int) -> None:
+        self.kept, eighth = keep.shape[1], -(-size // 8)
+        chosen = torch.zeros(len(keep), 8 * eighth, dtype=torch.uint8, device=keep.device)
+        chosen.scatter_(1, keep, 1)
+        self._bits = torch.zeros(len(keep), eighth, dtype=torch.uint8, device=keep.device)
+        for place in range(8):
+            self._bits |= chosen[:, place::8] << place
+
+    def indices(self) -> Tensor:
+        """The selection as it was given, int64 [H, S]."""
+        keep = torch.empty(len(self._bits), self.kept, dtype=torch.int64, device=self._bits.device)
+        if self.kept:
+            places = torch.arange(8, dtype=torch.uint8, device=self._bits.device)
+            for head, bits in enumerate(self._bits):
+                keep[head] = ((bits[:, None] >> places) & 1).flatten().nonzero()[:, 0]
+        return keep
