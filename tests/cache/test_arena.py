@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from millpond.cache.arena import Arena
 from millpond.cache.layer import PondLayer
 from millpond.geometry import Geometry
+from millpond.resumable import Steps
 from tests.session.measure import transient_peak
 
 GEOMETRY = Geometry(layers=4, kv_heads=2, head_dim=8, dtype=torch.float32, axes=3)
@@ -50,19 +51,19 @@ def test_any_cut_after_any_cut(seed: int, chunk: int) -> None:
     size, storage = arena.nbytes, arena.flat("keys").data_ptr()
     for _ in range(4):
         wanted = capacities()
-        arena.cut(wanted, chunk)
+        Steps(arena.cutting(wanted, lengths, chunk)).run()
         assert arena.capacities == wanted
         assert same(layers, before)
-    assert arena.pack(chunk) == 2 * sum(lengths)
-    arena.unpack(capacities(), chunk)
+    Steps([*arena.packing(chunk), *arena.unpacking(capacities(), chunk)]).run()
     assert same(layers, before)
     assert (arena.nbytes, arena.flat("keys").data_ptr()) == (size, storage)
     assert size == slots * GEOMETRY.bytes_per_token // 4
 
 
 def test_a_cut_allocates_one_chunk_and_refuses_more_than_there_is() -> None:
-    arena, _, _ = filled([500, 100, 100, 100], [400, 90, 90, 90])
-    peak = transient_peak(lambda: arena.cut([410, 130, 130, 130], 16))
+    lengths = [400, 90, 90, 90]
+    arena, _, _ = filled([500, 100, 100, 100], lengths)
+    peak = transient_peak(Steps(arena.cutting([410, 130, 130, 130], lengths, 16)).run)
     assert 0 < peak <= 16 * 8 * 4
     with pytest.raises(AssertionError):
-        arena.cut([500, 130, 130, 130], 16)
+        arena.cutting([500, 130, 130, 130], lengths, 16)
