@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from millpond.families.transformers_insides import attention, queries_source
+
 __all__ = ["QueryTap", "See"]
 
 See = Callable[[int, Tensor], None]
@@ -34,10 +36,10 @@ _looking: ContextVar[_Look | None] = ContextVar("millpond_looking", default=None
 
 
 class QueryTap:
-    """Hooks on every `self_attn` of a decoder; they are gone when the tap is.
+    """Hooks on the attention of every layer of a decoder; they are gone when the tap is.
 
     Args:
-        decoder: with `layers[i].self_attn.q_proj`.
+        decoder: with `layers`, see `millpond.families.transformers_insides`.
         head_dim: D.
     """
 
@@ -45,10 +47,9 @@ class QueryTap:
         key = self._key = object()  # the hooks must not keep the tap alive
         handles = []
         for index, layer in enumerate(decoder.layers):
-            attention = layer.self_attn
-            source = attention.q_norm if hasattr(attention, "q_norm") else attention.q_proj
-            handles.append(source.register_forward_hook(_catch(key, index, head_dim)))
-            handles.append(attention.register_forward_hook(_show(key, index)))
+            block = attention(layer)
+            handles.append(queries_source(block).register_forward_hook(_catch(key, index, head_dim)))
+            handles.append(block.register_forward_hook(_show(key, index)))
         weakref.finalize(self, lambda: [handle.remove() for handle in handles])
 
     @contextmanager
