@@ -204,7 +204,7 @@ def make_plan(
     # The least that works: one group remembered, one coming in, and room for a turn and one group that it recalls.
     fewest = prompt_tokens + (3 if policy.recalls else 2) * group_tokens + reserve_least + recent_tokens
     # Tokens are packed by whole groups, so up to a group less one leave beside those that must.
-    remembered = group_tokens + (tier.codec.group - 1 if tier else 0)
+    remembered = policy.least_memory(group_tokens) + (tier.codec.group - 1 if tier else 0)
     fewest = _first(lambda slots: split(slots).memory_tokens >= remembered, fewest)
     least = split(fewest).total_bytes
     if budget < least:
@@ -239,6 +239,8 @@ def scratch_bytes(
         # The selection, and one head's tokens looked up in the next layer; all the while what came from one layer and goes to the next.
         choosing = max(choosing, 8 * heads * tokens + matching_scratch(tokens))
         protection += 8 * heads * tokens
+        if policy.merges:
+            protection += 4 * geometry.layers * heads * tokens  # what every layer left, until it merges
     if tier := policy.tier:
         coding = tier.coding_bytes(geometry, chunk)
         choosing = max(choosing, tier.sorting_bytes(tokens)) + coding

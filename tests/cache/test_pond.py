@@ -55,7 +55,7 @@ class Stream:
                     self.record[layer, head, self.serial + n] = (keys[0, head, n], values[0, head, n])
             got_keys, got_values = self.pond.update(keys, values, layer)
             assert torch.equal(got_keys[:, :, -count:], keys)
-            assert got_keys.shape[2] == got_values.shape[2] == self.pond.layers[layer].length
+            assert got_keys.shape[2] == got_values.shape[2] == self.pond.layers[layer].get_seq_length()
         if not prompt:
             self.pond.commit(times, place)
         self.serial += count

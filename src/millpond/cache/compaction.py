@@ -81,7 +81,11 @@ def _select(pond: Pond, granted: Sequence[int], since: int, text: int) -> list[C
         if pond.host is not None and lead is None:
             lead = keep[0].clone()
         carry = view.carry if index else None
-        chosen[index] = Chosen(Mask(keep, view.tokens), None if stay is None else Mask(stay, layer.shelf.groups))
+        chosen[index] = Chosen(
+            Mask(keep, view.tokens),
+            None if stay is None else Mask(stay, layer.shelf.groups),
+            view.carry if pond.policy.merges else None,
+        )
         del view, keep
         if carry is not None:
             deeper = _hand_on(pond, index, carry)

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from millpond.cache.tier import TieredLayer
-from millpond.policies.base import TEXT, View
-from millpond.policies.merging import Fold
-from millpond.resumable import Lazy, Mask, Steps
+from millpond.policies.base import TEXT, Policy, View
+from millpond.resumable import Lazy, Mask, Move, Steps
 
 if TYPE_CHECKING:
     from millpond.cache.host import Arrivals
@@ -35,10 +34,12 @@ class Chosen:
 
     Attributes:
         keep: of the full tokens behind the prompt; None for all. stay: of the packed groups; None for all.
+        carry: what the policy left in `View.carry`, for its `merge`.
     """
 
     keep: Mask | None
     stay: Mask | None
+    carry: Tensor | None = None
 
 
 class _Pass(ABC):
@@ -123,8 +124,7 @@ class Compaction(_Pass):
         keep, start, chunk = chosen.keep.indices(), pond.plan.prompt_tokens, pond.plan.chunk
         steps: list[Callable[[], None]] = []
         if pond.policy.merges:
-            view = partial(pond._view, index, layer, self._since, self._text)
-            steps.append(_Merging(pond, view, layer, keep).run)
+            steps.append(_Merging(pond.policy, partial(self._view, index, chosen), keep).run)
         if pond.host is not None and self._arrivals is not None:
             at_most = max(1, chunk // pond.geometry.kv_heads)
             steps.append(pond.host.storing(self._arrivals, index, layer, self._leave(layer, keep[0]), at_most))
@@ -132,6 +132,10 @@ class Compaction(_Pass):
             stay = None if chosen.stay is None else chosen.stay.indices()
             return [*steps, *layer.demotion(keep, stay, start, chunk)]
         return [*steps, *layer.compaction(keep, start, chunk)]
+
+    def _view(self, index: int, chosen: Chosen) -> View:
+        view = self._pond._view(index, self._pond.layers[index], self._since, self._text)
+        return replace(view, carry=chosen.carry)
 
     def _leave(self, layer: PondLayer, keep: Tensor) -> Tensor:
         """Slots of the frame tokens that a layer forgets, int64 [m]; `keep`, int64 [S], is that of every head."""
@@ -143,37 +147,35 @@ class Compaction(_Pass):
 
 
 class _Merging:
-    """A layer's merge, head by head: heads that have been folded are left out when it is run again.
+    """A layer's merge, head by head: heads that have been changed are left out when it is run again.
 
-    A policy that fails in it twice is not asked again, and what it had not folded by then stays as it was.
+    A policy that fails in it twice is not asked again, and what it had not changed by then stays as it was.
     """
 
-    def __init__(self, pond: Pond, view: Callable[[], View], layer: PondLayer, keep: Tensor) -> None:
-        self._pond, self._view, self._layer, self._keep = pond, view, layer, keep
-        self._heads = self._faults = 0  # heads that have been folded, or need not be
-        self._fold: tuple[int, Fold] | None = None
+    def __init__(self, policy: Policy, view: Callable[[], View], keep: Tensor) -> None:
+        self._policy, self._view, self._keep = policy, view, keep
+        self._heads = self._faults = 0  # heads that have been changed, or need not be
+        self._change: tuple[int, Move] | None = None
 
     def run(self) -> None:
         self._finish()
         if self._faults > 1:
             return
         try:
-            self._pond.policy.merge(replace(self._view(), fold=self._take), self._keep)
+            self._policy.merge(replace(self._view(), change=self._take), self._keep)
         except Exception:
             self._faults += 1
-            if self._faults < 2 or self._fold is not None:
+            if self._faults < 2 or self._change is not None:
                 raise
 
-    def _take(self, head: int, owner: Tensor, weight: Tensor) -> None:
+    def _take(self, head: int, how: Move) -> None:
         if head >= self._heads:
-            start, end = self._pond.plan.prompt_tokens, self._layer.length
-            keys, values = self._layer.keys[0, head, start:end], self._layer.values[0, head, start:end]
-            self._fold = head, Fold(keys, values, owner, weight, self._pond.plan.chunk)
+            self._change = head, how
             self._finish()
 
     def _finish(self) -> None:
-        if self._fold is not None:
-            head, fold = self._fold
-            fold.run()
+        if self._change is not None:
+            head, how = self._change
+            how.run()
             self._heads = head + 1
-            self._fold = None
+            self._change = None

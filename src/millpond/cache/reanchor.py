@@ -33,7 +33,9 @@ def shift_uniformly(pond: Pond, rope: Rope, clock: Clock, by: int) -> None:
     def shifts(layer: PondLayer, head: int) -> Tensor:
         return torch.full((layer.get_seq_length(), rope_axes(layer)), by, dtype=torch.int64, device=layer.device)
 
-    pond.carry_out(_Reanchoring(pond, rope, clock, shifts, by, by))
+    end = replace(clock)
+    end.shift(spatial=by, temporal=by)
+    pond.carry_out(_Reanchoring(pond, rope, shifts, by, by, clock, end))
 
 
 def close_gaps(pond: Pond, rope: Rope, clock: Clock) -> int:
@@ -56,9 +58,10 @@ def close_gaps(pond: Pond, rope: Rope, clock: Clock) -> int:
         before = max(0, before - max(0, wanted - after))
         after = max(0, after - wanted)
     if before + after:
-        then = replace(clock)  # the clock moves last, and what is left to turn must go by what it was
+        then, end = replace(clock), replace(clock)  # what is left to turn goes by what the clock was
+        end.shift(spatial=before, temporal=before + after)
         shifts = partial(_shifts, clock=then, base=base, before=before, after=after)
-        pond.carry_out(_Reanchoring(pond, rope, clock, shifts, before, before + after))
+        pond.carry_out(_Reanchoring(pond, rope, shifts, before, before + after, clock, end))
     return before + after
 
 
@@ -68,25 +71,25 @@ class _Reanchoring:
     Args:
         shifts: by how much the tokens of a layer's head move back, int64 [n, axes] in the order of the stream. Asked when the head's
             turn comes: it may look at nothing that other heads' turning changes.
-        spatial, temporal: by how much the clock does.
+        spatial, temporal: by how much the stream's newest token does, on the grid's axes and on the first.
+        clock, end: the stream's clock, and what it is afterwards.
     """
 
     def __init__(
         self,
         pond: Pond,
         rope: Rope,
-        clock: Clock,
         shifts: Callable[[PondLayer, int], Tensor],
         spatial: int,
         temporal: int,
+        clock: Clock,
+        end: Clock,
     ) -> None:
         self._pond, self._rope, self._shifts = pond, rope, shifts
         # The proxy's tokens stand at the end of the stream, behind every gap, and move with the clock.
         by = torch.full((pond.geometry.axes,), -temporal)
         if clock.base is not None:
             by[1:] = -spatial
-        end = replace(clock)
-        end.shift(spatial, temporal)
         heads = [(layer, head) for layer in pond.layers for head in range(layer.positions.shape[0])]
         rest = pond.queries.turning(rope, by, pond.plan.chunk)
         if pond.host is not None:

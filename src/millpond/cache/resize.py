@@ -136,16 +136,20 @@ class _Resizing:
 
     def __init__(self, pond: Pond, plan: Plan, slabs: Sequence[Slab], limit: int | None) -> None:
         self.refused: BudgetError | None = None
-        self._pond, self._limit = pond, limit
+        self._pond = pond
         exchange = Exchange(slabs, pond.ledger, limit, lambda: pond.nbytes)
         arena, desk = pond.arena if slabs else None, pond.desk
-        clear = [] if desk is None else [desk.clear]
-        forth, back = [*clear, exchange.forth], [*clear, exchange.back]
-        self._pack = Steps([])
+        clear: list[Callable[[], None]] = [] if desk is None else [desk.clear]
+        capped = partial(
+            self._cap, limit
+        )  # a step like the others: a move that is complete must not cap anything again
+        forth: list[Callable[[], None]] = [*clear, exchange.forth]
+        back: list[Callable[[], None]] = [capped, *clear, exchange.back]
+        self._pack = Steps([capped])
         if arena is not None:
             chunk, lengths = pond.plan.chunk, [layer.length for layer in pond.layers]
             room = (plan.slots * len(lengths) - sum(lengths)) // len(lengths)
-            self._pack = self._with_scratch(pond.plan, arena.packing(chunk))
+            self._pack = Steps([capped, self._with_scratch(pond.plan, arena.packing(chunk)).run])
             forth.append(self._with_scratch(plan, arena.unpacking([length + room for length in lengths], chunk)).run)
             back.append(self._with_scratch(pond.plan, arena.unpacking(arena.capacities, chunk)).run)
         if desk is not None:
@@ -155,7 +159,6 @@ class _Resizing:
         self._back = Steps([*back, partial(self._settle, pond.plan)])
 
     def run(self) -> None:
-        self._pond.ledger.limit = self._limit
         self._pack.run()
         if self.refused is None:
             try:
@@ -176,6 +179,9 @@ class _Resizing:
 
         return Steps([run])
 
+    def _cap(self, limit: int | None) -> None:
+        self._pond.ledger.limit = limit
+
     def _settle(self, plan: Plan) -> None:
         self._pond.plan = plan
-        self._pond.ledger.limit = plan.budget if self._pond.policy.capped else None
+        self._cap(plan.budget if self._pond.policy.capped else None)

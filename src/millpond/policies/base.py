@@ -17,6 +17,7 @@ from torch import Tensor
 
 from millpond import native
 from millpond.errors import PolicyError
+from millpond.resumable import Move
 
 if TYPE_CHECKING:
     from millpond.cache.tier import Tier
@@ -60,8 +61,7 @@ class View:
             packed tokens are chosen from.
         carry: float32 [H, n], to be written: what the policy leaves for the next shallower layer; NaN where it leaves nothing.
             None unless the policy is `deepest_first`, and where packed tokens are chosen from.
-        fold: what carries out a `millpond.policies.merging.fold` in the cache, given head, owner and weight; None: it writes to the
-            view at once.
+        change: what carries `millpond.policies.merging.change` out in the cache; None: it is run at once.
     """
 
     keys: Tensor
@@ -78,7 +78,7 @@ class View:
     sums: Tensor | None = None
     deeper: Tensor | None = None
     carry: Tensor | None = None
-    fold: Callable[[int, Tensor, Tensor], None] | None = None
+    change: Callable[[int, Move], None] | None = None
 
     @property
     def heads(self) -> int:
@@ -123,11 +123,16 @@ class Policy(ABC):
         """
 
     def merge(self, view: View, keep: Tensor) -> None:  # noqa: B027  # nothing is merged, unless a policy says so
-        """Fold what is about to be forgotten into what stays, by `millpond.policies.merging.fold`, at most once a head, from the first on.
+        """Fold what is about to be forgotten into what stays: rewrite keys and values of kept, unprotected tokens.
 
-        Called with what `keep` returned, before the layer moves, and again when that was interrupted; so what it folds in a head
-        depends on nothing but that head. It writes nothing itself.
+        Called with what `keep` returned, when all layers have chosen and before this one moves; `View.carry` is what `keep` left. It is
+        called again when it was interrupted. So it writes nothing itself but has `millpond.policies.merging.fold` or `change` do it,
+        at most once a head, from the first head on, and what it does in a head depends on nothing but that head.
         """
+
+    def least_memory(self, block: int) -> int:
+        """The fewest tokens, in whole groups of `block`, that must be remembered for `keep` to work when one more group comes."""
+        return block
 
     def recent(self, frames: int) -> int:
         """How many of the latest frame groups are protected, of the `frames` groups that the memory holds; at least 1."""

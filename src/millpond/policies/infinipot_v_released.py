@@ -55,6 +55,16 @@ class InfiniPotVReleased(Policy):
         if self.rows < 1:
             raise PolicyError(f"{self.name}: rows must be at least 1, not {self.rows}")
 
+    def least_memory(self, block: int) -> int:
+        # One of the frames is recent at least, and TaR's share of the slots holds those that are; see `keep`.
+        for frames in range(1, 10_000):
+            recent = int((frames + 1) * self.query_ratio)
+            if recent and frames * block - round((1 - self.tar_ratio) * frames * block) >= recent * block:
+                return frames * block
+        raise PolicyError(
+            f"{self.name}: with tar_ratio {self.tar_ratio} and query_ratio {self.query_ratio} no memory works"
+        )
+
     def recent(self, frames: int) -> int:
         return int(frames * self.query_ratio)
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from millpond import native
 from millpond.policies.base import View
-from millpond.resumable import Pieces
+from millpond.resumable import Move, Pieces
 
-__all__ = ["Fold", "distances", "fold", "fold_scratch"]
+__all__ = ["Fold", "change", "distances", "fold", "fold_scratch"]
 
 
 def distances(keys: Tensor, owner: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
@@ -45,10 +45,19 @@ def fold(view: View, head: int, owner: Tensor, weight: Tensor) -> None:
         weight: float32 [n]. A token whose key, value or weight is not a finite number counts for nothing; where nothing counts,
             nothing changes.
     """
-    if view.fold is not None:
-        view.fold(head, owner, weight)
+    change(view, head, Fold(view.keys[head], view.values[head], owner, weight, view.chunk))
+
+
+def change(view: View, head: int, how: Move) -> None:
+    """Change one head's keys and values of the tokens that stay, so that an interrupted pass can go on: see `Policy.merge`.
+
+    Args:
+        how: run once or more often, until it is complete; it changes nothing any more then (`Steps` of assignments will do).
+    """
+    if view.change is not None:
+        view.change(head, how)
     else:
-        Fold(view.keys[head], view.values[head], owner, weight, view.chunk).run()
+        how.run()
 
 
 class Fold:

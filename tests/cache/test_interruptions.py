@@ -1,0 +1,286 @@
+"""Moves of memory that are interrupted anywhere: the pond is as an untouched twin then, or as one that was never interrupted."""
+
+import copy
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import millpond
+from millpond import native, policies
+from millpond.cache import Pond
+from millpond.cache.host import HostTier
+from millpond.cache.reanchor import close_gaps, shift_uniformly
+from millpond.errors import BudgetError, MillpondError
+from millpond.geometry import Geometry
+from millpond.plan import Plan, make_plan
+from millpond.policies.base import TEXT, Policy
+from millpond.policies.mikv import MiKV
+from millpond.positions import Clock, Rope
+from tests.cache.text_model import Scattered
+from tests.session.test_layer_budgets import layered
+
+WIDTH, ROWS, COLS, STEP = 8, 2, 2, 4
+ROPE = Rope(1.0 / (10_000 ** (torch.arange(0, WIDTH, 2).float() / WIDTH)), torch.tensor([0, 0, 1, 2]), limit=600)
+SOURCE = Path(millpond.__file__).parent
+WATCHED = [*(SOURCE / "cache").glob("*.py"), SOURCE / "resumable.py", SOURCE / "policies" / "merging.py"]
+FAULTS = (RuntimeError, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError)
+
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "a layer each": Scattered,
+    "arena": lambda: layered("random", 0.6, 1.4),
+    "low bits": lambda: MiKV(bits=4, group=4, full_share=0.5, base=Scattered()),
+    "host": lambda: policies.get("rekv", frames=2),
+    "sums": lambda: policies.get("h2o"),
+    "merging": lambda: policies.get("kvmerger", window=4),
+    "deepest first": lambda: policies.get("hermes"),
+}
+GEOMETRY = Geometry(layers=2, kv_heads=2, head_dim=WIDTH, dtype=torch.float32, axes=3)
+
+
+@dataclass
+class Scene:
+    """A pond with a full memory, and its stream's clock."""
+
+    pond: Pond
+    clock: Clock
+
+
+def plan_for(policy: Policy, above: int) -> Plan:
+    """Of the least budget, and so many tokens above it."""
+    numbers = {"prompt_tokens": 3, "group_tokens": ROWS * COLS, "reserve_tokens": 5, "proxy_tokens": 3}
+    with pytest.raises(BudgetError) as least:
+        make_plan(1, GEOMETRY, policy, **numbers)
+    budget = least.value.least + above * GEOMETRY.bytes_per_token
+    return replace(make_plan(budget, GEOMETRY, policy, **numbers), chunk=3)
+
+
+def scene(kind: str, above: int = 12) -> Scene:
+    torch.manual_seed(0)
+    policy = POLICIES[kind]()
+    pond = Pond(GEOMETRY, plan_for(policy, above), policy, torch.device("cpu"))
+    pond.queries.rows.normal_()
+    pond.queries.counts = [pond.plan.query_bytes // GEOMETRY.query_bytes] * GEOMETRY.layers
+    if policy.recalls:
+        pond.host = HostTier(GEOMETRY, ROPE, 60 * HostTier.token_bytes(GEOMETRY))
+    clock = Clock(step=STEP)
+    grid = torch.cartesian_prod(torch.arange(ROWS), torch.arange(COLS))
+
+    def append(positions: torch.Tensor, place: torch.Tensor, time: int, *, prompt: bool = False) -> None:
+        count = len(place)
+        times = torch.full((count,), time)
+        pond.announce(times, place.to(torch.int16), positions)
+        for layer in range(GEOMETRY.layers):
+            pond.update(torch.randn(1, 2, count, WIDTH), torch.randn(1, 2, count, WIDTH), layer)
+        for layer in pond.layers:
+            if layer.sums is not None:
+                layer.sums[:, : layer.length].uniform_()
+        if not prompt:
+            pond.commit(times, place.to(torch.int16))
+
+    append(clock.text(3).expand(3, -1), torch.full((3, 2), TEXT), 0, prompt=True)
+    time = 0
+    while True:
+        time += 1
+        if pond.overrun(ROWS * COLS) > 0 and pond.compactions >= 3:
+            return Scene(pond, clock)
+        pond.admit(ROWS * COLS)
+        base = clock.open_segment(0)
+        first = clock.origin + clock.groups * 3 * STEP  # gaps to close
+        clock.groups += 1
+        at = torch.stack([torch.full((len(grid),), first), base + grid[:, 0], base + grid[:, 1]])
+        append(at, grid, time)
+        clock.next = max(clock.next, int(at.max()) + 1)
+
+
+def compact(one: Scene) -> None:
+    one.pond.compact(one.pond.full_tokens - 6)
+
+
+def smaller(one: Scene) -> None:
+    one.pond.resize(plan_for(one.pond.policy, 4))
+
+
+def larger(one: Scene) -> None:
+    one.pond.resize(plan_for(one.pond.policy, 60))
+
+
+def shift(one: Scene) -> None:
+    shift_uniformly(one.pond, ROPE, one.clock, 5)
+
+
+def close(one: Scene) -> None:
+    assert close_gaps(one.pond, ROPE, one.clock) > 0
+
+
+def cut(one: Scene) -> None:
+    one.pond.cut(one.pond.length - 4, 2)
+
+
+def roll_back(one: Scene) -> None:
+    one.pond.truncate(one.pond.length - 3)
+
+
+def state(one: Scene) -> list[Any]:
+    """Everything that lives in a pond, and its books."""
+    pond = one.pond
+    out: list[Any] = [vars(one.clock).copy(), pond.plan, pond.ledger.limit, pond._ahead, list(pond._recent), pond._text]
+    out += [pond.compactions, pond.evicted, pond.nbytes, pond.ledger.account("storage"), pond.ledger.account("desk")]
+    tensors = [pond.queries.rows]
+    for layer in pond.layers:
+        out += [layer.length, layer.capacity, {tensor.shape[1] for tensor in layer.tensors()}]
+        tensors += [tensor[:, : layer.length] for tensor in layer.tensors()]
+        if pond.desk:
+            out += [layer.shelf.groups, layer.shelf.capacity]
+            tensors += [tensor[:, : layer.shelf.groups] for tensor in layer.shelf.tensors()]
+    if pond.host is not None:
+        host = pond.host
+        out += [host.first, host.end, host.forgotten, host.bytes_in, host.span, host._next, host._moved.tolist()]
+        # What has left may be written over at any time.
+        rows = [number % host._rows for number in range(host.first, host.end)]
+        slots = [slot % host._slots for slot in range(host._next - host.tokens, host._next)]
+        tensors += [host._table[rows], host._sums[:, :, rows], host._positions[slots], host._place[slots]]
+        tensors += [host._keys[:, :, slots], host._values[:, :, slots]]
+    return [*out, [tensor.clone() for tensor in tensors]]
+
+
+def same(first: list[Any], second: list[Any]) -> bool:
+    numbers = first[:-1] == second[:-1]
+    return numbers and all(torch.equal(a, b) for a, b in zip(first[-1], second[-1], strict=True))
+
+
+def twins(start: Scene, move: Callable[[Scene], None]) -> list[list[Any]]:
+    """What the pond is before the move, after each of its transactions, and in the end."""
+    other = copy.deepcopy(start)
+    seen = [state(other)]
+    carry_out = other.pond.carry_out
+
+    def watched(what: Any) -> None:
+        carry_out(what)
+        seen.append(state(other))
+
+    other.pond.carry_out = watched  # type: ignore[method-assign]
+    move(other)
+    assert not same(seen[0], state(other))
+    return [*seen, state(other)]
+
+
+class Lines:
+    """Raises before the n-th line that runs in the watched files, or counts them."""
+
+    def __init__(self, fault: BaseException | None = None, at: int = -1) -> None:
+        self.fault, self.at, self.lines, self.names = fault, at, [], {str(path) for path in WATCHED}
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
+        if frame.f_code.co_filename not in self.names:
+            return None
+        return self.line
+
+    def line(self, frame: FrameType, event: str, arg: object) -> Any:
+        if event == "line":
+            if self.fault is not None and len(self.lines) == self.at:
+                self.at = -1
+                raise self.fault
+            self.lines.append((frame.f_code.co_filename, frame.f_lineno))
+        return self.line
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        before = sys.gettrace()
+        sys.settrace(self)
+        try:
+            yield
+        finally:
+            sys.settrace(before)
+
+
+class Operators(TorchDispatchMode):
+    """Fails at the n-th operator, as one does that gets no memory; for good, or once."""
+
+    def __init__(self, at: int, *, for_good: bool) -> None:
+        super().__init__()
+        self.at, self.for_good, self.count = at, for_good, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        if self.count == self.at or (self.for_good and 0 < self.at <= self.count):
+            raise torch.OutOfMemoryError("no memory, on purpose")
+        return func(*args, **(kwargs or {}))
+
+
+MOVES = {
+    "compact": (compact, POLICIES),
+    "smaller": (smaller, ("a layer each", "arena", "low bits")),
+    "larger": (larger, ("a layer each", "arena", "low bits")),
+    "close gaps": (close, ("a layer each", "low bits", "host", "merging")),
+    "shift": (shift, ("arena", "low bits")),
+    "cut": (cut, ("arena",)),
+    "roll back": (roll_back, ("arena",)),
+}
+CASES = [(move, kind) for move, (_, kinds) in MOVES.items() for kind in kinds]
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "torch":
+        monkeypatch.setattr(native, "_library", lambda source=None: (None, "switched off"))
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_interrupted_at_any_line(name: str, kind: str) -> None:
+    move, start = MOVES[name][0], scene(kind)
+    allowed = twins(start, move)
+    counted = Lines()
+    with counted.watching():
+        move(copy.deepcopy(start))
+    # Every line that ran, at its first run and at its last.
+    first = {line: at for at, line in reversed(list(enumerate(counted.lines)))}
+    last = {line: at for at, line in enumerate(counted.lines)}
+    ends: Counter[int] = Counter()
+    for number, at in enumerate(sorted({*first.values(), *last.values()})):
+        one = copy.deepcopy(start)
+        fault = FAULTS[number % len(FAULTS)]("on purpose")
+        try:
+            with Lines(fault, at).watching():
+                move(one)
+        except BaseException as error:
+            assert error is fault or error.__cause__ is fault, f"line {counted.lines[at]}"
+        else:
+            pytest.fail(f"line {counted.lines[at]} swallowed {fault!r}")
+        now = state(one)
+        fits = [index for index, twin in enumerate(allowed) if same(now, twin)]
+        assert fits, f"{fault!r} in {counted.lines[at]} leaves the pond between two states"
+        assert one.pond._move is None
+        ends[fits[0]] += 1
+    assert ends[0]
+    assert len(ends) > 1, "no fault came while memory moved"
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("for_good", [False, True])
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_no_memory_at_any_operator(name: str, kind: str, for_good: bool) -> None:
+    move, start = MOVES[name][0], scene(kind)
+    allowed = twins(start, move)
+    with Operators(0, for_good=False) as counted:
+        move(copy.deepcopy(start))
+    for at in range(1, counted.count + 1, max(1, counted.count // 25)):
+        one = copy.deepcopy(start)
+        with pytest.raises((torch.OutOfMemoryError, BudgetError)), Operators(at, for_good=for_good):
+            move(one)
+        if one.pond._move is not None:
+            assert for_good
+            with Operators(1, for_good=True), pytest.raises(MillpondError, match="cannot be used.*no memory"):
+                one.pond.overrun(1)
+        one.pond.finish()  # as every call does
+        now = state(one)
+        assert any(same(now, twin) for twin in allowed)
