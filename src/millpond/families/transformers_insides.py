@@ -86,9 +86,7 @@ def layers_of_different_lengths(decoder: Any) -> Iterator[None]:
         ModelError: the attention implementation is none of "sdpa", "eager" and flash attention.
     """
     implementation = decoder.config._attn_implementation
-    if not implementation.startswith(
-        ("millpond_", "flash_attention")
-    ):  # flash attention aligns to the lower right by itself
+    if not implementation.startswith(("millpond_", "flash_attention")):  # flash attention aligns to the lower right by itself
         if implementation not in ("sdpa", "eager"):
             raise ModelError(
                 f"layer budgets need attn_implementation 'sdpa', 'eager' or 'flash_attention_2', not {implementation!r}"
