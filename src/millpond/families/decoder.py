@@ -52,6 +52,7 @@ class DecoderFamily(Family):
         if kind in _LENGTH_DEPENDENT:
             raise ModelError(f"rotary embeddings of type {kind!r} depend on the length and are not supported")
         self.decoder = model.model.language_model
+        self._cache_argument = cache_argument(type(self.decoder))
         self.hidden = text.hidden_size
         inv_freq = self.decoder.rotary_emb.inv_freq.detach().to(torch.float32)
         axis = self._rope_axis(inv_freq.shape[0], text)
@@ -93,7 +94,7 @@ class DecoderFamily(Family):
                 if len(positions) == 1
                 else positions[:, None].to(self.device),
                 use_cache=True,
-                **{cache_argument(type(self.decoder)): cache},
+                **{self._cache_argument: cache},
                 **self._beside(tokens),
             )
         hidden: Tensor = out.last_hidden_state[0]

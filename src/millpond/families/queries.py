@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from millpond.families.transformers_insides import attention, queries_source
 
@@ -50,7 +51,7 @@ class QueryTap:
             block = attention(layer)
             handles.append(queries_source(block).register_forward_hook(_catch(key, index, head_dim)))
             handles.append(block.register_forward_hook(_show(key, index)))
-        weakref.finalize(self, lambda: [handle.remove() for handle in handles])
+        weakref.finalize(self, _remove, handles)
 
     @contextmanager
     def showing(self, see: See, *, before: bool = False) -> Iterator[None]:
@@ -61,6 +62,11 @@ class QueryTap:
             yield
         finally:
             _looking.reset(token)
+
+
+def _remove(hooks: list[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
 
 
 def _catch(key: object, index: int, head_dim: int) -> Callable[..., None]:

@@ -48,7 +48,6 @@ def warn_above_last_tested() -> None:
         )
 
 
-@cache
 def cache_argument(decoder: type) -> str:
     """The name under which a decoder's class takes its cache: "cache" from transformers 5.24 on, "past_key_values" before."""
     taken = inspect.signature(decoder.forward).parameters  # type: ignore[attr-defined]
@@ -86,7 +85,8 @@ def layers_of_different_lengths(decoder: Any) -> Iterator[None]:
         ModelError: the attention implementation is none of "sdpa", "eager" and flash attention.
     """
     implementation = decoder.config._attn_implementation
-    if not implementation.startswith(("millpond_", "flash_attention")):  # flash attention aligns to the lower right by itself
+    # Flash attention aligns to the lower right by itself.
+    if not implementation.startswith(("millpond_", "flash_attention")):
         if implementation not in ("sdpa", "eager"):
             raise ModelError(
                 f"layer budgets need attn_implementation 'sdpa', 'eager' or 'flash_attention_2', not {implementation!r}"
