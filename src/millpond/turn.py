@@ -1,0 +1,117 @@
+"""One turn: a question, the latest frames that it is shown, its answer; taken back afterwards, or kept as part of the stream.
+
+Knows the way into the pond and what waits in front of it; nothing about threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+
+import torch
+from torch import Tensor
+
+from millpond.cache.pond import Pond
+from millpond.decoding import Decoded, decode
+from millpond.families.base import Tokens
+from millpond.flow import Flow, dated, places
+from millpond.intake import Intake
+from millpond.policies.base import TEXT
+from millpond.second_look import Shot
+from millpond.step import Step
+
+__all__ = ["Turn"]
+
+
+class Turn(Step):
+    """A turn of one question, begun when made.
+
+    `run` it to its end and `commit`; or `roll_back`. Between two pieces of the answer no tensor of the turn is held but its slots.
+
+    Args:
+        remember: `commit` keeps the turn in the stream; otherwise it leaves the stream as it was.
+
+    Attributes:
+        time_us: stream time at which it is asked.
+    """
+
+    def __init__(self, flow: Flow, intake: Intake, *, remember: bool) -> None:
+        # A remembered turn may have the proxy asked anew.
+        super().__init__(flow, intake, queries=remember and flow.policy.proxy == "prompt")
+        self._remember = remember
+        self._said: list[tuple[Tensor, Tensor]] = []  # times and places of what stays of a remembered turn
+        self.time_us = intake.at.last_us or 0
+
+    def run(self, question: str, limit: int) -> Generator[str, None, Decoded]:
+        """Ask, and decode an answer of at most `limit` tokens; yields its pieces.
+
+        Raises:
+            BudgetError: the question does not fit.
+        """
+        flow, intake, pond = self._flow, self._intake, self._flow.pond
+        reopening, (*again, waiting) = intake.shown()
+        after_video = any((*again, waiting)) or intake.at.video_open
+        if self._remember:
+            flow.ask_proxy()  # while its reserve is free, and before it could see the question
+        recalled = flow.recallable
+        most = len(reopening) + len(flow.family.question(question, after_video=after_video)) + 1
+        pond.admit_turn(recalled + most + self._most_tokens([*again, waiting]))
+        if reopening:
+            first = next(block for block in (*again, waiting) if block)[0]
+            self._say(dated(flow.family.embed(reopening), first[0]))
+        before = pond.length
+        for block in again:
+            flow.run(intake.encode(block))
+        seen_again = pond.length - before
+        if waiting:
+            self._say(intake.encode(waiting))
+        behind = pond.length
+        done = yield from decode(
+            flow, self._ask(question, after_video), self.time_us, limit=limit, run_last=self._remember
+        )
+        if self._remember:
+            pond.cut(behind, recalled)
+            pond.cut(before, seen_again)
+            times = torch.full((done.ran,), self.time_us, dtype=torch.long)
+            self._said.append((times, torch.full((done.ran, 2), TEXT, dtype=torch.int16)))
+        return done
+
+    def commit(self) -> None:
+        """End the turn: kept, with room made again for the next, or taken back."""
+        if not self._remember:
+            self.roll_back()
+            return
+        flow, pond = self._flow, self._flow.pond
+        self._intake.close_video()
+        for times, place in self._said:
+            pond.commit(times, place)
+        flow.tokens += pond.length - self.start
+        lengths = _lengths(pond)
+        try:
+            with flow.timed("compaction"):
+                pond.admit(0)  # the turn used the reserve: give it back
+        except BaseException:
+            if _lengths(pond) != lengths:
+                super().commit()  # the memory has moved on, with the turn in it
+            raise
+        super().commit()
+
+    def _ask(self, question: str, after_video: bool) -> Tensor:
+        asked = dated(self._flow.family.question(question, after_video=after_video), self.time_us)
+        self._note(asked)
+        return self._flow.ask(asked)
+
+    def _say(self, tokens: Tokens) -> None:
+        self._note(tokens)
+        self._flow.run(tokens)
+
+    def _note(self, tokens: Tokens) -> None:
+        self._said.append((tokens.time_us, places(tokens, text=not bool(tokens.visual.any()))))
+
+    def _most_tokens(self, blocks: Sequence[Sequence[Shot]]) -> int:
+        """Slots that frames take; at most, because a timestamp's text varies in length."""
+        plan = self._flow.pond.plan
+        return sum(-(-len(block) // plan.frames_per_group) for block in blocks) * plan.group_tokens
+
+
+def _lengths(pond: Pond) -> list[int]:
+    return [pond.packed_tokens, *(layer.length for layer in pond.layers)]
