@@ -27,7 +27,8 @@ class Exclusive:
         """Raises:
         MillpondError: this thread holds it.
         """
-        if self._owner == threading.get_ident():
+        # Both: an interrupt may have kept the owner from being taken down, never the lock from being released.
+        if self._lock.locked() and self._owner == threading.get_ident():
             raise MillpondError(self._message)
 
     @contextmanager
@@ -39,8 +40,8 @@ class Exclusive:
         """
         self.check()
         with self._lock:
+            self._owner = threading.get_ident()
             try:
-                self._owner = threading.get_ident()
                 yield
             finally:
                 self._owner = None

@@ -21,7 +21,6 @@ from millpond.admission.base import Admission
 from millpond.answer import Answer, LayerMemory, Usage
 from millpond.available import check_memory
 from millpond.budget import Budget
-from millpond.decoding import Decoded
 from millpond.device import DEFAULT_FRAME, load_within
 from millpond.errors import BudgetError, MillpondError, PolicyError
 from millpond.exclusive import Exclusive
@@ -242,29 +241,29 @@ class Session:
             raise MillpondError("the question is empty")
         with self._turn.held():
             began = perf_counter()
+            turn: Turn | None = None
             try:
                 with self._changing():
                     self._flow.check_model()
                     turn = Turn(self._flow, self._intake, remember=remember)
-                try:
                     pieces = turn.run(question, max_new_tokens)
-                    while True:
-                        # Not around the yield: what the caller does in between is not ours to hold up or to run without gradients.
-                        with self._changing():
-                            try:
-                                piece = next(pieces)
-                            except StopIteration as stop:
-                                done: Decoded = stop.value
-                                turn.commit()
-                                break
-                        yield piece
-                except BaseException:
+                while True:
+                    # Not around the yield: what the caller does in between is not ours to hold up or to run without gradients.
+                    with self._changing():
+                        piece = next(pieces, None)
+                        if piece is None:
+                            turn.commit()
+                            break
+                    yield piece
+            except BaseException:
+                if turn is not None:
                     with self._changing():
                         turn.roll_back()
-                    raise
+                raise
             finally:
                 self._flow.seconds["answers"] += perf_counter() - began
                 self._flow.seconds["total"] += perf_counter() - began
+            done = turn.done
             return Answer(
                 question=question,
                 text=done.text,

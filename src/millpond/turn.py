@@ -5,7 +5,7 @@ Knows the way into the pond and what waits in front of it; nothing about threads
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -32,16 +32,18 @@ class Turn(Step):
 
     Attributes:
         time_us: stream time at which it is asked.
+        done: the answer, once it has been run.
     """
 
     def __init__(self, flow: Flow, intake: Intake, *, remember: bool) -> None:
-        # A remembered turn may have the proxy asked anew.
-        super().__init__(flow, intake, queries=remember and flow.policy.proxy == "prompt")
         self._remember = remember
+        self.done = Decoded()
         self._said: list[tuple[Tensor, Tensor]] = []  # times and places of what stays of a remembered turn
         self.time_us = intake.at.last_us or 0
+        # A remembered turn may have the proxy asked anew.
+        super().__init__(flow, intake, queries=remember and flow.policy.proxy == "prompt")
 
-    def run(self, question: str, limit: int) -> Generator[str, None, Decoded]:
+    def run(self, question: str, limit: int) -> Iterator[str]:
         """Ask, and decode an answer of at most `limit` tokens; yields its pieces.
 
         Raises:
@@ -65,7 +67,7 @@ class Turn(Step):
         if waiting:
             self._say(intake.encode(waiting))
         behind = pond.length
-        done = yield from decode(
+        self.done = done = yield from decode(
             flow, self._ask(question, after_video), self.time_us, limit=limit, run_last=self._remember
         )
         if self._remember:
@@ -73,7 +75,6 @@ class Turn(Step):
             pond.cut(before, seen_again)
             times = torch.full((done.ran,), self.time_us, dtype=torch.long)
             self._said.append((times, torch.full((done.ran, 2), TEXT, dtype=torch.int16)))
-        return done
 
     def commit(self) -> None:
         """End the turn: kept, with room made again for the next, or taken back."""
@@ -89,11 +90,11 @@ class Turn(Step):
         try:
             with flow.timed("compaction"):
                 pond.admit(0)  # the turn used the reserve: give it back
+            super().commit()
         except BaseException:
             if _lengths(pond) != lengths:
                 super().commit()  # the memory has moved on, with the turn in it
             raise
-        super().commit()
 
     def _ask(self, question: str, after_video: bool) -> Tensor:
         asked = dated(self._flow.family.question(question, after_video=after_video), self.time_us)
