@@ -21,7 +21,7 @@ from millpond.admission.base import Admission
 from millpond.answer import Answer, LayerMemory, Usage
 from millpond.available import check_memory
 from millpond.budget import Budget
-from millpond.device import DEFAULT_FRAME, load_within
+from millpond.device import DEFAULT_FRAME, default_budget, load_within
 from millpond.errors import BudgetError, MillpondError, PolicyError
 from millpond.exclusive import Exclusive
 from millpond.families.base import Family
@@ -59,7 +59,8 @@ class Session:
         host_path: a folder; host memory is then a mapped file in it, without a name, gone with the session.
 
     Raises:
-        BudgetError: the budget cannot even hold the prompt and one turn; names the least that works.
+        BudgetError: the budget cannot even hold the prompt and one turn; names the least that works. Or it is more than the memory that
+            there is.
         PolicyError: no such policy or admission, or the two do not go together; host memory that is missing or not used.
     """
 
@@ -151,6 +152,7 @@ class Session:
 
         Args:
             model: a folder (also one that `millpond quantize` wrote), a hub id, or a loaded `(model, processor or tokenizer)`.
+            budget: by default `millpond.device.default_budget`: a minute of video in full detail, at most half of the free memory.
             device_memory: in place of a budget: bytes for weights, stream and workspace together, split by
                 `millpond.device.plan_device`. A quantized model is read at the width that fits.
             dtype: for example "bfloat16"; the checkpoint's own by default.
@@ -158,10 +160,10 @@ class Session:
             attn_implementation: "sdpa" (default), "eager" or "flash_attention_2".
             max_pixels: most pixels of a frame after resizing: smaller frames cost fewer tokens. Not for a loaded model.
             target_bits: mean bits of a decoding step, for a calibrated folder.
-            frame_size: height and width in pixels of the largest frame that `device_memory` is planned for.
+            frame_size: height and width in pixels of the largest frame that `device_memory` or the default budget is planned for.
 
         Raises:
-            ModelError: not found, or no supported family; BudgetError: too small.
+            ModelError: not found, or no supported family; BudgetError: too small, or more than the memory that there is.
         """
         if device_memory is not None and budget is not None:
             raise BudgetError("give a budget or device_memory, not both")
@@ -185,6 +187,8 @@ class Session:
             max_pixels=max_pixels,
         )
         whole = budget if device_memory is None else granted
+        if whole is None and stream["policy"].capped:  # type: ignore[union-attr]
+            whole = default_budget(family, frame_size, **stream)
         return cls(family, budget=whole, host_budget=host_budget, host_path=host_path, **stream)  # type: ignore[arg-type]
 
     # --- watching -----------------------------------------------------------------------------------------------

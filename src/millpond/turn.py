@@ -7,15 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from millpond.cache.pond import Pond
 from millpond.decoding import Decoded, decode
-from millpond.families.base import Tokens
-from millpond.flow import Flow, dated, places
+from millpond.flow import Flow, dated
 from millpond.intake import Intake
-from millpond.policies.base import TEXT
 from millpond.second_look import Shot
 from millpond.step import Step
 
@@ -38,7 +35,6 @@ class Turn(Step):
     def __init__(self, flow: Flow, intake: Intake, *, remember: bool) -> None:
         self._remember = remember
         self.done = Decoded()
-        self._said: list[tuple[Tensor, Tensor]] = []  # times and places of what stays of a remembered turn
         self.time_us = intake.at.last_us or 0
         # A remembered turn may have the proxy asked anew.
         super().__init__(flow, intake, queries=remember and flow.policy.proxy == "prompt")
@@ -59,22 +55,20 @@ class Turn(Step):
         pond.admit_turn(recalled + most + self._most_tokens([*again, waiting]))
         if reopening:
             first = next(block for block in (*again, waiting) if block)[0]
-            self._say(dated(flow.family.embed(reopening), first[0]))
+            flow.run(dated(flow.family.embed(reopening), first[0]))
         before = pond.length
         for block in again:
             flow.run(intake.encode(block))
         seen_again = pond.length - before
         if waiting:
-            self._say(intake.encode(waiting))
+            flow.run(intake.encode(waiting))
         behind = pond.length
-        self.done = done = yield from decode(
+        self.done = yield from decode(
             flow, self._ask(question, after_video), self.time_us, limit=limit, run_last=self._remember
         )
         if self._remember:
             pond.cut(behind, recalled)
             pond.cut(before, seen_again)
-            times = torch.full((done.ran,), self.time_us, dtype=torch.long)
-            self._said.append((times, torch.full((done.ran, 2), TEXT, dtype=torch.int16)))
 
     def commit(self) -> None:
         """End the turn: kept, with room made again for the next, or taken back."""
@@ -83,8 +77,8 @@ class Turn(Step):
             return
         flow, pond = self._flow, self._flow.pond
         self._intake.close_video()
-        for times, place in self._said:
-            pond.commit(times, place)
+        first, turn = pond.layers[0], slice(self.start, pond.length)  # a turn is the same in every head until it is compacted
+        pond.commit(first.time_us[0, turn].cpu(), first.place[0, turn].cpu())
         flow.tokens += pond.length - self.start
         lengths = _lengths(pond)
         try:
@@ -97,16 +91,7 @@ class Turn(Step):
             raise
 
     def _ask(self, question: str, after_video: bool) -> Tensor:
-        asked = dated(self._flow.family.question(question, after_video=after_video), self.time_us)
-        self._note(asked)
-        return self._flow.ask(asked)
-
-    def _say(self, tokens: Tokens) -> None:
-        self._note(tokens)
-        self._flow.run(tokens)
-
-    def _note(self, tokens: Tokens) -> None:
-        self._said.append((tokens.time_us, places(tokens, text=not bool(tokens.visual.any()))))
+        return self._flow.ask(dated(self._flow.family.question(question, after_video=after_video), self.time_us))
 
     def _most_tokens(self, blocks: Sequence[Sequence[Shot]]) -> int:
         """Slots that frames take; at most, because a timestamp's text varies in length."""

@@ -98,7 +98,7 @@ def test_reset_forgets_everything() -> None:
 
 def test_a_second_generate_runs_the_new_tokens_only_also_after_a_compaction() -> None:
     model = text_model()
-    cache = PondCache(model, 60_000, Newest())
+    cache = PondCache(model, 120_000, Newest())
     first = generate(model, cache, length=20, new=100)
     assert cache.compactions > 0
     seen, ran = cache.get_seq_length(), []
@@ -110,9 +110,9 @@ def test_a_second_generate_runs_the_new_tokens_only_also_after_a_compaction() ->
         return update(keys, values, layer, *args, **kwargs)
 
     cache.update = watch  # type: ignore[method-assign]
-    ids = torch.cat([first, prompt(10)], dim=1)
+    ids = torch.cat([first, prompt(5)], dim=1)
     out = model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
-    assert ran[0] == 11  # ten new ones, and the last that was generated and had not run
+    assert ran[0] == 6  # five new ones, and the last that was generated and had not run
     assert torch.equal(out[:, : ids.shape[1]], ids)
     assert cache.get_seq_length() == out.shape[1] - 1
     assert int(cache.layers[0].positions[:, : cache.length].max()) == out.shape[1] - 2
@@ -120,7 +120,7 @@ def test_a_second_generate_runs_the_new_tokens_only_also_after_a_compaction() ->
 
 def test_positions_go_on_where_the_sequence_stands_without_being_given() -> None:
     model, ids = text_model(), prompt(200)
-    given, default = (PondCache(model, 60_000, Scattered()) for _ in range(2))
+    given, default = (PondCache(model, 120_000, Scattered()) for _ in range(2))
     with torch.no_grad():
         for at in range(0, 200, 5):
             part = ids[:, at : at + 5]
@@ -133,6 +133,8 @@ def test_positions_go_on_where_the_sequence_stands_without_being_given() -> None
 @pytest.mark.parametrize("budget", ["1MiB", 80_000])
 def test_prompt_lookup_and_an_assistant_take_back_what_was_proposed_in_vain(budget: str | int) -> None:
     model, assistant = text_model(), text_model(layers=1)
+    assistant.generation_config.num_assistant_tokens = 3
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
     ids = prompt(12).repeat(1, 2)
     for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": assistant}):
         cache = PondCache(model, budget, Newest())
