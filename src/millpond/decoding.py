@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from millpond.families.base import Tokens
 from millpond.flow import Flow, dated
 
 __all__ = ["Decoded", "TextPieces", "decode"]
@@ -23,26 +22,29 @@ class Decoded:
         text: all of it. token_ids: without the stop token.
         finish_reason: "stop" when the model ended by itself, "length" at the limit or the end of the reserve.
         first: `perf_counter` when the first token was there; 0 without any.
-        kept: tokens that have run and lie in the pond.
+        ran: how many of the tokens have run and lie in the pond.
     """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] = "length"
     first: float = 0.0
-    kept: list[Tokens] = field(default_factory=list)
+    ran: int = 0
 
 
 def decode(flow: Flow, hidden: Tensor, time_us: int, *, limit: int, run_last: bool) -> Generator[str, None, Decoded]:
     """Greedy decoding behind what is in the pond; yields pieces of text, returns the whole.
 
+    No tensor is held while a piece is out.
+
     Args:
-        hidden: [n, hidden] of what ran last. time_us: stream time at which the tokens are said.
+        hidden: [n, hidden] of what ran last; the caller lets go of it. time_us: stream time at which the tokens are said.
         limit: most tokens. run_last: also run the last one, so that it can be remembered.
     """
     done, text = Decoded(), TextPieces(flow.family.tokenizer)
     while len(done.token_ids) < limit:
         token = int(flow.family.logits(hidden[-1]).argmax())
+        del hidden
         if token in flow.family.stop_ids:
             done.finish_reason = "stop"
             break
@@ -52,9 +54,8 @@ def decode(flow: Flow, hidden: Tensor, time_us: int, *, limit: int, run_last: bo
             yield piece
         if flow.pond.free == 0 or (len(done.token_ids) == limit and not run_last):
             break
-        part = dated(flow.family.embed([token]), time_us)
-        hidden = flow.run(part)
-        done.kept.append(part)
+        hidden = flow.run(dated(flow.family.embed([token]), time_us))
+        done.ran += 1
     if rest := text.finish():
         yield rest
     done.text = text.whole

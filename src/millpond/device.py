@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from millpond import families
+from millpond.available import available_memory, check_memory
 from millpond.budget import Budget
 from millpond.errors import BudgetError
 from millpond.families.base import Family, Grid
@@ -18,11 +19,13 @@ from millpond.plan import Plan
 from millpond.precision.device_budget import DeviceSplit, Workspace, split_device, weight_bytes
 from millpond.precision.folder import is_quantized
 
-__all__ = ["DEFAULT_FRAME", "DevicePlan", "least_budget", "load_within", "plan_device"]
+__all__ = ["DEFAULT_FRAME", "DevicePlan", "default_budget", "least_budget", "load_within", "plan_device"]
 
 DEFAULT_FRAME = (480, 640)
 """Height and width of a frame where nobody says."""
 _LIMITS = 24
+_DEFAULT_SECONDS, _DEFAULT_FPS = 60, 2.0
+_STEP = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,39 @@ def least_budget(family: Family, grid: Grid, **stream: Any) -> int:
                 raise
             least = error.least
     return least
+
+
+def default_budget(
+    family: Family, frame: tuple[int, int] = DEFAULT_FRAME, fps: float = _DEFAULT_FPS, **stream: Any
+) -> int:
+    """A budget in bytes that suits a model where nobody names one: a minute of video in full detail, in whole MiB.
+
+    At most half of the memory that is free, but never less than what works.
+
+    Args:
+        family: with or without its weights.
+        frame: height and width of the largest frame, in pixels. fps: frames a second.
+        stream: the other arguments of `millpond.flow.Flow`.
+
+    Raises:
+        BudgetError: not even the least that works would be free.
+    """
+    grid = family.grid(*frame)
+    least = least_budget(family, grid, **stream)
+    check_memory(least, family.device)
+    there = available_memory(family.device)
+    most = max(least, there // 2 if there is not None else least * 1024)
+
+    def suits(budget: int) -> bool:
+        return Flow(family, budget=budget, **stream).plan_for(grid).seconds_in_full(fps) >= _DEFAULT_SECONDS
+
+    low, high = -(-least // _STEP), max(1, most // _STEP)  # the answer lies in (low, high], or is one of the ends
+    if low >= high or not suits(high * _STEP):
+        return max(least, high * _STEP)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if suits(middle * _STEP) else (middle + 1, high)
+    return low * _STEP
 
 
 def _weights(model: Any) -> int:

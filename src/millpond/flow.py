@@ -17,13 +17,14 @@ from torch import Tensor
 
 from millpond.admission.base import Admission, Verdict
 from millpond.admission.gate import sift
+from millpond.available import check_memory
 from millpond.budget import Budget
 from millpond.cache.host import HostTier
 from millpond.cache.pond import Pond
 from millpond.cache.queries import add_sums
 from millpond.cache.reanchor import close_gaps, shift_uniformly
 from millpond.cache.recall import Recall
-from millpond.errors import BudgetError, MillpondError, PolicyError
+from millpond.errors import BudgetError, MillpondError, ModelError, PolicyError
 from millpond.families.base import Family, Grid, Tokens
 from millpond.families.queries import See
 from millpond.plan import Plan, make_plan
@@ -94,14 +95,39 @@ class Flow:
     @property
     def pond(self) -> Pond:
         """The memory; made, with the prompt pinned in it, when it is first needed."""
-        if self._pond is None:
-            self._pond = Pond(self.family.geometry, self.plan_for(self.grid), self.policy, self.family.device)
-            self._pond.ledger.hold("admission", self._pond.plan.state_bytes)
+        return self._pond or self._open()
+
+    def _open(self) -> Pond:
+        plan = self.plan_for(self.grid)
+        check_memory(plan.total_bytes, self.family.device)
+        try:
+            pond = self._pond = Pond(self.family.geometry, plan, self.policy, self.family.device)
+            pond.ledger.hold("admission", plan.state_bytes)
             if self._host_budget is not None:
-                self._pond.host = HostTier(self.family.geometry, self.family.rope, self._host_budget, self._host_path)
+                pond.host = HostTier(self.family.geometry, self.family.rope, self._host_budget, self._host_path)
             with torch.no_grad():
                 self.append(self.family.embed(self._opening), text=True)
-        return self._pond
+        except BaseException:
+            self._pond, self.clock, self.tokens = None, Clock(), 0
+            raise
+        return pond
+
+    def check_model(self) -> None:
+        """Make sure that the model is still as it was when the stream began.
+
+        Raises:
+            ModelError: it was cast, or moved to another device, since then.
+        """
+        weight, geometry = self.family.model.get_input_embeddings().weight, self.family.geometry
+        if weight.dtype != geometry.dtype:
+            raise ModelError(
+                f"the model was {geometry.dtype} when it was adapted and is {weight.dtype} now: cast it before, and begin a new session"
+            )
+        if self._pond is not None and self.family.device != self._pond.device:
+            raise ModelError(
+                f"the model has moved to {self.family.device} and the stream's memory is on {self._pond.device}: "
+                "move it back, or begin a new session"
+            )
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -114,41 +140,40 @@ class Flow:
 
     # --- tokens -------------------------------------------------------------------------------------------------
 
-    def append(self, tokens: Tokens, *, text: bool, admitted: Tensor | None = None) -> None:
-        """Make room for stream tokens, run them through the decoder and keep them; all or nothing.
+    def append(self, tokens: Tokens, *, text: bool) -> None:
+        """Make room for stream tokens, run them through the decoder and keep them."""
+        self.make_way(len(tokens))
+        self.put(tokens, text=text)
+
+    def make_way(self, tokens: int, clock: int | None = None) -> None:
+        """Compact and re-anchor, if need be, in front of a block of `tokens` tokens that takes `clock` positions, by default as many."""
+        with self.timed("compaction"):
+            self.make_room(tokens)
+            self._stay_in_range(tokens if clock is None else clock)
+
+    def put(self, tokens: Tokens, *, text: bool, admitted: Tensor | None = None) -> None:
+        """Run stream tokens, for which there is room, through the decoder and keep them; a `Step` takes back what a fault leaves.
 
         `admitted`, int64 [m], names those that are let in; every token takes its position on the clock all the same.
         """
-        with self.timed("compaction"):
-            self.make_room(len(tokens) if admitted is None else len(admitted))
-            self._stay_in_range(len(tokens))
-        mark, clock = self.pond.length, replace(self.clock)
-        try:
-            with self.timed("decoder"):
-                positions = self.family.place(tokens, self.clock)
-                taken = tokens if admitted is None else tokens.pick(admitted)
-                if len(taken):
-                    positions = positions if admitted is None else positions[:, admitted]
-                    # A remembered turn is never looked at: it holds a question.
-                    see = self._sight(positions) if not text or mark == 0 else None
-                    self._forward(taken, positions, text=text, see=see)
-        except BaseException:
-            self.roll_back(mark, clock)
-            raise
-        prompt = mark < self.pond.plan.prompt_tokens
-        if not prompt and len(taken):
+        mark = self.pond.length
+        with self.timed("decoder"):
+            positions = self.family.place(tokens, self.clock)
+            taken = tokens if admitted is None else tokens.pick(admitted)
+            if len(taken):
+                positions = positions if admitted is None else positions[:, admitted]
+                # A remembered turn is never looked at: it holds a question.
+                see = self._sight(positions) if not text or mark == 0 else None
+                self._forward(taken, positions, text=text, see=see)
+        if mark >= self.pond.plan.prompt_tokens and len(taken):
             self.pond.commit(taken.time_us, places(taken, text=text))
         self.tokens += len(tokens)
 
-    def watch(self, frames: Tokens) -> tuple[Verdict, ...] | None:
-        """Append a block of frames as far as the admission lets them in; returns its verdict on each group, None without one."""
+    def judge(self, frames: Tokens) -> tuple[Tensor | None, tuple[Verdict, ...], Any]:
+        """What the admission lets in of a block of frames: the tokens (None: all), its verdict on each group, and its next state."""
         if self.admission is None:
-            self.append(frames, text=False)
-            return None
-        admitted, verdicts, seen = sift(self.admission, frames, self._seen)
-        self.append(frames, text=False, admitted=admitted)
-        self._seen = seen
-        return verdicts
+            return None, (), None
+        return sift(self.admission, frames, self._seen)
 
     def run(self, tokens: Tokens) -> Tensor:
         """One forward of the decoder over a turn behind the live tokens; returns hidden states [n, hidden]."""
@@ -231,13 +256,13 @@ class Flow:
         """How the budget is split now: for the largest frames so far, or for text alone before the first."""
         return self.plan_for(None) if self._pond is None else self._pond.plan
 
-    def plan_for(self, grid: Grid | None) -> Plan:
-        """How the budget would be split for frames of that size; None: for text alone."""
+    def plan_for(self, grid: Grid | None, budget: int | None = None) -> Plan:
+        """How the budget, or another one, would be split for frames of that size; None: for text alone."""
         if grid is not None and self._host_budget is not None:
             HostTier.check(self.family.geometry, self._host_budget, grid.tokens)
         what = "this model's prompt and one turn" if grid is None else f"frames of {grid.width} x {grid.height}"
         return make_plan(
-            self._budget,
+            self._budget if budget is None else budget,
             self.family.geometry,
             self.policy,
             prompt_tokens=len(self._opening),
@@ -258,27 +283,34 @@ class Flow:
         if known is not None and grid.tokens <= known.tokens and grid.height * grid.width <= known.height * known.width:
             return
         plan = self.plan_for(grid)
-        if self._pond is not None:
-            if not self.policy.capped:
-                plan = replace(plan, slots=max(plan.slots, self._pond.capacity))
-            with self.timed("compaction"):
-                self.ask_proxy()
-                self._pond.resize(plan)
-        self.grid = grid
+        if self._pond is not None and not self.policy.capped:
+            plan = replace(plan, slots=max(plan.slots, self._pond.capacity))
+        self._move(plan, self._budget, grid)
 
     def resize(self, budget: str | int) -> None:
         """Change the budget; a smaller one compacts at once. See `millpond.Session.resize`."""
         if not self.policy.capped:
             raise BudgetError(f"the policy {self.policy.name!r} has no budget to resize")
-        before, self._budget = self._budget, int(Budget(budget))
+        size = int(Budget(budget))
+        plan = self.plan_for(self.grid, size)
+        held = 0 if self._pond is None else self._pond.ledger.held
+        check_memory(plan.total_bytes - held, self.family.device)
+        self._move(plan, size, self.grid)
+
+    def _move(self, plan: Plan, budget: int | None, grid: Grid | None) -> None:
+        """Move the memory to another plan, and remember what it was made for."""
+        pond, before = self._pond, (self._budget, self.grid)
+        old = None if pond is None else pond.plan
         try:
-            plan = self.plan_for(self.grid)
-            if self._pond is not None:
+            self._budget, self.grid = budget, grid
+            if pond is not None:
                 with self.timed("compaction"):
                     self.ask_proxy()
-                    self._pond.resize(plan)
-        except MillpondError:
-            self._budget = before
+                    pond.resize(plan)
+        except BaseException:
+            # A move is whole by itself: it has been made, or it has not begun.
+            if pond is None or pond.plan is old:
+                self._budget, self.grid = before
             raise
 
     def fork(self) -> Flow:

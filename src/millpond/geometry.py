@@ -58,6 +58,12 @@ class Geometry:
         """
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+        window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+        if window is not None and not getattr(text, "layer_types", None):
+            raise ModelError(
+                f"only decoders with full attention in every layer are supported; this one sees {window} tokens back "
+                "(sliding_window in its config)"
+            )
         if kinds != {"full_attention"}:
             others = ", ".join(sorted(kinds - {"full_attention"}))
             raise ModelError(
@@ -87,8 +93,12 @@ class Geometry:
     @property
     def bytes_per_token(self) -> int:
         """Bytes that a stored token costs over all layers, metadata included."""
-        beside = metadata_bytes(self.axes) + (_SUM_BYTES if self.sums else 0)
-        return self.kv_bytes_per_token + self.layers * self.kv_heads * beside
+        return self.kv_bytes_per_token + self.layers * self.kv_heads * metadata_bytes(self.axes) + self.sum_bytes
+
+    @property
+    def sum_bytes(self) -> int:
+        """Bytes of the attention that a stored token received, over all layers; 0 where nobody sums it."""
+        return self.layers * self.kv_heads * _SUM_BYTES if self.sums else 0
 
     @property
     def query_bytes(self) -> int:

@@ -5,7 +5,10 @@ Owns what waits for its block, and the stream's times. Knows nothing about quest
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,41 +20,69 @@ from millpond.families.base import Grid, Tokens
 from millpond.flow import Flow, dated
 from millpond.frames import Frame
 from millpond.second_look import SecondLook, Shot
+from millpond.step import Step
 
-__all__ = ["Intake"]
+__all__ = ["Intake", "Standing"]
+
+# Beyond these a stream's microseconds leave 64 bits, or its positions (up to 25 a second) 32; the clock could never go back.
+_FARTHEST_SECONDS = 10**11
+_LONGEST_GAP_SECONDS = 366 * 24 * 3600
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far the frames of a stream have come. Replaced as a whole, so that a frame is in or is not.
+
+    Attributes:
+        waiting: (time_us, prepared frame) of those whose block is not full. grid: of these; None without any.
+        video_open: the last token in memory leaves a video open: where the next frame goes.
+        last_us: time of the latest frame; None before the first. interval_us: since the one before it.
+        frames, dropped, skipped, reduced: raw frames taken in, lost, left out and thinned, as in `millpond.Usage`.
+    """
+
+    waiting: tuple[Shot, ...] = ()
+    grid: Grid | None = None
+    video_open: bool = True  # the opening ends where the first frame goes
+    last_us: int | None = None
+    interval_us: int = 0
+    frames: int = 0
+    dropped: int = 0
+    skipped: int = 0
+    reduced: int = 0
+
+    def without(self, count: int) -> Standing:
+        """The same when the first `count` waiting frames have gone."""
+        left = self.waiting[count:]
+        return replace(self, waiting=left, grid=self.grid if left else None)
 
 
 class Intake:
     """The frames of one stream, until they are in its flow.
 
     Attributes:
-        waiting: (time_us, prepared frame) of those whose block is not full.
-        video_open: the last token in memory leaves a video open: where the next frame goes.
-        last_us: time of the latest frame; None before the first.
-        frames, dropped, skipped, reduced: raw frames taken in, lost, left out and thinned, as in `millpond.Usage`.
+        at: how far they have come.
     """
 
     def __init__(self, flow: Flow) -> None:
         self._flow = flow
-        self.waiting: list[Shot] = []
         self._look = SecondLook(flow)
-        self._grid: Grid | None = None  # of the waiting frames
-        self.video_open = True  # the opening ends where the first frame goes
-        self.last_us: int | None = None
-        self._interval_us = 0
-        self.frames = self.dropped = self.skipped = self.reduced = 0
+        self.at = Standing()
 
-    def feed(self, source: Frame | Iterable[Any]) -> int:
-        """Take in everything that a source gives; see `millpond.Session.feed`."""
+    @property
+    def waiting(self) -> tuple[Shot, ...]:
+        """The frames whose block is not full."""
+        return self.at.waiting
+
+    def feed(self, source: Frame | Iterable[Any], turn: Callable[[], AbstractContextManager[None]]) -> int:
+        """Take in everything that a source gives; see `millpond.Session.feed`. The stream is held, by `turn`, a frame at a time."""
         if isinstance(source, Frame):
-            if self.last_us is not None and round(source.seconds * 1e6) <= self.last_us:
+            if self.at.last_us is not None and round(source.seconds * 1e6) <= self.at.last_us:
                 raise SourceError(
-                    f"a frame at {source.seconds:.3f} s comes after one at {self.last_us / 1e6:.3f} s: times must ascend"
+                    f"a frame at {source.seconds:.3f} s comes after one at {self.at.last_us / 1e6:.3f} s: times must ascend"
                 )
             source = [source]
         opened = source if hasattr(source, "dropped") else frames.open(source)
-        before = self.frames
-        dropped, offset = getattr(opened, "dropped", 0), None
+        taken, dropped, offset = 0, getattr(opened, "dropped", 0), None
         arriving = iter(opened)
         try:
             while True:
@@ -59,71 +90,127 @@ class Intake:
                     frame = next(arriving, None)
                 if frame is None:
                     break
-                time_us = round(frame.seconds * 1e6)
-                if offset is None:
-                    again = self.last_us is not None and time_us <= self.last_us
-                    offset = self.last_us + max(self._interval_us, 1) - time_us if again else 0  # type: ignore[operator]
-                self._take(time_us + offset, frame.pixels)
+                with turn():
+                    offset = self._offset(frame, offset)
+                    before = self.at.frames
+                    try:
+                        self._take(round(frame.seconds * 1e6) + offset, frame.pixels)
+                    finally:
+                        taken += self.at.frames - before
         finally:
             # Also after a fault: what came before it stays answerable.
-            self.dropped += getattr(opened, "dropped", 0) - dropped
             if isinstance(opened, frames.Source) and opened is not source:
                 opened.close()
-            self._digest(partial=False)
-            self._make_room()
-        return self.frames - before
+            with turn():
+                self.book()
+                self.at = replace(self.at, dropped=self.at.dropped + getattr(opened, "dropped", 0) - dropped)
+                self._digest(partial=False)
+                self._make_room()
+        return taken
+
+    def _offset(self, frame: Any, offset: int | None) -> int:
+        """Microseconds between a frame's own time and the stream's; None before the first frame of a source.
+
+        Raises:
+            SourceError: not a frame, or at a time that the stream cannot reach.
+        """
+        if not isinstance(frame, Frame):
+            raise SourceError(f"a source must give frames, not {type(frame).__name__}")
+        last = self.at.last_us
+        if not math.isfinite(frame.seconds) or abs(frame.seconds) > _FARTHEST_SECONDS:
+            raise SourceError(f"a frame's time must lie within {_FARTHEST_SECONDS:.0e} s of 0, not at {frame.seconds:g} s")
+        time_us = round(frame.seconds * 1e6)
+        if offset is None:
+            again = last is not None and time_us <= last
+            offset = last + max(self.at.interval_us, 1) - time_us if last is not None and again else 0
+        if last is not None and time_us + offset - last > _LONGEST_GAP_SECONDS * 1_000_000:
+            raise SourceError(
+                f"a frame at {frame.seconds:g} s comes {(time_us + offset - last) / 1e6:.3g} s after the one before it, which is more "
+                f"than a year: it is left out"
+            )
+        return offset
 
     def _take(self, time_us: int, pixels: np.ndarray) -> None:
         """Queue one frame at model resolution; run the block when it is full."""
-        if self.last_us is not None:
-            time_us = max(time_us, self.last_us + 1)  # distinct: a time identifies its group
-            self._interval_us = time_us - self.last_us
-        grid = self._flow.family.grid(*pixels.shape[:2])
-        if self._grid is not None and grid != self._grid:
+        flow, last = self._flow, self.at.last_us
+        time_us = time_us if last is None else max(time_us, last + 1)  # distinct: a time identifies its group
+        grid = flow.family.grid(*pixels.shape[:2])
+        if self.at.grid is not None and grid != self.at.grid:
             self._digest(partial=True)  # a group holds frames of one size
-        self._flow.fit(grid)
-        with self._flow.timed("vision"):
-            prepared = self._flow.family.prepare(pixels)
-        waiting = self._flow.pond.ledger.account("waiting")
-        self._flow.pond.ledger.hold("waiting", waiting + prepared.nbytes)
-        self.waiting.append((time_us, prepared))
-        self._grid = grid
-        self.last_us = time_us
-        self.frames += 1
-        if len(self.waiting) >= self._flow.pond.plan.block_groups * self._flow.family.frames_per_group:
+        flow.fit(grid)
+        with flow.timed("vision"):
+            prepared = flow.family.prepare(pixels)
+        at = replace(
+            self.at,
+            waiting=(*self.at.waiting, (time_us, prepared)),
+            grid=grid,
+            last_us=time_us,
+            interval_us=0 if last is None else time_us - last,
+            frames=self.at.frames + 1,
+        )
+        flow.pond.ledger.hold("waiting", _nbytes(at.waiting))
+        self.at = at
+        if len(at.waiting) >= flow.pond.plan.block_groups * flow.family.frames_per_group:
             self._digest(partial=False)
 
     def _digest(self, *, partial: bool) -> None:
         """Run the waiting frames through the model: all complete groups, and with `partial` the incomplete one too."""
         size = self._flow.family.frames_per_group
-        count = len(self.waiting) if partial else len(self.waiting) // size * size
+        count = len(self.at.waiting) if partial else len(self.at.waiting) // size * size
         if not count:
             return
-        block = self.waiting[:count]
-        done = False
-        try:
-            with torch.no_grad():
-                if not self.video_open:
-                    self._flow.append(self._reopening(block[0][0]), text=True)
-                    self.video_open = True
-                    self._look.clear()  # a video's time begins with its first frame: none of those before could stand in it
-                verdicts = self._flow.watch(self.encode(block))
-            done = True
-            for index, verdict in enumerate(verdicts or ()):
-                frames_of_it = min(size, count - index * size)
-                self.skipped += frames_of_it * (verdict == "drop")
-                self.reduced += frames_of_it * (verdict == "reduced")
-        finally:
-            # A block that the model could not take is dropped, not tried for ever; the memory was rolled back.
-            self.dropped += 0 if done else count
-            del self.waiting[:count]
-            self._flow.pond.ledger.hold("waiting", sum(frame.nbytes for _, frame in self.waiting))
-            if not self.waiting:
-                self._grid = None
-            if done:
-                self._look.keep(block)
+        with torch.no_grad():
+            try:
+                if not self.at.video_open:
+                    self._reopen(self.at.waiting[0][0])
+                self._run(self.at.waiting[:count])
+            except BaseException:
+                if len(self.at.waiting) >= count:
+                    # A block that the model could not take is dropped, not tried for ever.
+                    self.at = replace(self.at.without(count), dropped=self.at.dropped + count)
+                    self.book()
+                raise
 
-    def encode(self, shots: list[Shot]) -> Tokens:
+    def _reopen(self, time_us: int) -> None:
+        """Open a video again behind a turn."""
+        tokens = self._reopening(time_us)
+        self._flow.make_way(len(tokens))
+        step = Step(self._flow, self)
+        try:
+            self._flow.put(tokens, text=True)
+            self._look.clear()  # a video's time begins with its first frame: none of those before could stand in it
+            self.at = replace(self.at, video_open=True)
+            step.commit()
+        except BaseException:
+            step.roll_back()
+            raise
+
+    def _run(self, block: tuple[Shot, ...]) -> None:
+        """Take a block of waiting frames into the memory."""
+        flow, size = self._flow, self._flow.family.frames_per_group
+        tokens = self.encode(block)
+        admitted, verdicts, seen = flow.judge(tokens)
+        flow.make_way(len(tokens) if admitted is None else len(admitted), len(tokens))
+        step = Step(flow, self, queries=flow.policy.proxy == "latest", sums=flow.policy.sums)
+        try:
+            flow.put(tokens, text=False, admitted=admitted)
+            flow._seen = seen
+            at = self.at.without(len(block))
+            for index, verdict in enumerate(verdicts):
+                of_it = min(size, len(block) - index * size)
+                at = replace(
+                    at,
+                    skipped=at.skipped + of_it * (verdict == "drop"),
+                    reduced=at.reduced + of_it * (verdict == "reduced"),
+                )
+            self.at = at
+            self._look.keep(block)
+            step.commit()
+        except BaseException:
+            step.roll_back()
+            raise
+
+    def encode(self, shots: Sequence[Shot]) -> Tokens:
         """Frames as the decoder takes them; all of one size."""
         with self._flow.timed("vision"):
             return self._flow.family.encode([frame for _, frame in shots], [time for time, _ in shots])
@@ -134,37 +221,42 @@ class Intake:
 
     def _make_room(self) -> None:
         """Make room for an incomplete group now, so that a question can show it without touching the memory."""
-        if self.waiting and self._grid is not None:
-            reopening = 0 if self.video_open else len(self._flow.family.reopening())
+        if self.at.grid is not None:
+            reopening = 0 if self.at.video_open else len(self._flow.family.reopening())
             with self._flow.timed("compaction"):
-                self._flow.make_room(reopening + self._grid.tokens)
+                self._flow.make_room(reopening + self.at.grid.tokens)
 
-    def shown(self) -> tuple[list[Tokens], list[list[Shot]], list[Tokens]]:
+    def shown(self) -> tuple[list[int], list[tuple[Shot, ...]]]:
         """What a question sees of the latest frames; nothing is taken in.
 
         Returns:
-            What reopens the video, where that is needed; blocks of frames to `encode` once more; and the waiting frames.
+            The ids that reopen the video, where that is needed; and blocks of frames to `encode`: those to be seen once more, and last
+            the waiting ones, which may be none.
         """
-        again = self._look.blocks(len(self.waiting))
-        waiting = [self.encode(self.waiting)] if self.waiting else []
-        first = next(iter([*again, self.waiting]))
-        reopening = [self._reopening(first[0][0])] if first and not self.video_open else []
-        return reopening, again, waiting
+        blocks = [*self._look.blocks(len(self.at.waiting)), self.at.waiting]
+        reopening = self._flow.family.reopening() if any(blocks) and not self.at.video_open else []
+        return reopening, blocks
 
     def close_video(self) -> None:
         """A turn that is remembered ends the video, with the frames that it was shown."""
-        shown = list(self.waiting)
-        self.waiting.clear()
-        self._grid = None
-        self._flow.pond.ledger.hold("waiting", 0)
-        self._look.keep(shown)
-        self.video_open = False
+        self._look.keep(self.at.waiting)
+        self.at = replace(self.at.without(len(self.at.waiting)), video_open=False)
+
+    def book(self) -> None:
+        """Write down what the waiting frames and those for a second look take."""
+        # The frames of a block go from one account to the other, so the one that shrinks comes first.
+        sizes = {"waiting": _nbytes(self.at.waiting), "recent frames": sum(map(_nbytes, self._look.groups))}
+        ledger = self._flow.pond.ledger
+        for name in sorted(sizes, key=lambda name: sizes[name] - ledger.account(name)):
+            ledger.hold(name, sizes[name])
 
     def fork(self, flow: Flow) -> Intake:
         """The same for a copy of the flow."""
         other = object.__new__(Intake)
-        other.__dict__.update(self.__dict__)
-        other._flow, other.waiting = flow, list(self.waiting)
-        flow.pond.ledger.hold("waiting", sum(frame.nbytes for _, frame in self.waiting))
-        other._look = self._look.fork(flow)
+        other._flow, other.at, other._look = flow, self.at, self._look.fork(flow)
+        other.book()
         return other
+
+
+def _nbytes(shots: Iterable[Shot]) -> int:
+    return sum(frame.nbytes for _, frame in shots)

@@ -3,7 +3,7 @@
     slots = prompt + memory |C| + room + reserve
     and, where a policy packs what it would forget: packed tokens, and a desk on which one layer is unpacked
     bytes = slots x bytes_per_token + frames in waiting + frames for a second look + scratch + an admission's state
-            + a proxy's queries  <=  budget
+            + a proxy's queries + what a step could have to put back  <=  budget
 
 Arithmetic only; nothing is allocated here.
 """
@@ -54,6 +54,8 @@ class Plan:
         chunk: tokens of one head worked on at a time.
         state_bytes: what an admission remembers of the stream.
         query_bytes: a policy's proxy queries.
+        undo_bytes: copies of what a block or turn changes in place, until it is in: proxy queries, sums of attention, an admission's
+            state.
         packed_tokens, packed_bytes: tokens that are remembered in few bits, and their storage, metadata included.
         desk_bytes: one layer's keys and values, unpacked.
         recall_frames, recall_tokens: frame groups that a question recalls from host memory, and their share of the reserve.
@@ -78,6 +80,7 @@ class Plan:
     chunk: int
     state_bytes: int = 0
     query_bytes: int = 0
+    undo_bytes: int = 0
     packed_tokens: int = 0
     packed_bytes: int = 0
     desk_bytes: int = 0
@@ -90,7 +93,7 @@ class Plan:
     @property
     def total_bytes(self) -> int:
         """Everything the plan may hold at once; at most the budget."""
-        beside = self.waiting_bytes + self.scratch_bytes + self.state_bytes + self.query_bytes
+        beside = self.waiting_bytes + self.scratch_bytes + self.state_bytes + self.query_bytes + self.undo_bytes
         beside += self.packed_bytes + self.desk_bytes + self.recent_bytes
         return self.slots * self.bytes_per_token + beside
 
@@ -187,6 +190,7 @@ def make_plan(
             chunk=chunk,
             state_bytes=state_bytes,
             query_bytes=query_bytes,
+            undo_bytes=query_bytes + state_bytes + (slots + packed) * geometry.sum_bytes,
             packed_tokens=packed,
             packed_bytes=tier.packed_bytes(geometry, packed) if tier else 0,
             desk_bytes=tier.desk_bytes(geometry, slots + packed) if tier else 0,

@@ -5,7 +5,7 @@ Owns those pixels. Knows nothing about the question, or about what the memory ha
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -21,23 +21,26 @@ class SecondLook:
     """The pixels of the latest frames that have run through the model, in the groups in which they ran.
 
     Args:
-        flow: says how many (`recent_frames`, rounded up to whole groups) and keeps the books.
+        flow: says how many (`recent_frames`, rounded up to whole groups).
+
+    Attributes:
+        groups: replaced as a whole, never changed, so that who keeps it can put it back.
     """
 
     def __init__(self, flow: Flow) -> None:
         self._flow = flow
-        self._groups: deque[list[Shot]] = deque(maxlen=-(-flow.recent_frames // flow.family.frames_per_group))
+        self._most = -(-flow.recent_frames // flow.family.frames_per_group)
+        self.groups: tuple[tuple[Shot, ...], ...] = ()
 
-    def keep(self, block: list[Shot]) -> None:
+    def keep(self, block: Sequence[Shot]) -> None:
         """Take over the frames of a block that has run; the oldest ones go."""
         size = self._flow.family.frames_per_group
-        self._groups.extend(block[first : first + size] for first in range(0, len(block), size))
-        self._count()
+        groups = *self.groups, *(tuple(block[first : first + size]) for first in range(0, len(block), size))
+        self.groups = groups[max(0, len(groups) - self._most) :]
 
     def clear(self) -> None:
         """Forget all of them."""
-        self._groups.clear()
-        self._count()
+        self.groups = ()
 
     def blocks(self, waiting: int) -> list[list[Shot]]:
         """What a question is shown again when `waiting` of the latest frames have not run: blocks to encode, oldest first.
@@ -48,7 +51,7 @@ class SecondLook:
         size, most = self._flow.family.frames_per_group, self._flow.pond.plan.block_groups
         count = -(-max(0, self._flow.recent_frames - waiting) // size)
         blocks: list[list[Shot]] = []
-        for group in list(self._groups)[max(0, len(self._groups) - count) :]:
+        for group in self.groups[max(0, len(self.groups) - count) :]:
             last = blocks[-1] if blocks else []
             whole, alike = len(last) % size == 0, last and last[0][1].shape == group[0][1].shape
             if alike and whole and len(last) < most * size:
@@ -60,10 +63,5 @@ class SecondLook:
     def fork(self, flow: Flow) -> SecondLook:
         """The same for a copy of the flow."""
         other = SecondLook(flow)
-        other._groups.extend(self._groups)
-        other._count()
+        other.groups = self.groups
         return other
-
-    def _count(self) -> None:
-        held = sum(frame.nbytes for group in self._groups for _, frame in group)
-        self._flow.pond.ledger.hold("recent frames", held)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -20,17 +19,18 @@ from millpond import admission as admissions
 from millpond import policies
 from millpond.admission.base import Admission
 from millpond.answer import Answer, LayerMemory, Usage
+from millpond.available import check_memory
 from millpond.budget import Budget
-from millpond.decoding import decode
-from millpond.device import DEFAULT_FRAME, load_within
+from millpond.device import DEFAULT_FRAME, default_budget, load_within
 from millpond.errors import BudgetError, MillpondError, PolicyError
-from millpond.families.base import Family, Tokens
-from millpond.flow import Flow, Positions, dated, places
+from millpond.exclusive import Exclusive
+from millpond.families.base import Family
+from millpond.flow import Flow, Positions
 from millpond.frames import Frame
 from millpond.intake import Intake
 from millpond.plan import Plan
 from millpond.policies.base import Policy
-from millpond.second_look import Shot
+from millpond.turn import Turn
 
 __all__ = ["Session"]
 
@@ -59,7 +59,8 @@ class Session:
         host_path: a folder; host memory is then a mapped file in it, without a name, gone with the session.
 
     Raises:
-        BudgetError: the budget cannot even hold the prompt and one turn; names the least that works.
+        BudgetError: the budget cannot even hold the prompt and one turn; names the least that works. Or it is more than the memory that
+            there is.
         PolicyError: no such policy or admission, or the two do not go together; host memory that is missing or not used.
     """
 
@@ -98,9 +99,17 @@ class Session:
             host_budget=None if host_budget is None else int(Budget(host_budget)),
             host_path=host_path,
         )
-        self._turn = threading.Lock()
-        self._owner: int | None = None
+        if budget is not None:
+            check_memory(self._flow.plan.total_bytes, family.device)
+        if host_budget is not None and host_path is None:
+            check_memory(int(Budget(host_budget)))
         self._intake = Intake(self._flow)
+        self._make_locks()
+
+    def _make_locks(self) -> None:
+        self._turn = Exclusive("an answer is still being streamed: finish it or close() it first")
+        self._feeding = Exclusive("frames are being fed: give this feed's source the frames, or wait until it has ended")
+        self._state = threading.RLock()  # held while anything changes: a frame or a token at a time
 
     @property
     def family(self) -> Family:
@@ -143,6 +152,7 @@ class Session:
 
         Args:
             model: a folder (also one that `millpond quantize` wrote), a hub id, or a loaded `(model, processor or tokenizer)`.
+            budget: by default `millpond.device.default_budget`: a minute of video in full detail, at most half of the free memory.
             device_memory: in place of a budget: bytes for weights, stream and workspace together, split by
                 `millpond.device.plan_device`. A quantized model is read at the width that fits.
             dtype: for example "bfloat16"; the checkpoint's own by default.
@@ -150,10 +160,10 @@ class Session:
             attn_implementation: "sdpa" (default), "eager" or "flash_attention_2".
             max_pixels: most pixels of a frame after resizing: smaller frames cost fewer tokens. Not for a loaded model.
             target_bits: mean bits of a decoding step, for a calibrated folder.
-            frame_size: height and width in pixels of the largest frame that `device_memory` is planned for.
+            frame_size: height and width in pixels of the largest frame that `device_memory` or the default budget is planned for.
 
         Raises:
-            ModelError: not found, or no supported family; BudgetError: too small.
+            ModelError: not found, or no supported family; BudgetError: too small, or more than the memory that there is.
         """
         if device_memory is not None and budget is not None:
             raise BudgetError("give a budget or device_memory, not both")
@@ -177,6 +187,8 @@ class Session:
             max_pixels=max_pixels,
         )
         whole = budget if device_memory is None else granted
+        if whole is None and stream["policy"].capped:  # type: ignore[union-attr]
+            whole = default_budget(family, frame_size, **stream)
         return cls(family, budget=whole, host_budget=host_budget, host_path=host_path, **stream)  # type: ignore[arg-type]
 
     # --- watching -----------------------------------------------------------------------------------------------
@@ -187,12 +199,19 @@ class Session:
         Frames are `millpond.frames.Frame`, or pairs of (seconds, uint8 [H, W, 3] RGB). Their times must ascend. A source whose
         times begin again (a second clip) goes on where the stream stands, one frame interval later.
 
+        Other threads may ask while it waits for the source. Whatever is raised, an interrupt included, every block of frames is in
+        the memory or is not; one that the model could not take counts as dropped.
+
         Raises:
-            SourceError: the source broke, or a frame is not one. What had been seen before stays remembered.
+            SourceError: the source broke, or a frame is not one, or its time is out of reach: more than a year after the one before it.
+                What had been seen before stays remembered, and the stream goes on with the next frame.
+            ModelError: the model was cast or moved after the session began.
             BudgetError: frames of this size cannot fit the budget; names the least that works. Nothing is lost.
         """
-        with self._exclusive(), self._flow.timed("total"):
-            return self._intake.feed(source)
+        self._turn.check()
+        self._flow.check_model()
+        with self._feeding.held(), self._flow.timed("total"):
+            return self._intake.feed(source, self._exclusive)
 
     # --- asking -------------------------------------------------------------------------------------------------
 
@@ -217,78 +236,55 @@ class Session:
     ) -> Generator[str, None, Answer]:
         """Answer like `ask`, in pieces of text as they come; the generator's return value is the `Answer`.
 
-        Until the generator is finished or closed, the session belongs to it: other threads wait.
+        Until the generator is finished or closed, the session belongs to it: other threads wait. What ends it early, an error, an
+        interrupt or `close`, leaves the stream as it was before the question.
         """
         if max_new_tokens < 1:
             raise MillpondError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         if not question.strip():
             raise MillpondError("the question is empty")
-        with self._exclusive():
+        with self._turn.held():
             began = perf_counter()
-            mark, clock = self._flow.pond.length, replace(self._flow.clock)
+            turn: Turn | None = None
             try:
-                with torch.no_grad():
-                    answer = yield from self._generate(question, max_new_tokens, remember, began)
-                if not remember:
-                    self._flow.roll_back(mark, clock)
+                with self._changing():
+                    self._flow.check_model()
+                    turn = Turn(self._flow, self._intake, remember=remember)
+                    pieces = turn.run(question, max_new_tokens)
+                while True:
+                    # Not around the yield: what the caller does in between is not ours to hold up or to run without gradients.
+                    with self._changing():
+                        piece = next(pieces, None)
+                        if piece is None:
+                            turn.commit()
+                            break
+                    yield piece
             except BaseException:
-                self._flow.roll_back(mark, clock)
+                if turn is not None:
+                    with self._changing():
+                        turn.roll_back()
                 raise
             finally:
                 self._flow.seconds["answers"] += perf_counter() - began
                 self._flow.seconds["total"] += perf_counter() - began
-            return replace(answer, usage=self.usage)
-
-    def _generate(self, question: str, limit: int, remember: bool, began: float) -> Generator[str, None, Answer]:
-        asked_us = self._intake.last_us or 0
-        start = self._flow.pond.length
-        reopening, again, waiting = self._intake.shown()
-        after_video = bool(again or waiting) or self._intake.video_open
-        asked = dated(self.family.question(question, after_video=after_video), asked_us)
-        if remember:
-            self._flow.ask_proxy()  # while its reserve is free, and before it could see the question
-        recalled, kept = self._flow.recallable, [*reopening, *waiting, asked]
-        self._flow.pond.admit_turn(recalled + _most_tokens(again, self.plan) + sum(len(part) for part in kept) + 1)
-        for part in reopening:
-            self._flow.run(part)
-        before = self._flow.pond.length
-        for block in again:
-            self._flow.run(self._intake.encode(block))
-        seen_again = self._flow.pond.length - before
-        for part in waiting:
-            self._flow.run(part)
-        behind = self._flow.pond.length
-        hidden = self._flow.ask(asked)
-        done = yield from decode(self._flow, hidden, asked_us, limit=limit, run_last=remember)
-        if remember:
-            self._flow.pond.cut(behind, recalled)
-            self._flow.pond.cut(before, seen_again)
-            self._remember(kept + done.kept, start)
-        return Answer(
-            question=question,
-            text=done.text,
-            token_ids=tuple(done.token_ids),
-            finish_reason=done.finish_reason,
-            at_seconds=asked_us / 1e6,
-            first_token_seconds=(done.first or perf_counter()) - began,
-            usage=self.usage,
-        )
-
-    def _remember(self, turn: list[Tokens], start: int) -> None:
-        """Make a turn that has run part of the stream."""
-        self._intake.close_video()
-        for part in turn:
-            self._flow.pond.commit(part.time_us, places(part, text=not bool(part.visual.any())))
-        self._flow.tokens += self._flow.pond.length - start
-        with self._flow.timed("compaction"):
-            self._flow.pond.admit(0)  # the turn used the reserve: give it back
+            done = turn.done
+            return Answer(
+                question=question,
+                text=done.text,
+                token_ids=tuple(done.token_ids),
+                finish_reason=done.finish_reason,
+                at_seconds=turn.time_us / 1e6,
+                first_token_seconds=(done.first or perf_counter()) - began,
+                usage=self.usage,
+            )
 
     # --- the budget ---------------------------------------------------------------------------------------------
 
     @property
     def plan(self) -> Plan:
         """How the budget is split now: for the largest frames so far, or for text alone before the first."""
-        return self._flow.plan
+        with self._state:
+            return self._flow.plan
 
     def plan_for(self, height: int, width: int) -> Plan:
         """How the budget would be split for frames of `height` x `width` pixels.
@@ -296,7 +292,8 @@ class Session:
         Raises:
             BudgetError: too small for such frames; names the least that works.
         """
-        return self._flow.plan_for(self.family.grid(height, width))
+        with self._state:
+            return self._flow.plan_for(self.family.grid(height, width))
 
     def resize(self, budget: str | int) -> None:
         """Change the budget while the stream runs; a smaller one compacts at once.
@@ -311,33 +308,34 @@ class Session:
 
     @property
     def usage(self) -> Usage:
-        """Bytes, tokens, frames and seconds so far."""
-        pond = self._flow.pond
-        seconds: dict[str, Any] = {f"seconds_{stage}": spent for stage, spent in self._flow.seconds.items()}
-        return Usage(
-            budget_bytes=pond.plan.budget,
-            live_bytes=pond.live_bytes,
-            allocated_bytes=pond.ledger.held,
-            peak_bytes=pond.ledger.peak,
-            full_cache_bytes=self._flow.tokens * self.family.geometry.kv_bytes_per_token,
-            frames_seen=self._intake.frames,
-            frames_dropped=self._intake.dropped,
-            frames_skipped=self._intake.skipped,
-            frames_reduced=self._intake.reduced,
-            timestamps_kept=pond.timestamps(),
-            memory_tokens=pond.memory_tokens,
-            stream_tokens=self._flow.tokens,
-            evicted_tokens=pond.evicted,
-            compactions=pond.compactions,
-            reanchorings=self._flow.reanchorings,
-            stream_seconds=(self._intake.last_us or 0) / 1e6,
-            **seconds,
-            **({} if pond.host is None else pond.host.usage()),
-        )
+        """Bytes, tokens, frames and seconds so far; from any thread, also within one's own streaming loop."""
+        with self._changing():  # before the first frame this makes the memory
+            flow, at, pond = self._flow, self._intake.at, self._flow.pond
+            seconds: dict[str, Any] = {f"seconds_{stage}": spent for stage, spent in flow.seconds.items()}
+            return Usage(
+                budget_bytes=pond.plan.budget,
+                live_bytes=pond.live_bytes,
+                allocated_bytes=pond.ledger.held,
+                peak_bytes=pond.ledger.peak,
+                full_cache_bytes=flow.tokens * self.family.geometry.kv_bytes_per_token,
+                frames_seen=at.frames,
+                frames_dropped=at.dropped,
+                frames_skipped=at.skipped,
+                frames_reduced=at.reduced,
+                timestamps_kept=pond.timestamps(),
+                memory_tokens=pond.memory_tokens,
+                stream_tokens=flow.tokens,
+                evicted_tokens=pond.evicted,
+                compactions=pond.compactions,
+                reanchorings=flow.reanchorings,
+                stream_seconds=(at.last_us or 0) / 1e6,
+                **seconds,
+                **({} if pond.host is None else pond.host.usage()),
+            )
 
     def memory(self) -> tuple[LayerMemory, ...]:
-        """What is remembered: time and place of every kept token, per layer and head."""
-        with self._exclusive():
+        """What is remembered: time and place of every kept token, per layer and head; while an answer is streamed, its turn's too."""
+        with self._changing():
             return tuple(
                 LayerMemory(
                     seconds=times.cpu().numpy() / 1e6,
@@ -355,24 +353,19 @@ class Session:
             other.__dict__.update(self.__dict__)
             other._flow = self._flow.fork()
             other._intake = self._intake.fork(other._flow)
-            other._turn, other._owner = threading.Lock(), None
+            other._make_locks()
             return other
 
     # --- one thing at a time ------------------------------------------------------------------------------------
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        me = threading.get_ident()
-        if self._owner == me:
-            raise MillpondError("an answer is still being streamed: finish it or close() it first")
-        with self._turn:
-            self._owner = me
-            try:
-                yield
-            finally:
-                self._owner = None
+        """Nobody else's turn, and nobody reads meanwhile."""
+        with self._turn.held(), self._changing():
+            yield
 
-
-def _most_tokens(blocks: list[list[Shot]], plan: Plan) -> int:
-    """Slots that frames take; at most, because a timestamp's text varies in length."""
-    return sum(-(-len(block) // plan.frames_per_group) for block in blocks) * plan.group_tokens
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Nobody reads meanwhile; and whatever is allocated can be written to later, wherever the caller is."""
+        with self._state, torch.inference_mode(False), torch.no_grad():
+            yield

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from millpond.cache import PondCache
-from millpond.errors import BudgetError
+from millpond.errors import BudgetError, ModelError
 from tests.cache.text_model import Newest, Scattered, text_model
 
 
@@ -93,3 +94,91 @@ def test_reset_forgets_everything() -> None:
     first = generate(model, cache)
     cache.reset()
     assert torch.equal(generate(model, cache), first)
+
+
+def test_a_second_generate_runs_the_new_tokens_only_also_after_a_compaction() -> None:
+    model = text_model()
+    cache = PondCache(model, 120_000, Newest())
+    first = generate(model, cache, length=20, new=100)
+    assert cache.compactions > 0
+    seen, ran = cache.get_seq_length(), []
+    assert seen == first.shape[1] - 1
+    update = cache.update
+
+    def watch(keys, values, layer, *args, **kwargs):  # type: ignore[no-untyped-def]
+        ran.append(keys.shape[2])
+        return update(keys, values, layer, *args, **kwargs)
+
+    cache.update = watch  # type: ignore[method-assign]
+    ids = torch.cat([first, prompt(5)], dim=1)
+    out = model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    assert ran[0] == 6  # five new ones, and the last that was generated and had not run
+    assert torch.equal(out[:, : ids.shape[1]], ids)
+    assert cache.get_seq_length() == out.shape[1] - 1
+    assert int(cache.layers[0].positions[:, : cache.length].max()) == out.shape[1] - 2
+
+
+def test_positions_go_on_where_the_sequence_stands_without_being_given() -> None:
+    model, ids = text_model(), prompt(200)
+    given, default = (PondCache(model, 120_000, Scattered()) for _ in range(2))
+    with torch.no_grad():
+        for at in range(0, 200, 5):
+            part = ids[:, at : at + 5]
+            one = model(part, position_ids=torch.arange(at, at + 5)[None], past_key_values=given).logits
+            other = model(part, past_key_values=default).logits
+            assert torch.equal(one, other), at
+    assert default.compactions > 0
+
+
+@pytest.mark.parametrize("budget", ["1MiB", 80_000])
+def test_prompt_lookup_and_an_assistant_take_back_what_was_proposed_in_vain(budget: str | int) -> None:
+    model, assistant = text_model(), text_model(layers=1)
+    assistant.generation_config.num_assistant_tokens = 3
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    ids = prompt(12).repeat(1, 2)
+    for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": assistant}):
+        cache = PondCache(model, budget, Newest())
+        out = model.generate(ids, past_key_values=cache, max_new_tokens=60, do_sample=False, **options)
+        assert out.shape == (1, 84)
+        assert cache.get_seq_length() == 83
+        if budget == "1MiB":
+            assert torch.equal(out, model.generate(ids, max_new_tokens=60, do_sample=False))
+        else:
+            assert cache.compactions > 0
+
+
+def test_what_lies_before_the_latest_forward_cannot_be_taken_back() -> None:
+    model = text_model()
+    cache = PondCache(model, "1MiB", Newest())
+    with torch.no_grad():
+        model(prompt(8), past_key_values=cache)
+        model(prompt(3), past_key_values=cache)
+    cache.crop(-2)
+    assert (cache.get_seq_length(), cache.length, cache._text) == (9, 9, 5)
+    for wrong in (-2, 4):
+        with pytest.raises(ModelError, match=r"take back the 1 tokens"):
+            cache.crop(wrong)
+
+
+def test_a_sliding_window_is_refused_in_one_line() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MistralConfig(vocab_size=50, num_key_value_heads=2, sliding_window=16, **sizes)
+    with pytest.raises(ModelError, match="sees 16 tokens back"):
+        PondCache(MistralForCausalLM(config), "1MiB")
+    config.sliding_window = None
+    PondCache(MistralForCausalLM(config), "1MiB")
+
+
+def test_a_cache_made_in_inference_mode_works_outside_of_it_and_a_cast_model_is_refused_in_one_line() -> None:
+    model = text_model()
+    with torch.inference_mode():
+        cache = PondCache(model, "1MiB", Newest())
+        model(prompt(4), past_key_values=cache)
+    assert torch.equal(generate(model, cache), generate(model, PondCache(model, "1MiB", Newest())))
+    with pytest.raises(ModelError, match=r"the cache was made for .*float32, the model gives .*float16"):
+        model.half()(prompt(4), past_key_values=PondCache(text_model(), "1MiB", Newest()))
+
+
+def test_more_than_the_memory_that_there_is_is_refused() -> None:
+    with pytest.raises(BudgetError, match="more than the memory that there is"):
+        PondCache(text_model(), "100TiB")

@@ -45,7 +45,7 @@ def tight(family: Family, **options: object) -> Session:
 
 def whole_state(session: Session) -> list[bytes]:
     """The memory, and the pixels that are kept of the latest frames."""
-    kept = [frame.tobytes() for group in session._intake._look._groups for _, frame in group]
+    kept = [frame.tobytes() for group in session._intake._look.groups for _, frame in group]
     return state(session) + kept
 
 

@@ -22,13 +22,24 @@ class Ledger:
         limit: the cap in bytes; None for the uncapped reference.
 
     Attributes:
-        peak: the largest total so far, in bytes.
+        peak: the largest total since the cap was last lowered below it, in bytes; never above the cap.
     """
 
     def __init__(self, limit: int | None) -> None:
-        self.limit = limit
         self.peak = 0
         self._accounts: dict[str, int] = {}
+        self._limit = limit
+
+    @property
+    def limit(self) -> int | None:
+        """The cap in bytes; a peak above a smaller one belongs to the past."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, limit: int | None) -> None:
+        self._limit = limit
+        if limit is not None and self.peak > limit:
+            self.peak = self.held
 
     @property
     def held(self) -> int:
@@ -46,9 +57,9 @@ class Ledger:
             BudgetError: the total would pass the cap; the books stay as they were.
         """
         total = self.held - self.account(name) + size
-        if self.limit is not None and total > self.limit:
+        if self._limit is not None and total > self._limit:
             raise BudgetError(
-                f"{name} would need {format_bytes(size)}, which makes {total} bytes in all, over the budget of {self.limit}",
+                f"{name} would need {format_bytes(size)}, which makes {total} bytes in all, over the budget of {self._limit}",
                 least=total,
             )
         self.peak = max(self.peak, total)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from millpond import policies
+from millpond.available import check_memory
 from millpond.budget import Budget
 from millpond.cache.pond import Pond
-from millpond.errors import BudgetError, PolicyError
+from millpond.errors import BudgetError, ModelError, PolicyError
 from millpond.geometry import Geometry
 from millpond.plan import make_plan
 from millpond.policies.base import TEXT, Policy
@@ -27,7 +28,10 @@ class PondCache(Pond):
     """A capped cache for one sequence, to hand to transformers.
 
     A forward may bring as many tokens as there are free slots: at first all of them, later at least `room`. When the cache
-    has filled up, it compacts at the first look at it after a forward, which is before the next one sizes its mask.
+    has filled up, it compacts when the next forward sizes its mask.
+
+    `get_seq_length` counts every token that has gone by, forgotten ones too: from it `generate` tells which tokens are new, and a
+    model where they stand. Masks are sized by what is stored. A padded prompt has no place here: one sequence needs none.
 
     Args:
         model: a loaded transformers model; its cache's shape, dtype and device are read off it.
@@ -36,8 +40,8 @@ class PondCache(Pond):
         pinned: first tokens that always survive (attention sinks, a system prompt).
 
     Raises:
-        BudgetError: too small; names the least that works.
-        ModelError: layers without plain keys and values.
+        BudgetError: too small; names the least that works. Or more than the memory that there is.
+        ModelError: layers without plain keys and values, or that see a window only.
         PolicyError: the policy looks at queries, which a cache is never given, or recalls frames.
     """
 
@@ -60,8 +64,11 @@ class PondCache(Pond):
             reserve_tokens=0,
             what="this model",
         )
-        super().__init__(geometry, plan, chosen, model.device)
+        check_memory(plan.total_bytes, model.device)
+        with torch.inference_mode(False):  # else the storage could never be written to outside of it
+            super().__init__(geometry, plan, chosen, model.device)
         self._seen = 0
+        self._newest = 0  # tokens of the latest forward, which are stored as they came until the next one
 
     @property
     def room(self) -> int:
@@ -95,16 +102,44 @@ class PondCache(Pond):
         behind = max(0, self.length + count - max(self.length, self.plan.prompt_tokens))
         self.commit(index[count - behind :], place[count - behind :])
         self._seen += count
+        self._newest = count
 
     def _settle(self) -> None:
         """Compact between forwards, when every layer has the same length and less than `room` is free."""
         if self.policy.capped and self.free < self.room and self.layers[-1].length == self.length:
+            self._newest = 0
             self.admit(self.room)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        self._settle()
-        length: int = super().get_seq_length(layer_idx)
-        return length
+        """Tokens that have gone by; `length` and `memory_tokens` count those that are stored."""
+        return self._seen
+
+    @property
+    def is_croppable(self) -> bool:
+        """Assisted and prompt-lookup decoding take back what a forward proposed in vain."""
+        return True
+
+    def activate_past_recording(self) -> None:
+        """Nothing to do: the tokens of the latest forward can always be taken back."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the latest `-tokens_to_remove` tokens, as transformers asks for it: a number that is not positive.
+
+        Raises:
+            ModelError: they are not all of the latest forward; those before it may have been compacted.
+        """
+        count = -tokens_to_remove
+        if not 0 <= count <= self._newest:
+            raise ModelError(
+                f"a pond cache can take back the {self._newest} tokens of the latest forward (crop(-n)), not crop({tokens_to_remove})"
+            )
+        length = self.length - count
+        pinned = max(0, min(self.length, self.plan.prompt_tokens) - length)  # those were never counted as the stream's
+        if count > pinned:
+            self._text = (self._text or 0) - (count - pinned)
+        self.truncate(length)
+        self._seen -= count
+        self._newest -= count
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         self._settle()
@@ -119,5 +154,5 @@ class PondCache(Pond):
         """Forget everything; the storage stays."""
         for layer in self.layers:
             layer.reset()
-        self._seen, self._text = 0, None
+        self._seen, self._newest, self._text = 0, 0, None
         self._recent.clear()

@@ -64,11 +64,11 @@ def plan(
     announce(context, as_json=as_json, quiet=quiet)
     from millpond import families
     from millpond.cli.watch import silence
-    from millpond.device import plan_device
+    from millpond.device import default_budget, plan_device
 
     silence()
+    capped = budget_for(budget, device_memory)
     family = families.load(model, dtype=dtype, max_pixels=max_pixels, weights=False)
-    capped = budget_for(budget, policy, device_memory)
     title = f"{model}, {policy}, frames of {size.width} x {size.height} at {fps:g} a second"
     stream, device = _stream(policy, recent_frames, system), {}
     if device_memory is not None:
@@ -77,6 +77,8 @@ def plan(
         if not as_json:
             _print_device(whole.split, title)
     else:
+        if capped is None and stream["policy"].capped:
+            capped = default_budget(family, (size.height, size.width), fps, **stream)
         split = _split(family, capped, stream, size)
     if as_json:
         seconds = {"fps": fps, "seconds_in_full": split.seconds_in_full(fps)}
@@ -158,9 +160,10 @@ def _print_plan(split: Plan, title: str, fps: float) -> None:
         ("scratch", None, split.scratch_bytes, "compaction and re-anchoring"),
         ("admission", None, split.state_bytes, "what it remembers of the stream"),
         ("queries", None, split.query_bytes, "the policy's proxy"),
+        ("undo", None, split.undo_bytes, "what a block could have to put back"),
         ("total", split.slots, split.total_bytes, _of_budget(split)),
     ]
-    rows = [row for row in rows if row[2] or row[0] not in ("admission", "queries", "packed", "desk", "recent frames")]
+    rows = [row for row in rows if row[2] or row[0] not in ("admission", "queries", "undo", "packed", "desk", "recent frames")]
     table = Table(title=Text(title), title_justify="left")
     for name, justify in (("", "left"), ("tokens", "right"), ("bytes", "right"), ("", "right"), ("what for", "left")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]

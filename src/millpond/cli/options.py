@@ -43,8 +43,8 @@ __all__ = [
 
 DEFAULT_POLICY = "infinipot-v"
 DEFAULT_MODEL = "minnow"
-DEFAULT_BUDGET = "2MiB"
-"""Enough for the model that ships; others need hundreds of MiB (`millpond plan` tells)."""
+DEFAULT_BUDGET = "a minute of video in full detail, at most half of the free memory"
+"""What `millpond.device.default_budget` gives; `millpond plan` tells the number."""
 
 
 class Positions(StrEnum):
@@ -100,16 +100,16 @@ def read_budget(value: str) -> int:
         raise typer.BadParameter(str(error)) from error
 
 
-def budget_for(budget: int | None, policy: str, device_memory: int | None = None) -> int | None:
-    """The default budget, except for a policy that runs without a cap, and where the device's memory is given instead."""
-    from millpond import policies
+def budget_for(budget: int | None, device_memory: int | None = None) -> int | None:
+    """A budget that this machine can hold; None for the model's default, or where the device's memory is given instead."""
+    import torch
 
-    if device_memory is not None:
-        if budget is not None:
-            raise typer.BadParameter("give --budget or --device-memory, not both", param_hint="--device-memory")
-        return None
-    if budget is None and policies.read(policy).capped:
-        return parse_bytes(DEFAULT_BUDGET)
+    from millpond.available import check_memory
+
+    if device_memory is not None and budget is not None:
+        raise typer.BadParameter("give --budget or --device-memory, not both", param_hint="--device-memory")
+    if not torch.cuda.is_available():  # before a model is loaded; on a device of its own the session looks
+        check_memory(budget or device_memory or 0)
     return budget
 
 

@@ -110,7 +110,7 @@ def watch(
     opened = frames.open(source, fps=fps, live=live or None)
     session = Session.from_pretrained(
         model,
-        budget=budget_for(budget, policy, device_memory),
+        budget=budget_for(budget, device_memory),
         device_memory=device_memory,
         host_budget=host_budget,
         policy=policy,

@@ -1,0 +1,103 @@
+"""One turn: a question, the latest frames that it is shown, its answer; taken back afterwards, or kept as part of the stream.
+
+Knows the way into the pond and what waits in front of it; nothing about threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from millpond.cache.pond import Pond
+from millpond.decoding import Decoded, decode
+from millpond.flow import Flow, dated
+from millpond.intake import Intake
+from millpond.second_look import Shot
+from millpond.step import Step
+
+__all__ = ["Turn"]
+
+
+class Turn(Step):
+    """A turn of one question, begun when made.
+
+    `run` it to its end and `commit`; or `roll_back`. Between two pieces of the answer no tensor of the turn is held but its slots.
+
+    Args:
+        remember: `commit` keeps the turn in the stream; otherwise it leaves the stream as it was.
+
+    Attributes:
+        time_us: stream time at which it is asked.
+        done: the answer, once it has been run.
+    """
+
+    def __init__(self, flow: Flow, intake: Intake, *, remember: bool) -> None:
+        self._remember = remember
+        self.done = Decoded()
+        self.time_us = intake.at.last_us or 0
+        # A remembered turn may have the proxy asked anew.
+        super().__init__(flow, intake, queries=remember and flow.policy.proxy == "prompt")
+
+    def run(self, question: str, limit: int) -> Iterator[str]:
+        """Ask, and decode an answer of at most `limit` tokens; yields its pieces.
+
+        Raises:
+            BudgetError: the question does not fit.
+        """
+        flow, intake, pond = self._flow, self._intake, self._flow.pond
+        reopening, (*again, waiting) = intake.shown()
+        after_video = any((*again, waiting)) or intake.at.video_open
+        if self._remember:
+            flow.ask_proxy()  # while its reserve is free, and before it could see the question
+        recalled = flow.recallable
+        most = len(reopening) + len(flow.family.question(question, after_video=after_video)) + 1
+        pond.admit_turn(recalled + most + self._most_tokens([*again, waiting]))
+        if reopening:
+            first = next(block for block in (*again, waiting) if block)[0]
+            flow.run(dated(flow.family.embed(reopening), first[0]))
+        before = pond.length
+        for block in again:
+            flow.run(intake.encode(block))
+        seen_again = pond.length - before
+        if waiting:
+            flow.run(intake.encode(waiting))
+        behind = pond.length
+        self.done = yield from decode(
+            flow, self._ask(question, after_video), self.time_us, limit=limit, run_last=self._remember
+        )
+        if self._remember:
+            pond.cut(behind, recalled)
+            pond.cut(before, seen_again)
+
+    def commit(self) -> None:
+        """End the turn: kept, with room made again for the next, or taken back."""
+        if not self._remember:
+            self.roll_back()
+            return
+        flow, pond = self._flow, self._flow.pond
+        self._intake.close_video()
+        first, turn = pond.layers[0], slice(self.start, pond.length)  # a turn is the same in every head until it is compacted
+        pond.commit(first.time_us[0, turn].cpu(), first.place[0, turn].cpu())
+        flow.tokens += pond.length - self.start
+        lengths = _lengths(pond)
+        try:
+            with flow.timed("compaction"):
+                pond.admit(0)  # the turn used the reserve: give it back
+            super().commit()
+        except BaseException:
+            if _lengths(pond) != lengths:
+                super().commit()  # the memory has moved on, with the turn in it
+            raise
+
+    def _ask(self, question: str, after_video: bool) -> Tensor:
+        return self._flow.ask(dated(self._flow.family.question(question, after_video=after_video), self.time_us))
+
+    def _most_tokens(self, blocks: Sequence[Sequence[Shot]]) -> int:
+        """Slots that frames take; at most, because a timestamp's text varies in length."""
+        plan = self._flow.pond.plan
+        return sum(-(-len(block) // plan.frames_per_group) for block in blocks) * plan.group_tokens
+
+
+def _lengths(pond: Pond) -> list[int]:
+    return [pond.packed_tokens, *(layer.length for layer in pond.layers)]

@@ -1,0 +1,172 @@
+"""Whatever is raised at whatever line, a turn or a block of frames is wholly in, or as if it had not begun."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from millpond import PolicyError, Session
+from millpond.cache.tier import TieredLayer
+from millpond.families.base import Family
+from millpond.policies.base import Policy, View, keep_top
+from millpond.step import Step
+from tests.families.tiny import tiny
+from tests.session.faults import lines_of, raise_at
+from tests.session.frames import moving
+
+QUESTION = "which one"
+
+
+@pytest.fixture(scope="module")
+def family() -> Family:
+    return tiny("qwen2_5_vl")
+
+
+def filled(family: Family, policy: str | Policy, frames: int, share: float = 1.6, **options: object) -> Session:
+    """A session that has compacted a few times, with an odd frame waiting if `frames` is odd."""
+    probe = Session(family, budget="1MiB", policy=policy, **options)  # type: ignore[arg-type]
+    group = probe.plan_for(56, 56)
+    slots = group.prompt_tokens + 6 * group.group_tokens + 40
+    session = Session(family, budget=int(slots * group.bytes_per_token * share) + group.waiting_bytes, policy=policy, **options)  # type: ignore[arg-type]
+    session.feed(list(moving(frames)))
+    assert session.usage.compactions > 0
+    return session
+
+
+def memory_of(session: Session) -> list[object]:
+    """Everything in the pond and on the clock, bit for bit."""
+    flow, pond = session._flow, session._flow.pond
+    admitted = {} if flow._seen is None else vars(flow._seen)
+    seen = [part.numpy().tobytes() if isinstance(part, torch.Tensor) else part for part in admitted.values()]
+    parts: list[object] = [repr(flow.clock), flow.tokens, seen, list(pond._recent), pond._text, pond.compactions]
+    parts += [list(pond.queries.counts), *(pond.queries.layer(index).numpy().tobytes() for index in range(len(pond.layers)))]
+    for layer in pond.layers:
+        parts.append((layer.length, layer.capacity))
+        parts += [live[:, : layer.length].numpy().tobytes() for live in layer.tensors()]
+        if isinstance(layer, TieredLayer):
+            parts += [layer.shelf.live(name).numpy().tobytes() for name in ("time_us", "positions", "sums")]
+    return parts
+
+
+def state_of(session: Session) -> list[object]:
+    """The same, and what waits in front of it, and the books."""
+    at, ledger = session._intake.at, session._flow.pond.ledger
+    waiting = [(time, frame.tobytes()) for time, frame in at.waiting]
+    recent = [[(time, frame.tobytes()) for time, frame in group] for group in session._intake._look.groups]
+    counts = at.video_open, at.last_us, at.interval_us, at.frames, at.dropped
+    return [*memory_of(session), waiting, recent, counts, {key: size for key, size in ledger._accounts.items() if size}]
+
+
+def check_books(session: Session) -> None:
+    at, ledger = session._intake.at, session._flow.pond.ledger
+    assert ledger.account("waiting") == sum(frame.nbytes for _, frame in at.waiting)
+    assert ledger.account("undo") == ledger.account("scratch") == 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "remember", "error"),
+    [("streammem", True, ValueError), ("streammem", True, KeyboardInterrupt), ("recent", False, KeyboardInterrupt)],
+)
+def test_a_fault_at_any_line_of_a_turn(family: Family, policy: str, remember: bool, error: type[BaseException]) -> None:
+    base = filled(family, policy, 31, recent_frames=2)
+
+    def turn(session: Session) -> Callable[[], object]:
+        return lambda: session.ask(QUESTION, max_new_tokens=2, remember=remember)
+
+    twin = base.fork()
+    before = state_of(base)
+    lines = lines_of(turn(twin))
+    after = state_of(twin)
+    assert (after != before) == remember
+    outcomes = set()
+    for line in lines:
+        session = base.fork()
+        assert raise_at(line, error, turn(session)), line
+        found = state_of(session)
+        assert found in (before, after), line
+        outcomes.add(found == after)
+        check_books(session)
+        session._turn.check()  # it is nobody's turn any more
+    assert len(lines) > 100
+    assert outcomes == {True, not remember}, "both ends were seen"
+
+
+@pytest.mark.parametrize(("policy", "error"), [("snapkv", KeyboardInterrupt), ("h2o", ValueError)])
+def test_a_fault_at_any_line_of_a_block(family: Family, policy: str, error: type[BaseException], monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    base = filled(family, policy, 30, share=1.0 if policy == "h2o" else 1.2, admission="curvestream")
+    base.ask(QUESTION, max_new_tokens=2, remember=True)  # so that the next block opens the video again
+    frames = list(moving(2, start=40, seed=1))
+    points: list[list[object]] = []
+    begin, commit = Step.__init__, Step.commit
+
+    def begun(step: Step, *args: object, **kwargs: object) -> None:
+        points.append(memory_of(twin))
+        begin(step, *args, **kwargs)  # type: ignore[arg-type]
+
+    def committed(step: Step) -> None:
+        points.append(memory_of(twin))
+        commit(step)
+
+    twin = base.fork()
+    points.append(memory_of(twin))
+    with monkeypatch.context() as patched:
+        patched.setattr(Step, "__init__", begun)
+        patched.setattr(Step, "commit", committed)
+        twin.feed(frames)
+    odd = base.fork()
+    odd.feed(frames[:1])  # makes room for a question about it
+    room = memory_of(odd)
+    start = base._intake.at
+    counting = base.fork()
+    lines = lines_of(lambda: counting.feed(frames))
+    for number, line in enumerate(lines):
+        session = base.fork()
+        assert raise_at(line, error, lambda session=session: session.feed(frames)), line  # type: ignore[misc]
+        memory, at = memory_of(session), session._intake.at
+        assert memory in [*points, room], line
+        check_books(session)
+        lost = at.dropped - start.dropped + len(at.waiting)
+        assert at.frames - start.frames - lost == (2 if memory == points[-1] else 0), line
+        assert at.video_open == (memory in points[2:]), line
+        session._turn.check(), session._feeding.check()  # it is nobody's turn any more
+        if number % 10 == 0:
+            session.feed(list(moving(2, start=60, seed=2)))
+            assert session._intake.at.frames == at.frames + 2
+    assert len(lines) > 80
+    assert len(points) >= 5, "the turn's end, the reopening and the block"
+
+
+@dataclass(frozen=True)
+class Failing(Policy):
+    """Recency that fails from a given pass on, at one layer."""
+
+    name: ClassVar[str] = "failing"
+    source: ClassVar[str] = "tests"
+    layer: int = 0
+    armed: ClassVar[bool] = False
+
+    def keep(self, view: View, slots: int) -> torch.Tensor:
+        if self.armed and view.layer == self.layer:
+            raise PolicyError("the policy failed")
+        return keep_top(torch.arange(view.tokens).float().repeat(view.heads, 1), view.protected, slots)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_policy_that_fails_behind_a_remembered_turn(family: Family, layer: int, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    session = filled(family, Failing(layer), 31)
+    before = state_of(session)
+    monkeypatch.setattr(Failing, "armed", True)
+    with pytest.raises(PolicyError, match="the policy failed"):
+        session.ask(QUESTION, max_new_tokens=4, remember=True)
+    pond, clock = session._flow.pond, session._flow.clock
+    if pond.compactions == before[5]:
+        assert state_of(session) == before
+    else:  # the pass was finished by recency: the turn is in, and the clock behind it
+        assert not session._intake.at.video_open
+    last = max(int(one.positions[:, : one.length].max()) for one in pond.layers)
+    assert last == clock.next - 1 or session._intake.at.video_open
+    monkeypatch.setattr(Failing, "armed", False)
+    session.feed(list(moving(4, start=40)))
+    assert session.ask(QUESTION, max_new_tokens=2) is not None

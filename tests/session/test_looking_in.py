@@ -1,0 +1,194 @@
+"""Reading a session from other threads and from within its own loops; and what a turn holds beside the books."""
+
+import gc
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from millpond import MillpondError, ModelError, Session
+from millpond.cache.pond import Pond
+from millpond.families.base import Family
+from millpond.frames import Frame
+from millpond.step import Step
+from tests.families.tiny import tiny
+from tests.session.frames import moving
+from tests.session.measure import held_bytes
+
+QUESTION = "which one"
+
+
+@pytest.fixture(scope="module")
+def family() -> Family:
+    return tiny("qwen2_5_vl")
+
+
+def both(*work: object) -> list[BaseException]:
+    """Run at once; return what was raised."""
+    raised: list[BaseException] = []
+
+    def guarded(run: object) -> None:
+        try:
+            run()  # type: ignore[operator]
+        except BaseException as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(run,)) for run in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    return raised
+
+
+def test_first_looks_from_many_threads_make_one_memory(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    init = Pond.__init__
+
+    def slow(pond: Pond, *args: object) -> None:
+        made.append(pond)
+        time.sleep(0.05)
+        init(pond, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Pond, "__init__", slow)
+    session = Session(family, budget="1MiB")
+    frames = list(moving(4))
+    assert both(lambda: session.usage, lambda: session.feed(frames), session.memory, lambda: session.usage) == []
+    assert len(made) == 1
+    assert session.usage.frames_seen == 4
+
+
+def test_looks_during_a_feed_see_whole_blocks(family: Family) -> None:
+    session = Session(family, budget="300KiB", policy="mikv:group=8:full_share=0.4")
+    done = threading.Event()
+
+    def feed() -> None:
+        try:
+            session.feed(list(moving(40)))
+        finally:
+            done.set()
+
+    def look() -> None:
+        while not done.is_set():
+            lengths = {layer.seconds.shape[1] for layer in session.memory()}
+            assert len(lengths) == 1
+            usage = session.usage
+            assert usage.allocated_bytes <= usage.peak_bytes <= session.plan.budget
+
+    assert both(feed, look) == []
+    assert session.usage.compactions > 0
+
+
+def test_ones_own_streaming_loop_may_look_and_keeps_its_gradients(family: Family) -> None:
+    session = Session(family, budget="1MiB")
+    session.feed(list(moving(9)))
+    before = session.usage
+    for _ in session.stream(QUESTION, max_new_tokens=3):
+        assert torch.is_grad_enabled()
+        assert session.usage.live_bytes > before.live_bytes
+        assert session.plan.budget == 1 << 20
+        assert session.memory()
+        with pytest.raises(MillpondError, match="finish it or close"):
+            session.ask(QUESTION)
+    assert session.usage.live_bytes == before.live_bytes
+
+
+def test_a_question_does_not_wait_for_a_source_that_gives_nothing(family: Family) -> None:
+    session = Session(family, budget="1MiB")
+    asked = threading.Event()
+
+    def source() -> Iterator[Frame]:
+        yield from moving(4)
+        assert asked.wait(60)  # a camera in the dark
+        yield from moving(2, start=9)
+
+    def ask() -> None:
+        while session.usage.frames_seen < 4:
+            time.sleep(0.01)
+        assert session.ask(QUESTION, max_new_tokens=1).at_seconds == 1.5
+        asked.set()
+
+    assert both(lambda: session.feed(source()), ask) == []
+    assert session.usage.frames_seen == 6
+
+
+def storages() -> dict[int, int]:
+    """Every tensor that is alive anywhere, by storage."""
+    found = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
+            found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return found
+
+
+@pytest.mark.parametrize(("policy", "remember"), [("infinipot-v", False), ("streammem", True)])
+def test_between_two_pieces_nothing_is_held_that_is_not_counted(family: Family, policy: str, remember: bool) -> None:
+    session = Session(family, budget="1MiB", policy=policy)
+    session.feed(list(moving(9)))  # an odd frame waits, whose features the question is shown
+    session.ask(QUESTION, max_new_tokens=2)
+    before = storages()
+    undo, ledger = [], session._flow.pond.ledger
+    for _ in session.stream(QUESTION, max_new_tokens=6, remember=remember):
+        new = sum(size for at, size in storages().items() if at not in before)
+        assert new <= ledger.account("undo") <= session.plan.undo_bytes
+        undo.append(new)
+    assert len(undo) > 2
+    assert max(undo) == (session.plan.query_bytes if remember else 0)
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "h2o", "mikv:group=8:full_share=0.4:base=h2o"])
+def test_what_a_block_could_have_to_put_back_is_counted(
+    family: Family, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(family, budget="400KiB", policy=policy)
+    commit, copies = Step.commit, []
+
+    def measured(step: Step) -> None:
+        ledger = session._flow.pond.ledger
+        copies.append(held_bytes(session, step) - held_bytes(session))
+        assert copies[-1] <= ledger.account("undo") == session.plan.undo_bytes
+        assert held_bytes(session, step) <= ledger.held <= session.plan.budget
+        commit(step)
+
+    monkeypatch.setattr(Step, "commit", measured)
+    session.feed(list(moving(80)))
+    assert session.usage.compactions > 0
+    assert max(copies) > session.plan.undo_bytes / 2
+    assert session._flow.pond.ledger.account("undo") == 0
+
+
+def test_the_peak_is_never_above_the_budget_also_after_a_smaller_one(family: Family) -> None:
+    session = Session(family, budget="1MiB")
+    session.feed(list(moving(30)))
+    assert session.usage.peak_bytes > 400 << 10
+    session.resize("400KiB")
+    assert session.usage.allocated_bytes <= session.usage.peak_bytes <= 400 << 10
+    session.feed(list(moving(30, start=20)))
+    assert session.usage.allocated_bytes < session.usage.peak_bytes <= 400 << 10
+
+
+def test_a_session_begun_in_inference_mode_goes_on_outside_of_it(family: Family) -> None:
+    frames = list(moving(40))
+    with torch.inference_mode():
+        session = Session(family, budget="300KiB")
+        session.feed(frames[:11])
+    session.feed(frames[11:])
+    whole = Session(family, budget="300KiB")
+    whole.feed(frames)
+    assert session.ask(QUESTION, max_new_tokens=3).token_ids == whole.ask(QUESTION, max_new_tokens=3).token_ids
+
+
+def test_a_model_that_was_cast_after_the_start_is_one_clear_line() -> None:
+    family = tiny("qwen2_5_vl")
+    session = Session(family, budget="300KiB")
+    session.feed(list(moving(9)))
+    family.model.half()
+    for use in (lambda: session.feed(list(moving(2, start=30))), lambda: session.ask(QUESTION)):
+        with pytest.raises(ModelError, match=r"was torch.float32 when it was adapted and is torch.float16 now"):
+            use()
+    family.model.float()
+    session.feed(list(moving(2, start=30)))
+    assert session.usage.frames_seen == 11
