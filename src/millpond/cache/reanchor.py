@@ -6,12 +6,14 @@ difference, in float32: nothing accumulates but one rounding per re-anchoring, a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from millpond.cache.layer import PondLayer
 from millpond.cache.pond import Pond
-from millpond.policies.base import TEXT
+from millpond.gaps import measure
 from millpond.positions import Clock, Rope
 
 __all__ = ["close_gaps", "shift_uniformly"]
@@ -37,81 +39,41 @@ def shift_uniformly(pond: Pond, rope: Rope, clock: Clock, by: int) -> None:
 def close_gaps(pond: Pond, rope: Rope, clock: Clock) -> int:
     """Close the gaps that evictions left, so that the memory spans no more positions than its tokens need.
 
-    Each head keeps different tokens, so each has gaps of its own. All heads must agree on where the stream goes on, so
-    every head closes the same total before the open segment's base and the same after it: the least that any head
-    can close there. Within a head the oldest gaps close first, down to the clock's native step; order and grids stay.
-    Where a question recalls frames from host memory, a gap as wide as they need stays open in front of the window.
+    Each head keeps different tokens, so each has gaps of its own; all close equally many, the least that any head can (see
+    `millpond.gaps`). Order and grids stay. Where a question recalls frames from host memory, a gap as wide as they need stays open in
+    front of the window.
 
     Returns:
         By how many positions the end of the stream moved back.
     """
-    base = clock.base if clock.base is not None else clock.next
     with pond.ledger.borrow("scratch", pond.plan.scratch_bytes):
-        before, after = _closable(pond, clock, base)
+        closing = measure(_heads(pond), clock)
         if pond.host is not None:
-            wanted = pond.plan.recall_frames * (pond.host.span + clock.step)
-            before = max(0, before - max(0, wanted - after))
-            after = max(0, after - wanted)
-        if before + after:
+            closing = closing.leaving(pond.plan.recall_frames * (pond.host.span + clock.step))
+        before, along = closing.before, closing.before + closing.after
+        if along:
             for layer in pond.layers:
                 for head in range(layer.positions.shape[0]):
-                    shift = _shifts(layer, head, clock, base, before, after)
+                    shift = closing.shifts(*layer.in_order(head))
                     layer.turn(head, rope, shift.neg_(), pond.plan.chunk)
-            # The proxy's tokens stand at the end of the stream, behind every gap, and move with the clock.
-            moved = torch.full((pond.geometry.axes,), before + after)
+            # The proxy's tokens stand at the end of the stream, behind every gap, and move with its newest token.
+            moved = torch.full((pond.geometry.axes,), along)
             if clock.base is not None:
                 moved[1:] = before
             pond.queries.turn(rope, -moved, pond.plan.chunk)
     if pond.host is not None:
-        pond.host.move(before, before + after)
-    clock.shift(spatial=before, temporal=before + after)
-    return before + after
+        pond.host.move(before, along)
+    clock.shift(spatial=before, temporal=along + closing.tail)
+    return along + closing.tail
+
+
+def _heads(pond: Pond) -> Iterator[tuple[Tensor, Tensor]]:
+    """Positions and places of every head of every layer, in the order of the stream."""
+    for layer in pond.layers:
+        for head in range(layer.positions.shape[0]):
+            yield layer.in_order(head)
 
 
 def rope_axes(layer: PondLayer) -> int:
     """Rotary axes of the layer's stored positions."""
     return layer.positions.shape[2]
-
-
-def _extent(layer: PondLayer, head: int) -> Tensor:
-    """int64 [n], the largest position on any axis up to each token: where text after it would have gone on."""
-    return layer.in_order(head)[0].amax(dim=1).to(torch.int64).cummax(0).values
-
-
-def _gaps(extent: Tensor, clock: Clock, base: int) -> tuple[Tensor, Tensor]:
-    """Closable positions in front of each token, int64 [n] each: below the open segment's base, and above it.
-
-    The base itself counts as taken in every head, because new frames are placed by it.
-    """
-    previous = torch.cat([extent.new_full((1,), -1), extent[:-1]])
-    below = extent.clamp(max=base) - previous.clamp(max=base) - clock.step
-    above = extent.clamp(min=base) - previous.clamp(min=base) - clock.step
-    return below.clamp_(min=0), above.clamp_(min=0)
-
-
-def _closable(pond: Pond, clock: Clock, base: int) -> tuple[int, int]:
-    before = after = clock.next
-    for layer in pond.layers:
-        for head in range(layer.positions.shape[0]):
-            below, above = _gaps(_extent(layer, head), clock, base)
-            before, after = min(before, int(below.sum())), min(after, int(above.sum()))
-    return before, after
-
-
-def _shifts(layer: PondLayer, head: int, clock: Clock, base: int, before: int, after: int) -> Tensor:
-    """int64 [n, axes], how far each token of a head moves back on each axis."""
-    extent = _extent(layer, head)
-    below, above = _gaps(extent, clock, base)
-    along = below.cumsum(0).clamp_(max=before) + above.cumsum(0).clamp_(max=after)
-    axes = rope_axes(layer)
-    shift = along[:, None].expand(-1, axes).clone()
-    if axes == 3:
-        # A vision token's height and width count from the base of its segment, which moved with the text before it.
-        positions, place = layer.in_order(head)
-        visual = place[:, 0] > TEXT
-        origin = positions[:, 1].to(torch.int64) - place[:, 0]
-        at = torch.searchsorted(extent, origin, right=True) - 1
-        anchored = torch.where(at < 0, 0, along[at.clamp(min=0)])
-        anchored = torch.where(origin >= base, before, anchored)
-        shift[visual, 1:] = anchored[visual, None]
-    return shift
