@@ -6,7 +6,7 @@ difference, in float32: nothing accumulates but one rounding per re-anchoring, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from millpond.cache.layer import PondLayer
 from millpond.cache.pond import Pond
-from millpond.policies.base import TEXT
+from millpond.gaps import measure
 from millpond.positions import Clock, Rope
 from millpond.resumable import Lazy, Steps
 
@@ -41,28 +41,37 @@ def shift_uniformly(pond: Pond, rope: Rope, clock: Clock, by: int) -> None:
 def close_gaps(pond: Pond, rope: Rope, clock: Clock) -> int:
     """Close the gaps that evictions left, so that the memory spans no more positions than its tokens need.
 
-    Each head keeps different tokens, so each has gaps of its own. All heads must agree on where the stream goes on, so
-    every head closes the same total before the open segment's base and the same after it: the least that any head
-    can close there. Within a head the oldest gaps close first, down to the clock's native step; order and grids stay.
-    Where a question recalls frames from host memory, a gap as wide as they need stays open in front of the window.
+    Each head keeps different tokens, so each has gaps of its own; all close equally many, the least that any head can (see
+    `millpond.gaps`). Order and grids stay. Where a question recalls frames from host memory, a gap as wide as they need stays open in
+    front of the window.
 
     Returns:
         By how many positions the end of the stream moved back.
     """
-    base = clock.base if clock.base is not None else clock.next
     pond.finish()
     with pond.ledger.borrow("scratch", pond.plan.scratch_bytes):
-        before, after = _closable(pond, clock, base)
+        closing = measure(_heads(pond), clock)
     if pond.host is not None:
-        wanted = pond.plan.recall_frames * (pond.host.span + clock.step)
-        before = max(0, before - max(0, wanted - after))
-        after = max(0, after - wanted)
-    if before + after:
-        then, end = replace(clock), replace(clock)  # what is left to turn goes by what the clock was
-        end.shift(spatial=before, temporal=before + after)
-        shifts = partial(_shifts, clock=then, base=base, before=before, after=after)
-        pond.carry_out(_Reanchoring(pond, rope, shifts, before, before + after, clock, end))
-    return before + after
+        closing = closing.leaving(pond.plan.recall_frames * (pond.host.span + clock.step))
+    before, along = closing.before, closing.before + closing.after
+    end = replace(clock)
+    end.shift(spatial=before, temporal=along + closing.tail)
+    if along:
+
+        def shifts(layer: PondLayer, head: int) -> Tensor:
+            return closing.shifts(*layer.in_order(head))
+
+        pond.carry_out(_Reanchoring(pond, rope, shifts, before, along, clock, end))
+    else:
+        vars(clock).update(vars(end))
+    return along + closing.tail
+
+
+def _heads(pond: Pond) -> Iterator[tuple[Tensor, Tensor]]:
+    """Positions and places of every head of every layer, in the order of the stream."""
+    for layer in pond.layers:
+        for head in range(layer.positions.shape[0]):
+            yield layer.in_order(head)
 
 
 class _Reanchoring:
@@ -86,7 +95,7 @@ class _Reanchoring:
         end: Clock,
     ) -> None:
         self._pond, self._rope, self._shifts = pond, rope, shifts
-        # The proxy's tokens stand at the end of the stream, behind every gap, and move with the clock.
+        # The proxy's tokens stand at the end of the stream, behind every gap, and move with its newest token.
         by = torch.full((pond.geometry.axes,), -temporal)
         if clock.base is not None:
             by[1:] = -spatial
@@ -110,47 +119,3 @@ class _Reanchoring:
 def rope_axes(layer: PondLayer) -> int:
     """Rotary axes of the layer's stored positions."""
     return layer.positions.shape[2]
-
-
-def _extent(layer: PondLayer, head: int) -> Tensor:
-    """int64 [n], the largest position on any axis up to each token: where text after it would have gone on."""
-    return layer.in_order(head)[0].amax(dim=1).to(torch.int64).cummax(0).values
-
-
-def _gaps(extent: Tensor, clock: Clock, base: int) -> tuple[Tensor, Tensor]:
-    """Closable positions in front of each token, int64 [n] each: below the open segment's base, and above it.
-
-    The base itself counts as taken in every head, because new frames are placed by it.
-    """
-    previous = torch.cat([extent.new_full((1,), -1), extent[:-1]])
-    below = extent.clamp(max=base) - previous.clamp(max=base) - clock.step
-    above = extent.clamp(min=base) - previous.clamp(min=base) - clock.step
-    return below.clamp_(min=0), above.clamp_(min=0)
-
-
-def _closable(pond: Pond, clock: Clock, base: int) -> tuple[int, int]:
-    before = after = clock.next
-    for layer in pond.layers:
-        for head in range(layer.positions.shape[0]):
-            below, above = _gaps(_extent(layer, head), clock, base)
-            before, after = min(before, int(below.sum())), min(after, int(above.sum()))
-    return before, after
-
-
-def _shifts(layer: PondLayer, head: int, clock: Clock, base: int, before: int, after: int) -> Tensor:
-    """int64 [n, axes], how far each token of a head moves back on each axis."""
-    extent = _extent(layer, head)
-    below, above = _gaps(extent, clock, base)
-    along = below.cumsum(0).clamp_(max=before) + above.cumsum(0).clamp_(max=after)
-    axes = rope_axes(layer)
-    shift = along[:, None].expand(-1, axes).clone()
-    if axes == 3:
-        # A vision token's height and width count from the base of its segment, which moved with the text before it.
-        positions, place = layer.in_order(head)
-        visual = place[:, 0] > TEXT
-        origin = positions[:, 1].to(torch.int64) - place[:, 0]
-        at = torch.searchsorted(extent, origin, right=True) - 1
-        anchored = torch.where(at < 0, 0, along[at.clamp(min=0)])
-        anchored = torch.where(origin >= base, before, anchored)
-        shift[visual, 1:] = anchored[visual, None]
-    return shift

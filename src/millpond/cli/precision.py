@@ -94,15 +94,17 @@ def _load(name: str) -> tuple[Any, Any, Any]:
     import transformers
 
     from millpond.errors import ModelError
+    from millpond.model_folder import check, safely
 
     path = Path(name)
     gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     source = str(path.parent) if gguf else name
     try:
-        config = transformers.AutoConfig.from_pretrained(source, **gguf)
+        check(source)
+        config = transformers.AutoConfig.from_pretrained(source, **safely(source), **gguf)
         image = type(config) in transformers.AutoModelForImageTextToText._model_mapping
         auto = transformers.AutoModelForImageTextToText if image else transformers.AutoModelForCausalLM
-        model = auto.from_pretrained(source, dtype=torch.float32, **gguf)
+        model = auto.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **safely(source), **gguf)
         return model.eval(), _tokenizer(source, **gguf), getattr(config, "dtype", None)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"cannot load the model at {name!r}: {str(error).strip().splitlines()[0]}") from error
@@ -124,9 +126,10 @@ def _tokenizer(source: str, **gguf: str) -> Any:
     import transformers
 
     from millpond.errors import ModelError
+    from millpond.model_folder import safely
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(source, **gguf)
+        return transformers.AutoTokenizer.from_pretrained(source, **safely(source), **gguf)
     except (OSError, ValueError) as error:
         raise ModelError(f"no tokenizer at {source!r}: {str(error).strip().splitlines()[0]}") from error
 

@@ -64,6 +64,12 @@ class DecoderFamily(Family):
         self.video_id = int(model.config.video_token_index if video is None else video)
         template = getattr(tokenizer, "chat_template", None)
         self.chat = Chat(self.tokenizer, self.video_id, template if isinstance(template, str) else None)
+        known = self.decoder.embed_tokens.num_embeddings
+        most = max([*self.chat.before_video(None), *self.chat.after_video("x")])
+        if most >= known:
+            raise ModelError(
+                f"the tokenizer writes a chat with id {most}, the model knows {known} ids: it is another model's"
+            )
         self.stop_ids = _stop_ids(model, self.tokenizer)
         self._tap: QueryTap | None = None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from millpond.errors import SourceError
 from millpond.families.base import Grid, Tokens
 from millpond.families.decoder import DecoderFamily
-from millpond.families.pixels import normalise
+from millpond.families.pixels import by_colour, normalise
 from millpond.positions import Clock
 
 __all__ = ["Llava"]
@@ -39,8 +39,8 @@ class Llava(DecoderFamily):
         image = image or {}
         self.side = int(model.config.vision_config.image_size)
         self.vision_dtype = next(model.model.vision_tower.parameters()).dtype
-        self._mean = tuple(image.get("image_mean") or self.mean)
-        self._std = tuple(image.get("image_std") or self.std)
+        self._mean = by_colour(image, "image_mean", self.mean)
+        self._std = by_colour(image, "image_std", self.std)
 
     def grid(self, height: int, width: int) -> Grid:
         if max(height, width) > _MOST_ASPECT * min(height, width):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["centre_crop", "normalise", "resize"]
+from millpond.errors import ModelError
+
+__all__ = ["by_colour", "centre_crop", "normalise", "resize"]
 
 
 def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -29,3 +33,16 @@ def normalise(frames: Sequence[np.ndarray], mean: Sequence[float], std: Sequence
     """uint8 frames of one size, n x [H, W, 3] -> float32 [n, 3, H, W], (x / 255 - mean) / std."""
     stacked = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).to(torch.float32) * (1 / 255)
     return (stacked - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def by_colour(numbers: dict[str, Any], name: str, otherwise: Sequence[float]) -> tuple[float, ...]:
+    """One number a colour out of a processor's, such as its `image_mean`.
+
+    Raises:
+        ModelError: it is not three finite numbers, or a deviation is not above 0.
+    """
+    found = numbers.get(name) or otherwise
+    plain = isinstance(found, (list, tuple)) and len(found) == 3 and all(type(one) in (int, float) for one in found)
+    if not plain or not all(map(math.isfinite, found)) or (name == "image_std" and min(found) <= 0):
+        raise ModelError(f"the processor's {name} must be three numbers, not {found!r}")
+    return tuple(float(one) for one in found)

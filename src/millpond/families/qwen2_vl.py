@@ -18,7 +18,7 @@ from torch import Tensor
 from millpond.errors import ModelError, SourceError
 from millpond.families.base import Grid, Tokens
 from millpond.families.decoder import DecoderFamily
-from millpond.families.pixels import normalise, resize
+from millpond.families.pixels import by_colour, normalise, resize
 from millpond.positions import Clock
 
 __all__ = ["Qwen2VL"]
@@ -53,8 +53,10 @@ class Qwen2VL(DecoderFamily):
         self.merge = int(vision.spatial_merge_size)
         self.frames_per_group = int(vision.temporal_patch_size)
         self.vision_dtype = next(model.model.visual.parameters()).dtype
-        self.mean = tuple(image.get("image_mean") or self.mean)
-        self.std = tuple(image.get("image_std") or self.std)
+        self.mean = by_colour(image, "image_mean", self.mean)
+        self.std = by_colour(image, "image_std", self.std)
+        if not isinstance(image.get("size") or {}, dict):
+            raise ModelError(f"the processor's size must name its edges, not be {image['size']!r}")
         self.min_pixels, self.max_pixels = self._limits(image)
         if not 0 < self.min_pixels <= self.max_pixels:
             raise ModelError(f"max_pixels must be at least 1, not {self.max_pixels}")
@@ -71,8 +73,17 @@ class Qwen2VL(DecoderFamily):
 
     def _rope_axis(self, frequencies: int, text: Any) -> Tensor:
         """M-RoPE in consecutive sections: the first frequencies read time, then height, then width."""
-        sections = text.rope_parameters["mrope_section"]
+        sections = self._sections(frequencies, text)
         return torch.cat([torch.full((count,), index) for index, count in enumerate(sections)])
+
+    def _sections(self, frequencies: int, text: Any) -> list[int]:
+        """How many frequencies read each axis, by the config."""
+        sections = (getattr(text, "rope_parameters", None) or {}).get("mrope_section")
+        if not isinstance(sections, list) or len(sections) != 3 or sum(sections) != frequencies or min(sections) < 0:
+            raise ModelError(
+                f"the config's mrope_section {sections!r} does not share {frequencies} frequencies among three axes"
+            )
+        return sections
 
     # --- frames -------------------------------------------------------------------------------------------------
 

@@ -66,7 +66,7 @@ class Qwen3VL(Qwen2VL):
     def _rope_axis(self, frequencies: int, text: Any) -> Tensor:
         """Interleaved M-RoPE: frequencies take turns t, h, w while the sections last; the rest read time."""
         axis = torch.zeros(frequencies, dtype=torch.long)
-        sections = text.rope_parameters["mrope_section"]
+        sections = self._sections(frequencies, text)
         for which in (1, 2):
             axis[which : 3 * sections[which] : 3] = which
         return axis

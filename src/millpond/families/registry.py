@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,15 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
-from transformers.utils import cached_file
 
-from millpond.errors import ModelError
+from millpond.errors import MillpondError, ModelError
 from millpond.families.base import Family
 from millpond.families.llava_next_video import LlavaNextVideo
 from millpond.families.llava_onevision import LlavaOnevision
 from millpond.families.qwen2_5_vl import Qwen25VL
 from millpond.families.qwen2_vl import Qwen2VL
 from millpond.families.qwen3_vl import Qwen3VL
+from millpond.model_folder import check, check_size, read_json, safely
 from millpond.precision.folder import is_quantized
 from millpond.precision.loading import load as load_quantized
 
@@ -103,11 +101,14 @@ def load(
         ModelError: not found, not readable, not a supported family, a fixed frame size where `max_pixels` is given, or bits where
             nothing is quantized. PrecisionError: a quantized folder that is damaged or lacks such bits.
     """
-    kind = _torch_dtype(dtype)
+    kind, target = _torch_dtype(dtype), _device(device)
     source = str(_shipped() if name == _SHIPPED else name)
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        check(source)
+        config = transformers.AutoConfig.from_pretrained(source, **safely(source))
+    except MillpondError:
+        raise
+    except Exception as error:  # a stranger's file: what it makes the library do wrong has no end
         if Path(source).exists():
             raise ModelError(f"cannot read the model in {source!r}: {_first_line(error)}") from error
         raise ModelError(
@@ -121,7 +122,6 @@ def load(
         raise ModelError(f"{str(name)!r} is not quantized, so there are no bits to choose: see `millpond quantize`")
     if quantized and kind != "auto":
         raise ModelError(f"the dtype of a quantized model is that of the model it was made from: {str(name)!r}")
-    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if not weights:
             model = _empty(config, kind)
@@ -130,27 +130,55 @@ def load(
             if attn_implementation:
                 model.set_attn_implementation(attn_implementation)
         else:
-            model = _complete(name, source, kind, attn_implementation)
+            model = _complete(source, config, kind, attn_implementation)
         tokenizer, image = _tokenizer(source), _image_numbers(source, max_pixels)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        if weights:
+            _move(model, target)
+        return adapter(model.eval(), tokenizer, image)
+    except MillpondError:
+        raise
+    except Exception as error:  # as above
         raise ModelError(f"cannot load the model at {str(name)!r}: {_first_line(error)}") from error
-    if weights:
-        try:
-            model.to(target)
-        except (RuntimeError, AssertionError) as error:
-            raise ModelError(f"cannot move the model to {target!r}: {_first_line(error)}") from error
-    return adapter(model.eval(), tokenizer, image)
 
 
-def _complete(name: str | Path, source: str, dtype: str | torch.dtype, attention: str | None) -> Any:
+def _device(name: str | None) -> str:
+    """The device to run on.
+
+    Raises:
+        ModelError: there is none of that name, or it holds no numbers.
+    """
+    target = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        kind = torch.device(target).type
+    except RuntimeError as error:
+        raise ModelError(f"cannot move the model to {target!r}: {_first_line(error)}") from error
+    if kind == "meta":
+        raise ModelError(f"cannot move the model to {target!r}: nothing can be computed there")
+    return target
+
+
+def _move(model: Any, target: str) -> None:
+    try:
+        model.to(target)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"cannot move the model to {target!r}: {_first_line(error)}") from error
+
+
+def _complete(source: str, config: Any, dtype: str | torch.dtype, attention: str | None) -> Any:
     """The model with all its weights."""
+    check_size(source, sum(weight.numel() for weight in _empty(config, dtype).parameters()))
     model, report = transformers.AutoModelForImageTextToText.from_pretrained(
-        source, dtype=dtype, output_loading_info=True, **({"attn_implementation": attention} if attention else {})
+        source,
+        dtype=dtype,
+        output_loading_info=True,
+        use_safetensors=True,
+        **safely(source),
+        **({"attn_implementation": attention} if attention else {}),
     )
     # transformers fills gaps with random numbers. LLaVA's towers may lack the layers behind the one whose features are used.
     if missing := sorted(key for key in report["missing_keys"] if "vision_tower" not in key):
         raise ModelError(
-            f"cannot load the model at {str(name)!r}: the weights are incomplete: {len(missing)} are missing, first {missing[0]}"
+            f"cannot load the model at {source!r}: the weights are incomplete: {len(missing)} are missing, first {missing[0]}"
         )
     return model
 
@@ -176,12 +204,14 @@ def _empty(config: Any, dtype: str | torch.dtype) -> Any:
     """The model without weights; its small buffers, such as the rotary frequencies, are real."""
     kind = getattr(config, "dtype", None) if dtype == "auto" else dtype
     with init_empty_weights(include_buffers=False):
-        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=kind or torch.float32)
+        model = transformers.AutoModelForImageTextToText.from_config(
+            config, dtype=kind or torch.float32, trust_remote_code=False
+        )
     return model.eval()
 
 
 def _tokenizer(source: str) -> Any:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safely(source))
     if not getattr(tokenizer, "chat_template", None):
         tokenizer.chat_template = _template(source)
     return tokenizer
@@ -190,32 +220,23 @@ def _tokenizer(source: str) -> Any:
 def _image_numbers(source: str, max_pixels: int | None) -> dict[str, Any]:
     numbers: dict[str, Any] = {}
     for file, entry in IMAGE_FILES:
-        numbers = _read_json(source, file)
+        numbers = read_json(source, file)
         if entry is not None:
             numbers = numbers.get(entry) or {}
         if numbers:
             break
     if max_pixels is None:
-        return numbers
-    # What a user says is taken as it is; what a processor's file says is capped by the family.
+        # What a file says is capped by the family, also where it does not name its processor.
+        return {"image_processor_type": "unnamed", **numbers} if numbers else {}
+    # What a user says is taken as it is.
     stays = {key: value for key, value in numbers.items() if key in ("image_mean", "image_std", "min_pixels")}
     return {**stays, "max_pixels": max_pixels}
 
 
 def _template(source: str) -> str | None:
     """The chat template of older checkpoints, which keep it in a JSON of its own."""
-    template = _read_json(source, "chat_template.json").get("chat_template")
+    template = read_json(source, "chat_template.json").get("chat_template")
     return template if isinstance(template, str) else None
-
-
-def _read_json(source: str, file: str) -> dict[str, Any]:
-    path = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
-    if path is None:
-        return {}
-    read = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(read, dict):
-        raise ValueError(f"{file} is not a JSON object")
-    return read
 
 
 def _shipped() -> Path:

@@ -15,6 +15,7 @@ from torch import nn
 
 from millpond.budget import format_bytes, parse_bytes
 from millpond.errors import BudgetError, ModelError, PrecisionError
+from millpond.model_folder import check, safely
 from millpond.precision.calibration import Calibration
 from millpond.precision.decoder import effective_bits, linears, replace
 from millpond.precision.folder import Description, read_layer, read_rest
@@ -100,7 +101,8 @@ def stored_bytes(model: Any) -> int:
 
 def _empty(path: Path) -> Any:
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
+        check(path)
+        config = transformers.AutoConfig.from_pretrained(path, **safely(path))
     except (OSError, ValueError) as error:
         raise PrecisionError(f"{path} has no readable config: {str(error).splitlines()[0]}") from error
     kind = type(config)
