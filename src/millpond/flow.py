@@ -96,6 +96,7 @@ class Flow:
         """The memory; made, with the prompt pinned in it, when it is first needed."""
         if self._pond is None:
             self._pond = Pond(self.family.geometry, self.plan_for(self.grid), self.policy, self.family.device)
+            self._pond.rope = self.family.rope
             self._pond.ledger.hold("admission", self._pond.plan.state_bytes)
             if self._host_budget is not None:
                 self._pond.host = HostTier(self.family.geometry, self.family.rope, self._host_budget, self._host_path)

@@ -20,6 +20,7 @@ from millpond.errors import PolicyError
 
 if TYPE_CHECKING:
     from millpond.cache.tier import Tier
+    from millpond.positions import Rope
 
 __all__ = ["LAYER_SHARE", "SEPARATOR", "TEXT", "Policy", "View", "check_between", "keep_top"]
 
@@ -60,6 +61,8 @@ class View:
             packed tokens are chosen from.
         carry: float32 [H, n], to be written: what the policy leaves for the next shallower layer; NaN where it leaves nothing.
             None unless the policy is `deepest_first`, and where packed tokens are chosen from.
+        positions: int32 [H, n, axes], at which each key is rotated; None where packed tokens are chosen from.
+        rope: the rotary embedding, to turn keys to another position; None outside a session.
     """
 
     keys: Tensor
@@ -76,6 +79,8 @@ class View:
     sums: Tensor | None = None
     deeper: Tensor | None = None
     carry: Tensor | None = None
+    positions: Tensor | None = None
+    rope: Rope | None = None
 
     @property
     def heads(self) -> int:
