@@ -102,6 +102,7 @@ class Flow:
         check_memory(plan.total_bytes, self.family.device)
         try:
             pond = self._pond = Pond(self.family.geometry, plan, self.policy, self.family.device)
+            pond.rope = self.family.rope
             pond.ledger.hold("admission", plan.state_bytes)
             if self._host_budget is not None:
                 pond.host = HostTier(self.family.geometry, self.family.rope, self._host_budget, self._host_path)

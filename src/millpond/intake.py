@@ -118,7 +118,9 @@ class Intake:
             raise SourceError(f"a source must give frames, not {type(frame).__name__}")
         last = self.at.last_us
         if not math.isfinite(frame.seconds) or abs(frame.seconds) > _FARTHEST_SECONDS:
-            raise SourceError(f"a frame's time must lie within {_FARTHEST_SECONDS:.0e} s of 0, not at {frame.seconds:g} s")
+            raise SourceError(
+                f"a frame's time must lie within {_FARTHEST_SECONDS:.0e} s of 0, not at {frame.seconds:g} s"
+            )
         time_us = round(frame.seconds * 1e6)
         if offset is None:
             again = last is not None and time_us <= last

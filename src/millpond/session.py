@@ -108,7 +108,9 @@ class Session:
 
     def _make_locks(self) -> None:
         self._turn = Exclusive("an answer is still being streamed: finish it or close() it first")
-        self._feeding = Exclusive("frames are being fed: give this feed's source the frames, or wait until it has ended")
+        self._feeding = Exclusive(
+            "frames are being fed: give this feed's source the frames, or wait until it has ended"
+        )
         self._state = threading.RLock()  # held while anything changes: a frame or a token at a time
 
     @property

@@ -1,7 +1,6 @@
 """A study from the command line: two processes, resumed, its tables true to its outcomes."""
 
 import json
-import math
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from millpond.accuracy import Cell, summarise, wilson
-from millpond.accuracy.pairing import sign_test
+from millpond.accuracy import Cell, summarise
 from millpond.accuracy.run import Study, outcomes, run
 from millpond.accuracy.table import markdown
 from millpond.accuracy.trial import Mark, Outcome
@@ -110,24 +108,23 @@ def test_cells_are_paired_question_by_question_with_the_default_policy() -> None
         ],
         ["colour"],
     )
-    assert rows[1]["against_default"] == {"won": 5, "lost": 1, "asked": 8, "p": 0.21875}  # 2 * (1 + 6) / 2**6
+    duel = rows[1]["against_default"]
+    assert [duel[key] for key in ("won", "lost", "asked", "streams", "difference")] == [5, 1, 8, 2, 0.5]
+    assert duel["p"] == 1.0  # margins of 0 and 4: one stream alone differs, and may as well have differed the other way
+    assert duel["p_holm"] == 1.0
     assert "against_default" not in rows[0]
     assert "against_default" not in rows[2]
 
 
-@given(st.integers(0, 60), st.integers(0, 60))
-def test_the_sign_test_is_a_sum_over_all_ways_to_win(won: int, lost: int) -> None:
-    rounds, gap = won + lost, abs(won - lost)
-    chance, total = 1.0, 0.0
-    for count in range(rounds + 1):  # of `count` wins among `rounds`, by recurrence
-        total += chance if abs(2 * count - rounds) >= gap else 0
-        chance *= (rounds - count) / (count + 1)
-    assert math.isclose(sign_test(won, lost), total / 2**rounds, rel_tol=1e-9)
-
-
-@given(st.integers(0, 300), st.integers(1, 300))
-def test_an_interval_holds_its_share(right: int, asked: int) -> None:
-    right = min(right, asked)
-    found = wilson(right, asked)
-    assert 0 <= found.low <= found.share <= found.high <= 1
-    assert math.isclose(found.share, right / asked, abs_tol=1e-4)
+def test_chances_are_adjusted_for_all_comparisons_of_the_table() -> None:
+    default, *others = (Cell(name, Fraction(1, 2), "absolute") for name in ("infinipot-v", "keydiff", "recent"))
+    right = {default: [True] * 6, others[0]: [False] * 6, others[1]: [True, *[False] * 5]}
+    found = [
+        Outcome(seed, cell.name, [Mark("colour", 20.0, marks[seed])])
+        for cell, marks in right.items()
+        for seed in range(6)
+    ]
+    rows = summarise([default, *others], found, ["colour"])
+    assert [row["against_default"]["p"] for row in rows[1:]] == [0.03125, 0.0625]
+    assert [row["against_default"]["p_holm"] for row in rows[1:]] == [0.0625, 0.0625]
+    assert "| 0, 6 | 0.062 |" in markdown(rows)

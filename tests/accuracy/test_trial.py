@@ -1,12 +1,15 @@
 """A trial is what a session does: the same answers, one look at each frame group, a refusal where the budget is too small."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from millpond import Session, families, streams
 from millpond.accuracy import read_cells
-from millpond.accuracy.trial import SeenOnce, watch
+from millpond.accuracy.sharing import SharedStream
+from millpond.accuracy.trial import watch
 from millpond.families.base import Family
 from millpond.minnow.evaluate import SUPPORTED
 from millpond.streams import Stream
@@ -25,7 +28,7 @@ def stream() -> Stream:
 def test_groups_are_looked_at_once_and_alike(minnow: Family, stream: Stream) -> None:
     frames = [minnow.prepare(pixels) for _, pixels in stream.frames()][:8]
     times = [round(index * 5e5) for index in range(8)]
-    once = SeenOnce(minnow)
+    once = SharedStream(minnow)
     looks: list[int] = []
     original = once._look
     once._look = lambda given, at: looks.append(len(given)) or original(given, at)  # type: ignore[assignment,func-returns-value]
@@ -106,3 +109,53 @@ def test_question_families_are_chosen(minnow: Family, stream: Stream) -> None:
     (outcome,) = watch(minnow, stream, cells, ("colour", "then"))
     assert {mark.family for mark in outcome.marks} <= {"colour"}, "two-turn questions are not asked"
     assert np.isfinite(outcome.seconds_decoder)
+
+
+def test_cells_that_share_blocks_give_what_they_give_alone(minnow: Family, stream: Stream) -> None:
+    """Policies that look at queries, at sums of attention and into low bits too; and only the first session runs what all have in common."""
+    runs: list[int] = []
+    counting = copy.copy(minnow)
+    counting.forward = lambda *given: runs.append(len(given[0])) or minnow.forward(*given)  # type: ignore[assignment,func-returns-value,method-assign]
+    names = [
+        "full",
+        "keydiff",
+        "snapkv",
+        "h2o",
+        "hermes",
+        "rekv",
+        "mikv:base=keydiff",
+        "infinite-vggt",
+        "last-4-frames",
+    ]
+    cells = read_cells(names, ["1/2"], "contiguous")
+    together = watch(counting, stream, cells, ["where", "now"])
+    blocks, runs[:] = sum(count % 16 == 0 for count in runs), []
+    alone = [outcome for cell in cells for outcome in watch(counting, stream, [cell], ["where", "now"])]
+    for ours, own in zip(together, alone, strict=True):
+        mine, theirs = ours.to_dict(), own.to_dict()
+        assert {key: mine[key] for key in mine if "seconds" not in key} == {
+            key: theirs[key] for key in theirs if "seconds" not in key
+        }
+        assert mine["refused"] is None
+    assert blocks < sum(count % 16 == 0 for count in runs) * 0.85, "whole groups"
+
+
+def test_shared_blocks_leave_the_same_memory_bit_for_bit(minnow: Family, stream: Stream) -> None:
+    shared, frames = SharedStream(minnow), list(stream.frames())[:24]
+    Session(shared.family, budget="700KiB", policy="keydiff").feed(frames)
+    ran = len(shared._blocks)
+    assert ran == 6
+    assert shared.spared == 0.0
+    for policy in ("snapkv", "h2o"):
+        sessions = [Session(family, budget="700KiB", policy=policy) for family in (shared.family, minnow)]
+        for session in sessions:
+            session.feed(frames)
+        assert len(shared._blocks) == ran, "not one block ran again"
+        assert shared.spared != 0
+        shared.spared = 0.0
+        ponds = [session._flow.pond for session in sessions]
+        assert ponds[0].compactions == ponds[1].compactions == 0
+        for mine, theirs in zip(ponds[0].layers, ponds[1].layers, strict=True):
+            for ours, plain in zip(mine.tensors(), theirs.tensors(), strict=True):
+                assert torch.equal(ours[:, : mine.length], plain[:, : theirs.length])
+        assert torch.equal(ponds[0].queries.rows, ponds[1].queries.rows)

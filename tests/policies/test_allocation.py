@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from millpond import PolicyError, policies
 from millpond.policies.allocation import Cake, Diversity, Layered, apportion
+from tests.policies.test_attention import probabilities
 from tests.policies.views import grid_view, with_text
 from tests.session.measure import transient_peak
 
@@ -75,14 +76,10 @@ def test_cake_is_entropy_times_variance_of_what_the_proxy_attends_to(tau: tuple[
     expected = []
     for view in views:
         assert view.queries is not None
-        assert view.prompt_keys is not None
         entropy = variance = 0.0
         for head in range(view.heads):
-            keys = torch.cat([view.prompt_keys[head], view.keys[head]]).double()
-            for queries in view.queries[head].double():
-                share = (queries @ keys.T / keys.shape[1] ** 0.5).softmax(-1)
-                share = share[:, view.prompt_keys.shape[1] : len(keys) - len(queries)]
-                entropy -= float((share * share.log()).sum())
+            for share in probabilities(view, head, latest=True)[..., : -view.queries.shape[2]]:
+                entropy -= float(share.xlogy(share).sum())
                 variance += float(share.var(dim=0).sum())
         expected.append(entropy ** (1 / tau[0]) * variance ** (1 / tau[1]))
     cake = Cake(tau1=tau[0], tau2=tau[1])

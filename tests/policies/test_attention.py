@@ -10,18 +10,24 @@ from hypothesis import strategies as st
 
 from millpond import PolicyError, policies
 from millpond.policies.attention import add_columns, attention_moments, attention_scratch, proxy_attention
-from millpond.policies.base import View
+from millpond.policies.base import TEXT, View
 from tests.policies.views import VIEWS, grid_view, thinned
 from tests.session.measure import transient_peak
 
 
-def probabilities(view: View, head: int) -> torch.Tensor:
-    """float64 [g, w, n]: every query's softmax over the prompt and the memory, the memory's part."""
+def probabilities(view: View, head: int, *, latest: bool) -> torch.Tensor:
+    """float64 [g, w, n]: every query's softmax over the prompt and the memory, the memory's part; the latest tokens' see nothing newer."""
     assert view.queries is not None
     assert view.prompt_keys is not None
     keys = torch.cat([view.prompt_keys[head], view.keys[head]]).double()
     scores = view.queries[head].double() @ keys.T / keys.shape[1] ** 0.5
-    return scores.softmax(dim=-1)[..., view.prompt_keys.shape[1] :]
+    prompt = view.prompt_keys.shape[1]
+    if latest:
+        count = scores.shape[1]
+        frames = [at for at, row in enumerate(view.place[head, :, 0].tolist()) if row != TEXT][-count:]
+        for query, at in enumerate([frames[0]] * (count - len(frames)) + frames):
+            scores[:, query, prompt + at + 1 :] = -torch.inf
+    return scores.softmax(dim=-1)[..., prompt:]
 
 
 def pooled(scores: torch.Tensor, kernel: int, pool: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -40,13 +46,14 @@ def chosen(scores: torch.Tensor, view: View, head: int, slots: int, window: int 
     return sorted([*kept, *order[: slots - len(kept)]])
 
 
-def score(name: str, view: View, head: int) -> torch.Tensor:
-    attention = probabilities(view, head)
-    if name == "snapkv":
-        return pooled(attention.mean((0, 1)), 5, torch.mean)
-    assert name == "cake"
-    variance = attention.var(1) if attention.shape[1] > 1 else torch.zeros_like(attention[:, 0])
-    return pooled((attention.mean(1) + 200 * variance).mean(0), 5, torch.mean)
+def score(name: str, view: View, head: int, window: int) -> torch.Tensor:
+    """Pooled in front of the window, which gives nothing to its neighbours and gets nothing from them."""
+    attention = probabilities(view, head, latest=True)
+    scores = attention.mean((0, 1))
+    if name == "cake":
+        variance = attention.var(1) if attention.shape[1] > 1 else torch.zeros_like(attention[:, 0])
+        scores = (attention.mean(1) + 200 * variance).mean(0)
+    return torch.cat([pooled(scores[:-window], 5, torch.mean), scores[-window:]])
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -57,8 +64,20 @@ def test_what_is_kept_is_what_the_formula_says(name: str, window: int, view: Vie
         slots = view.tokens * 2 // 3
         keep = policy.keep(view, slots)
         for head in range(view.heads):
-            assert keep[head].tolist() == chosen(score(name, view, head), view, head, slots, window)
+            assert keep[head].tolist() == chosen(score(name, view, head, window), view, head, slots, window)
         view = thinned(view, keep, 1)
+
+
+@pytest.mark.parametrize("name", ["snapkv", "cake"])
+def test_what_the_window_holds_gives_nothing_to_its_neighbours(name: str) -> None:
+    """One token of the window draws nearly all attention: those in front of it are no better for it."""
+    view = grid_view(20, 1, 2, recent=1, group=1, window=4)
+    assert view.queries is not None
+    keys, queries = view.keys.clone() / 100, torch.zeros_like(view.queries)
+    queries[..., 0] = 30
+    keys[:, -4, 0], keys[:, 0, 0] = 30, 29.9  # the window's first token, and a far one that gets a little
+    keep = policies.get(name, window=4).keep(replace(view, keys=keys, queries=queries), 7)
+    assert all(set(row) == {0, 1, 2, 36, 37, 38, 39} for row in keep.tolist())
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -79,21 +98,29 @@ def hermes_score(view: View, head: int, deeper: torch.Tensor) -> torch.Tensor:
         return (scores - scores.min()) / (scores.max() - scores.min() + 1e-6)
 
     distance = torch.linspace(1, 0, view.tokens, dtype=torch.float64)
-    first, last = int(view.layers * 0.3), int(view.layers * 0.7)
-    attention = scaled(probabilities(view, head).mean((0, 1)))
+    first, last = int(view.layers * 0.1), int(view.layers * 0.7)
+    attention = scaled(probabilities(view, head, latest=False).mean((0, 1)))
     if view.layer < first:
         own, share = scaled(torch.exp(-20 * distance)), 0.1
     elif view.layer >= last:
         own, share = attention, 0.4
     else:
         progress = (view.layer - first) / (last - first)
-        weight = 0.75 - 0.6 * progress
-        own = (1 - weight) * attention + weight * scaled(torch.exp(-(20 - 12 * progress) * distance))
+        weight = 1 - 0.9 * progress
+        own = (1 - weight) * attention + weight * scaled(torch.exp(-(20 - 19.5 * progress) * distance))
         share = 0.3
     return torch.where(deeper.isnan(), own, (1 - share) * own + share * deeper.double())
 
 
-@pytest.mark.parametrize("layer", [0, 1, 2, 3, 5, 6, 7, 9])
+def chosen_by_hermes(scores: torch.Tensor, view: View, head: int, slots: int) -> list[int]:
+    """The best; of ten layers' last three one less, and the latest of the others, which takes in what is forgotten."""
+    if view.layer < 7 or slots == int(view.protected[head].sum()):
+        return chosen(scores, view, head, slots)
+    best = chosen(scores, view, head, slots - 1)
+    return sorted([*best, max(set(range(view.tokens)) - set(best))])
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2, 6, 7, 9])
 def test_hermes_goes_from_recency_to_attention(layer: int) -> None:
     view = grid_view(8, 3, 3, recent=1, seed=layer, layer=layer, layers=10)
     slots = view.tokens // 2
@@ -103,9 +130,13 @@ def test_hermes_goes_from_recency_to_attention(layer: int) -> None:
     for head in range(view.heads):
         expected = hermes_score(view, head, view.deeper[head])
         torch.testing.assert_close(view.carry[head].double(), expected, rtol=1e-4, atol=1e-6)
-        if layer >= 7:
-            expected[0] = 2  # takes in what is forgotten
-        assert keep[head].tolist() == chosen(expected, view, head, slots)
+        assert keep[head].tolist() == chosen_by_hermes(expected, view, head, slots)
+
+
+def test_a_small_model_has_no_shallow_layer() -> None:
+    """Minnow: a tenth of four layers is none, and the first begins the mix."""
+    assert policies.get("hermes").mix(0, 4) == (1.0, 20.0, 0.3)  # type: ignore[attr-defined]
+    assert policies.get("hermes", shallow=0.3).mix(0, 4) == (1.0, 20.0, 0.1)  # type: ignore[attr-defined]
 
 
 @settings(max_examples=60, deadline=None)
@@ -137,9 +168,12 @@ def test_attention_in_chunks_equals_the_softmax(
     assert view.prompt_keys is not None
     view = replace(view, prompt_keys=view.prompt_keys[:, :prompt])
     mean, variance = attention_moments(view)
-    for head, row in enumerate(proxy_attention(view)):
-        exact = probabilities(view, head)
-        torch.testing.assert_close(row.double(), exact.mean((0, 1)), rtol=1e-4, atol=1e-7)
+    of_latest, of_text = (proxy_attention(view, latest=latest) for latest in (True, False))
+    for head in range(view.heads):
+        exact = probabilities(view, head, latest=False)
+        torch.testing.assert_close(of_text[head].double(), exact.mean((0, 1)), rtol=1e-4, atol=1e-7)
+        exact = probabilities(view, head, latest=True)
+        torch.testing.assert_close(of_latest[head].double(), exact.mean((0, 1)), rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(mean[head].double(), exact.mean((0, 1)), rtol=1e-4, atol=1e-7)
         spread = exact.var(1).mean(0) if window > 1 else torch.zeros(view.tokens, dtype=torch.float64)
         torch.testing.assert_close(variance[head].double(), spread, rtol=1e-3, atol=1e-9)
@@ -190,7 +224,7 @@ def test_parameters_are_checked() -> None:
         ("h2o", {"recent_share": 1.5}),
         ("hermes", {"deep": -0.1}),
         ("hermes", {"shallow": 0.8}),
-        ("hermes", {"fade": 0.9}),
+        ("hermes", {"recency": 0.5, "fade": 0.9}),
     ]:
         with pytest.raises(PolicyError, match=name):
             policies.get(name, **bad)

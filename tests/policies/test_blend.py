@@ -19,7 +19,8 @@ from millpond.policies.hermes import HERMES
 from millpond.policies.matching import carried_over, matching_scratch
 from tests.cache.test_pond import Breaks
 from tests.cache.text_model import Newest
-from tests.policies.test_attention import chosen, hermes_score
+from tests.policies.test_attention import chosen_by_hermes, hermes_score
+from tests.policies.views import rope
 from tests.session.measure import transient_peak
 
 GEOMETRY = Geometry(layers=10, kv_heads=2, head_dim=16, dtype=torch.float32, axes=3, group=2)
@@ -38,6 +39,7 @@ def filled(policy: str | Policy = "hermes", geometry: Geometry = GEOMETRY, slots
     budget = slots * geometry.bytes_per_token + 40_000
     plan = make_plan(budget, geometry, made, prompt_tokens=3, group_tokens=13, reserve_tokens=ASKED, proxy_tokens=ASKED)
     pond = Pond(geometry, plan, made, torch.device("cpu"))
+    pond.rope = rope(geometry.head_dim)
     add(pond, torch.full((3, 2), TEXT), 0, prompt=True)
     frame = 0
     while pond.memory_tokens < least and pond.overrun(13) <= 0:
@@ -113,9 +115,7 @@ def check_pass(pond: Pond, slots: int) -> list[View]:
         for view, score, was, now in zip(views, scores, before, after, strict=True):
             if now.shape[1] == was.shape[1]:
                 continue
-            if view.layer >= 7 and not bool(view.protected[:, 0].any()):
-                score[0] = 2  # takes in what is forgotten
-            expected = chosen(score, view, head, now.shape[1])
+            expected = chosen_by_hermes(score, view, head, now.shape[1])
             assert now[head].tolist() == was[head, expected].tolist(), (view.layer, head)
     return views
 
@@ -144,9 +144,7 @@ def test_the_first_pass_is_the_released_one_by_index() -> None:
         below = torch.full((views[0].tokens,), torch.nan)
         for view, was, now in zip(reversed(views), reversed(before), reversed(serials(pond)), strict=True):
             below = hermes_score(view, head, below.masked_fill(view.place[head, :, 0] < 0, torch.nan))
-            score = below.clone()
-            score[0] = 2 if view.layer >= 7 else score[0]
-            assert now[head].tolist() == was[head, chosen(score, view, head, slots)].tolist()
+            assert now[head].tolist() == was[head, chosen_by_hermes(below, view, head, slots)].tolist()
 
 
 @dataclass(frozen=True)

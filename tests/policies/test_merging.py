@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from millpond import PolicyError, native, policies
 from millpond.policies.base import View
 from millpond.policies.merging import distances, fold, fold_scratch
-from tests.policies.test_attention import probabilities
+from tests.policies.test_attention import chosen, probabilities
 from tests.policies.views import VIEWS, grid_view, thinned
 from tests.session.measure import transient_peak
 
@@ -38,8 +38,8 @@ def after(view: View, name: str, keep: torch.Tensor) -> View:
     return changed
 
 
-def attention(view: View, head: int) -> list[float]:
-    return probabilities(view, head).mean((0, 1)).tolist()
+def attention(view: View, head: int, *, latest: bool = False) -> list[float]:
+    return probabilities(view, head, latest=latest).mean((0, 1)).tolist()
 
 
 def expect(view: View, changed: View, head: int, groups: dict[int, list[tuple[int, float]]]) -> None:
@@ -125,24 +125,48 @@ def test_streammem_keeps_one_token_of_every_frame_and_folds_the_others_into_it(v
         view = thinned(changed, keep, 1)
 
 
-@pytest.mark.parametrize("layer", [0, 5, 6, 7, 9])
+@pytest.mark.parametrize("layer", [0, 6, 7, 9])
 @pytest.mark.parametrize("view", VIEWS[:3])
-def test_hermes_folds_in_deep_layers_what_it_forgets_into_the_oldest_token(view: View, layer: int) -> None:
+def test_hermes_sums_up_in_deep_layers_what_it_forgets(view: View, layer: int) -> None:
+    """The mean of the values, and of the keys as they would lie at the position of the token that they go into."""
     view = replace(view, layer=layer, layers=10)
+    assert view.rope is not None
     for _ in range(2):
         keep = policies.get("hermes").keep(view, view.tokens * 2 // 3)
         changed = after(view, "hermes", keep)
+        assert view.carry is not None
+        assert view.positions is not None
         for head in range(view.heads):
             gone = sorted(set(range(view.tokens)) - set(keep[head].tolist()))
-            if layer >= 7:
-                assert keep[head, 0] == 0
-            expect(view, changed, head, {0: [(i, 1.0) for i in [0, *gone]]} if layer >= 7 else {})
+            if layer < 7:
+                expect(view, changed, head, {})
+                continue
+            best = chosen(view.carry[head], view, head, keep.shape[1] - 1)
+            summary = max(set(range(view.tokens)) - set(best))
+            everything = [*gone, summary]
+            by = (view.positions[head, summary] - view.positions[head, everything]).long()
+            turned = view.keys[head, everything].float()
+            view.rope.rotate_(turned, by)
+            torch.testing.assert_close(changed.keys[head, summary], turned.mean(0), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                changed.values[head, summary], view.values[head, everything].mean(0), atol=1e-5, rtol=1e-5
+            )
+            others = [i for i in range(view.tokens) if i != summary]
+            assert torch.equal(changed.keys[head, others], view.keys[head, others])
+            assert torch.equal(changed.values[head, others], view.values[head, others])
         view = thinned(changed, keep, 1)
+
+
+def test_hermes_says_that_it_was_shown_no_positions() -> None:
+    view = replace(VIEWS[0], layer=3, layers=4)
+    keep = policies.get("hermes").keep(view, view.tokens // 2 + 4)
+    with pytest.raises(PolicyError, match="Session"):
+        policies.get("hermes").merge(replace(view, rope=None), keep)
 
 
 def runs(view: View, head: int, slots: int, heavy_share: float) -> tuple[list[list[int]], list[float]]:
     """KVMerger's runs, by joining the most alike neighbours one after the other."""
-    score, keys = attention(view, head), view.keys[head].double()
+    score, keys = attention(view, head, latest=True), view.keys[head].double()
     fixed = set(view.protected[head].nonzero()[:, 0].tolist())
     room = slots - len(fixed)
     free = sorted((i for i in range(view.tokens) if i not in fixed), key=lambda i: -score[i])

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from millpond.policies.base import SEPARATOR, TEXT, View
+from millpond.positions import Rope
 
 
 def grid_view(
@@ -43,6 +44,7 @@ def grid_view(
     sums = torch.rand(heads, tokens + 7, generator=random)[:, inner]
     deeper = torch.rand(heads, tokens, generator=random)
     deeper[torch.rand(heads, tokens, generator=random) < 0.2] = torch.nan
+    positions = torch.cat([times[:, None] // 500_000, place.repeat(frames, 1)], dim=1).int().repeat(heads, 1, 1)
     return View(
         keys=storage[0][:, inner],
         values=storage[1][:, inner],
@@ -58,7 +60,15 @@ def grid_view(
         sums=sums,
         deeper=deeper,
         carry=torch.full_like(deeper, torch.nan),
+        positions=positions,
+        rope=rope(width),
     )
+
+
+def rope(width: int) -> Rope:
+    """Three axes, the time's frequencies first."""
+    half = width // 2
+    return Rope(100.0 ** -(torch.arange(half) / half), torch.arange(half) * 3 // half, 10_000)
 
 
 def thinned(view: View, keep: torch.Tensor, recent: int) -> View:
@@ -76,6 +86,7 @@ def thinned(view: View, keep: torch.Tensor, recent: int) -> View:
         sums=None if view.sums is None else view.sums.gather(1, keep),
         deeper=None if view.deeper is None else view.deeper.gather(1, keep),
         carry=None if view.carry is None else torch.full(keep.shape, torch.nan),
+        positions=None if view.positions is None else view.positions.gather(1, at.expand(-1, -1, 3)),
     )
 
 
@@ -106,6 +117,7 @@ def joined(first: View, second: View) -> View:
         sums=both_if(first.sums, second.sums),
         deeper=both_if(first.deeper, second.deeper),
         carry=both_if(first.carry, second.carry),
+        positions=both_if(first.positions, second.positions),
     )
 
 

@@ -79,7 +79,11 @@ def test_the_latest_queries_are_the_model_s_own(name: str) -> None:
     for index in range(len(pond.layers)):
         count = pond.queries.counts[index]
         assert count == min(32, own[index][-1].shape[2])
-        torch.testing.assert_close(attention(pond, index), own[index][-1][:, :, -count:], rtol=1e-3, atol=1e-5)
+        model = own[index][-1][:, :, -count:]
+        torch.testing.assert_close(attention(pond, index), model, rtol=1e-3, atol=1e-5)
+        shown = proxy_attention(pond._view(index, pond.layers[index], 0, 0), latest=True)
+        memory = model[..., pond.plan.prompt_tokens :].mean((1, 2))
+        torch.testing.assert_close(shown.double(), memory, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -102,7 +106,7 @@ def test_the_proxy_text_s_queries_are_the_model_s_own(name: str) -> None:
     for index in range(len(pond.layers)):
         attended = own[index][-1][..., pond.plan.prompt_tokens : asked]
         total = own[index][-1][..., :asked].sum(-1, keepdim=True)
-        shown = proxy_attention(pond._view(index, pond.layers[index], 0, 0))
+        shown = proxy_attention(pond._view(index, pond.layers[index], 0, 0), latest=False)
         torch.testing.assert_close(shown.double(), (attended / total).mean((1, 2)), rtol=1e-3, atol=1e-5)
 
 
@@ -205,10 +209,15 @@ def test_noted_queries_move_with_the_positions(policy: str) -> None:
     session.feed(list(moving(150, fps=1)))
     assert session.usage.reanchorings >= 1
     flow, pond = session._flow, session._flow.pond
-    before = [proxy_attention(pond._view(index, layer, 0, 0)) for index, layer in enumerate(pond.layers)]
+
+    def attended() -> list[torch.Tensor]:
+        views = (pond._view(index, layer, 0, 0) for index, layer in enumerate(pond.layers))
+        return [proxy_attention(view, latest=policy == "snapkv") for view in views]
+
+    before = attended()
     shift_uniformly(pond, family.rope, flow.clock, 40)
-    for index, layer in enumerate(pond.layers):
-        torch.testing.assert_close(proxy_attention(pond._view(index, layer, 0, 0)), before[index], rtol=1e-3, atol=1e-5)
+    for now, was in zip(attended(), before, strict=True):
+        torch.testing.assert_close(now, was, rtol=1e-3, atol=1e-5)
 
 
 def test_noted_queries_follow_the_end_of_the_stream_when_gaps_close() -> None:

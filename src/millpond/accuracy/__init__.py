@@ -6,7 +6,8 @@ Knows sessions and generated streams; nothing about how a policy chooses.
 """
 
 from millpond.accuracy.cell import Cell, read_budget, read_cells
+from millpond.accuracy.intervals import Accuracy, wilson
 from millpond.accuracy.run import Study, run
-from millpond.accuracy.table import Accuracy, summarise, wilson
+from millpond.accuracy.table import summarise
 
 __all__ = ["Accuracy", "Cell", "Study", "read_budget", "read_cells", "run", "summarise", "wilson"]

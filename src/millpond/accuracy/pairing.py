@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import comb
 
+from millpond.accuracy.intervals import difference, sign_flips
 from millpond.accuracy.trial import Outcome
 
-__all__ = ["Paired", "paired", "sign_test"]
+__all__ = ["Paired", "paired"]
 
 
 @dataclass(frozen=True)
@@ -15,29 +15,32 @@ class Paired:
     """Questions that only one of two cells answered right.
 
     Attributes:
-        won: only this cell. lost: only the other one. asked: questions that both were asked.
-        p: of a difference at least as large if both were equally good, by the exact two-sided sign test (McNemar's, 1947).
+        won: only this cell. lost: only the other one. asked: questions that both were asked. streams: that they are about.
+        difference: of the shares of right answers. low, high: its 95 % interval by the variance between streams.
+        p: of a difference at least as large if, in every stream, either cell were as likely to be the better one: exact,
+            two-sided, over streams (`millpond.accuracy.intervals.sign_flips`).
     """
 
     won: int
     lost: int
     asked: int
+    streams: int
+    difference: float
+    low: float
+    high: float
     p: float
 
 
 def paired(these: dict[int, Outcome], others: dict[int, Outcome]) -> Paired:
     """Compare outcomes by stream seed; streams that only one of them has do not count."""
     won = lost = asked = 0
-    for seed in these.keys() & others.keys():
-        for mine, other in zip(these[seed].marks, others[seed].marks, strict=False):
-            asked += 1
-            won += mine.right and not other.right
-            lost += other.right and not mine.right
-    return Paired(won, lost, asked, round(sign_test(won, lost), 6))
-
-
-def sign_test(won: int, lost: int) -> float:
-    """Probability that one of two sides wins at least as clearly when either wins each round with 1/2; ties are left out."""
-    rounds = won + lost
-    tail = sum(comb(rounds, count) for count in range(min(won, lost) + 1))
-    return min(1.0, 2 * tail / (1 << rounds))
+    margins: list[tuple[int, int]] = []
+    for seed in sorted(these.keys() & others.keys()):
+        both = list(zip(these[seed].marks, others[seed].marks, strict=False))
+        ahead = sum(mine.right and not other.right for mine, other in both)
+        behind = sum(other.right and not mine.right for mine, other in both)
+        won, lost, asked = won + ahead, lost + behind, asked + len(both)
+        if both:
+            margins.append((ahead - behind, len(both)))
+    p = round(sign_flips([margin for margin, _ in margins]), 6)
+    return Paired(won, lost, asked, len(margins), *difference(margins), p)

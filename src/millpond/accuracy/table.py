@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
 from millpond.accuracy.cell import Cell
+from millpond.accuracy.intervals import clustered, holm
 from millpond.accuracy.pairing import paired
 from millpond.accuracy.trial import Mark, Outcome
 from millpond.budget import format_bytes
 from millpond.session import DEFAULT_POLICY
 
-__all__ = ["AGES", "PAST_SECONDS", "Accuracy", "markdown", "summarise", "wilson"]
+__all__ = ["AGES", "PAST_SECONDS", "markdown", "summarise"]
 
 AGES = (4.0, 16.0, 64.0, 256.0, 1024.0)
 """Upper bounds in seconds of the classes of age, from an event to its question; above the last there is one more."""
@@ -23,32 +24,12 @@ PAST_SECONDS = 16.0
 """A question is about the past when its event began at least this long ago."""
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """Right answers among those asked, with the 95 % interval of Wilson (1927)."""
-
-    right: int
-    asked: int
-    share: float
-    low: float
-    high: float
-
-
-def wilson(right: int, asked: int) -> Accuracy:
-    """The Wilson score interval at 95 %."""
-    if asked == 0:
-        return Accuracy(0, 0, 0.0, 0.0, 1.0)
-    z, share = 1.959964, right / asked
-    middle = (share + z * z / (2 * asked)) / (1 + z * z / asked)
-    half = z / (1 + z * z / asked) * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
-    return Accuracy(right, asked, round(share, 4), max(0.0, round(middle - half, 4)), round(middle + half, 4))
-
-
 def summarise(cells: Sequence[Cell], outcomes: Iterable[Outcome], questions: Sequence[str]) -> list[dict[str, Any]]:
     """One row per cell, in the order of `cells`: accuracy over all questions, per family, per age, and what it cost.
 
-    Seconds are medians over the streams. Where the default policy was measured under the same budget, `against_default` compares
-    the two question by question.
+    Intervals are clustered by stream (`millpond.accuracy.intervals`). Seconds are medians over the streams. Where the default policy
+    was measured under the same budget, `against_default` compares the two on the same questions; its `p_holm` is adjusted for all
+    comparisons of the table.
     """
     by_cell: dict[str, dict[int, Outcome]] = {cell.name: {} for cell in cells}
     for outcome in outcomes:
@@ -61,6 +42,9 @@ def summarise(cells: Sequence[Cell], outcomes: Iterable[Outcome], questions: Seq
         if row["streams"] and cell.name != default and by_cell.get(default):
             row["against_default"] = asdict(paired(by_cell[cell.name], by_cell[default]))
         rows.append(row)
+    duels = [row["against_default"] for row in rows if "against_default" in row]
+    for duel, p in zip(duels, holm([duel["p"] for duel in duels]), strict=True):
+        duel["p_holm"] = round(p, 6)
     return rows
 
 
@@ -76,13 +60,12 @@ def _row(cell: Cell, outcomes: list[Outcome], questions: Sequence[str]) -> dict[
     }
     if not seen:
         return row
-    marks = [mark for outcome in seen for mark in outcome.marks]
     row |= {
-        "all": _share(marks),
-        "past": _share(marks, lambda mark: mark.age is not None and mark.age >= PAST_SECONDS),
-        "families": {name: _share(marks, lambda mark, name=name: mark.family == name) for name in questions},  # type: ignore[misc]
+        "all": _share(seen),
+        "past": _share(seen, lambda mark: mark.age is not None and mark.age >= PAST_SECONDS),
+        "families": {name: _share(seen, lambda mark, name=name: mark.family == name) for name in questions},  # type: ignore[misc]
         "ages": {
-            label: _share(marks, lambda mark, low=low, high=high: mark.age is not None and low <= mark.age < high)  # type: ignore[misc]
+            label: _share(seen, lambda mark, low=low, high=high: mark.age is not None and low <= mark.age < high)  # type: ignore[misc]
             for label, low, high in _age_classes()
         },
         "budget_bytes": seen[0].budget_bytes,
@@ -97,9 +80,9 @@ def _row(cell: Cell, outcomes: list[Outcome], questions: Sequence[str]) -> dict[
     return row
 
 
-def _share(marks: Iterable[Mark], belongs: Callable[[Mark], bool] = lambda mark: True) -> dict[str, Any]:
-    chosen = [mark.right for mark in marks if belongs(mark)]
-    return asdict(wilson(sum(chosen), len(chosen)))
+def _share(seen: Iterable[Outcome], belongs: Callable[[Mark], bool] = lambda mark: True) -> dict[str, Any]:
+    chosen = [[mark.right for mark in outcome.marks if belongs(mark)] for outcome in seen]
+    return asdict(clustered([(sum(marks), len(marks)) for marks in chosen]))
 
 
 def _age_classes() -> list[tuple[str, float, float]]:
@@ -123,7 +106,17 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _overall(rows: Sequence[dict[str, Any]]) -> str:
-    head = ["policy", "budget", "streams", "all", "95 %", "past", "95 %", f"against {DEFAULT_POLICY}: won, lost"]
+    head = [
+        "policy",
+        "budget",
+        "streams",
+        "all",
+        "95 %",
+        "past",
+        "95 %",
+        f"against {DEFAULT_POLICY}: won, lost",
+        "p (Holm)",
+    ]
     head += ["peak", "scratch", "memory tokens", "compaction, s", "/ decoder"]
     lines = [_line(head), _line(["---"] * len(head))]
     for row in rows:
@@ -136,7 +129,8 @@ def _overall(rows: Sequence[dict[str, Any]]) -> str:
         shares = [text for key in ("all", "past") for text in (_percent(row[key]), _interval(row[key]))]
         duel = row.get("against_default")
         won = f"{duel['won']}, {duel['lost']}" if duel else ""
-        lines.append(_line([_policy(row), row["budget"], str(row["streams"]), *shares, won, *cost]))
+        p = _chance(duel["p_holm"]) if duel else ""
+        lines.append(_line([_policy(row), row["budget"], str(row["streams"]), *shares, won, p, *cost]))
     return "\n".join(lines)
 
 
@@ -144,6 +138,10 @@ def _policy(row: dict[str, Any]) -> str:
     marks = [] if row["positions"] == "contiguous" else [row["positions"]]
     marks += [f"{row['recent_frames']} frames again"] if row["recent_frames"] else []
     return f"{row['policy']} ({', '.join(marks)})" if marks else row["policy"]
+
+
+def _chance(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _line(cells: Iterable[str]) -> str:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from millpond import policies
 from millpond.accuracy.cell import LAST_FRAMES, Cell
+from millpond.accuracy.sharing import SharedStream
 from millpond.errors import BudgetError, PolicyError
-from millpond.families.base import Tokens
 from millpond.session import Session
 from millpond.streams import Stream
 
@@ -43,7 +41,7 @@ class Outcome:
         refused: the error where the budget is too small for this model or this policy, else None.
         budget_bytes, peak_bytes, full_cache_bytes, scratch_bytes, memory_tokens, compactions: as the session counts them.
         seconds_compaction: spent in selection, compaction and re-anchoring.
-        seconds_decoder: spent in the decoder while watching.
+        seconds_decoder: spent in the decoder while watching; blocks that an earlier cell ran count what they took there.
     """
 
     seed: int
@@ -74,13 +72,14 @@ def watch(family: Family, stream: Stream, cells: Iterable[Cell], questions: Sequ
         questions: the question families to ask; two-turn questions are left out.
     """
     frames = list(stream.frames())
-    once = SeenOnce(family).family
-    return [_run(once, stream, frames, cell, questions) for cell in cells]
+    shared = SharedStream(family)
+    return [_run(shared, stream, frames, cell, questions) for cell in cells]
 
 
 def _run(
-    family: Family, stream: Stream, frames: list[tuple[float, np.ndarray]], cell: Cell, questions: Sequence[str]
+    shared: SharedStream, stream: Stream, frames: list[tuple[float, np.ndarray]], cell: Cell, questions: Sequence[str]
 ) -> Outcome:
+    family, shared.spared = shared.family, 0.0
     grid = family.grid(*frames[0][1].shape[:2])
     full = len(frames) // family.frames_per_group * grid.tokens * family.geometry.kv_bytes_per_token
     last = cell.policy == LAST_FRAMES
@@ -99,7 +98,7 @@ def _run(
         session.feed(frames[-4:] if last else frames)
     except (BudgetError, PolicyError) as error:  # a policy too may need more than this budget has room for
         return Outcome(stream.seed, cell.name, refused=str(error))
-    marks = []
+    spared, marks = shared.spared, []
     for question in stream.questions:
         if question.family not in questions or question.earlier is not None:
             continue
@@ -118,36 +117,5 @@ def _run(
         memory_tokens=usage.memory_tokens,
         compactions=usage.compactions,
         seconds_compaction=round(usage.seconds_compaction, 4),
-        seconds_decoder=round(usage.seconds_decoder, 4),
+        seconds_decoder=round(usage.seconds_decoder + spared, 4),
     )
-
-
-class SeenOnce:
-    """A family whose vision tower runs once for each frame group, however many sessions watch the same stream.
-
-    Attributes:
-        family: behaves as the one given; `encode` remembers what it was asked, by the group's time.
-    """
-
-    def __init__(self, family: Family) -> None:
-        self.family = copy.copy(family)
-        self._look = family.encode
-        self._seen: dict[tuple[int, ...], Tokens] = {}
-        self.family.encode = self._encode  # type: ignore[method-assign]
-
-    def _encode(self, frames: list[np.ndarray], times_us: list[int]) -> Tokens:
-        size = self.family.frames_per_group
-        parts = []
-        for first in range(0, len(frames), size):
-            times = tuple(times_us[first : first + size])
-            if times not in self._seen:
-                self._seen[times] = self._look(frames[first : first + size], list(times))
-            parts.append(self._seen[times])
-        deep = zip(*(part.deepstack for part in parts), strict=True)
-        return Tokens(
-            embeds=torch.cat([part.embeds for part in parts]),
-            place=torch.cat([part.place for part in parts]),
-            time_us=torch.cat([part.time_us for part in parts]),
-            visual=torch.cat([part.visual for part in parts]),
-            deepstack=tuple(torch.cat(layer) for layer in deep),
-        )

@@ -322,13 +322,17 @@ class HostTier:
 
     # --- out ----------------------------------------------------------------------------------------------------
 
-    def sums(self, index: int, at_most: int) -> Iterator[tuple[int, Tensor]]:
-        """One layer's sums of keys, float32 [H, n, D], as pairs of the first frame's number and a view of at most so many."""
+    def sums(self, index: int, at_most: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """One layer's sums of keys, float32 [H, n, D], and the frames' tokens, int64 [n], views of at most so many frames at a time.
+
+        Each with the first frame's number.
+        """
         number = self.first
         while number < self.end:
             row = number % self._rows
             count = min(at_most, self.end - number, self._rows - row)
-            yield number, self._sums[index, :, row : row + count]
+            part = slice(row, row + count)
+            yield number, self._sums[index, :, part], self._table[part, _COUNT]
             number += count
         self.bytes_out += self.frames * self.geometry.kv_heads * self.geometry.head_dim * 4
 

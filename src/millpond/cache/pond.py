@@ -29,6 +29,7 @@ from millpond.errors import BudgetError, MillpondError, PolicyError
 from millpond.geometry import Geometry
 from millpond.plan import Plan
 from millpond.policies.base import TEXT, Policy, View
+from millpond.positions import Rope
 from millpond.resumable import Move, Steps
 
 __all__ = ["Pond"]
@@ -52,6 +53,7 @@ class Pond(Cache):
         queries: what the policy's proxy asked last.
         arena: the layers' common storage, for a policy with layer budgets; None when each layer has its own.
         host: where frames go that are not kept; None where they are forgotten.
+        rope: of the model, shown to a policy that turns keys; a session's flow sets it.
         compactions: passes so far.
         evicted: tokens forgotten so far (per head; all heads forget equally many).
     """
@@ -74,6 +76,7 @@ class Pond(Cache):
         self.arena = Arena(self.layers, [plan.slots] * geometry.layers) if policy.layer_share > 1 else None
         self._ahead = [0] * geometry.layers  # how many tokens more than the first layer each one holds
         self.host: HostTier | None = None
+        self.rope: Rope | None = None
         self.compactions = 0
         self.evicted = 0
         self._text: int | None = None  # newest text tokens that are whole in every head; None while there was no text
@@ -308,7 +311,7 @@ class Pond(Cache):
 
     def _view(self, index: int, layer: PondLayer, since: int, text: int) -> View:
         start, end = self.plan.prompt_tokens, layer.length
-        keys, values, time_us, place, _, *sums = (tensor[:, start:end] for tensor in layer.tensors())
+        keys, values, time_us, place, positions, *sums = (tensor[:, start:end] for tensor in layer.tensors())
         protected = time_us >= since
         if self._text is not None:
             for head in range(protected.shape[0]):
@@ -331,6 +334,8 @@ class Pond(Cache):
             queries=self.queries.layer(index) if self.policy.proxy else None,
             prompt_keys=layer.keys[0, :, :start] if self.policy.proxy else None,
             sums=sums[0] if sums else None,
+            positions=positions,
+            rope=self.rope,
         )
 
     def kept(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -381,4 +386,5 @@ class Pond(Cache):
         other._recent = self._recent.copy()
         other.queries.adopt(self.queries)
         other.host = None if self.host is None else self.host.fork()
+        other.rope = self.rope
         return other

@@ -101,21 +101,19 @@ class Recall:
 
 
 def nearest(host: HostTier, index: int, query: Tensor, most: int, chunk: int) -> Tensor:
-    """The frames whose mean key points most in the query's direction, best first: int64 [at most `most`], their numbers.
+    """The frames whose mean key has the largest dot product with the query, best first: int64 [at most `most`], their numbers.
 
-    A frame's score is the sum over KV heads of cos(query, mean key), as in ReKV (arXiv 2503.00540), there for all heads at once.
+    Over all KV heads at once, as in ReKV's program, where the function is called a cosine and divides by no length.
 
     Args:
         query: float32 [H, D], a layer's mean query, averaged over the heads that share a KV head.
         chunk: mean keys of one head that are on the device at a time.
     """
     device = query.device
-    unit = torch.nn.functional.normalize(query, dim=-1)[:, :, None]
     best = torch.empty(0, device=device)
     numbers = torch.empty(0, dtype=torch.int64, device=device)
-    for first, sums in host.sums(index, max(1, chunk // query.shape[0])):
-        keys = sums.to(device)
-        scores = ((keys @ unit)[:, :, 0] / keys.norm(dim=-1).clamp_min(1e-12)).sum(dim=0)
+    for first, sums, sizes in host.sums(index, max(1, chunk // query.shape[0])):
+        scores = (sums.to(device) @ query[:, :, None])[:, :, 0].sum(dim=0) / sizes.to(device)
         best = torch.cat([best, scores])
         numbers = torch.cat([numbers, torch.arange(first, first + len(scores), device=device)])
         order = best.topk(min(most, len(best))).indices

@@ -312,5 +312,6 @@ def _packed_view(layer: TieredLayer, view: View, start: int) -> tuple[View, Tens
         sums=sums,
         deeper=None,
         carry=None,
+        positions=None,
     )
     return shown, order

@@ -18,7 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from millpond.accuracy.table import Accuracy, wilson
+from millpond.accuracy.intervals import Accuracy, wilson
 from millpond.streams import Stream, generate
 
 if TYPE_CHECKING:

@@ -119,7 +119,7 @@ class Cake(Allocator):
         return [max(0.0, entropy) ** (1 / self.tau1) * variance ** (1 / self.tau2) for entropy, variance in spreads]
 
     def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
-        return attention_scratch(max(chunk, self.window), head_dim, chunk)
+        return attention_scratch(max(chunk, self.window), head_dim, chunk) + 16 * tokens  # where the window lies
 
 
 @dataclass(frozen=True)

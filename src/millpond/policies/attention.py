@@ -1,8 +1,8 @@
 """Attention of a few proxy queries over the whole memory, in chunks: softmax(q k / sqrt(D)) over the prompt and the view.
 
 A first pass gathers each row's log-sum-exp, a second one what is wanted of the probabilities; the w x n matrix is never held.
-Every query sees all of the memory and the prompt: there is no causal mask among the latest tokens, and the proxy's own keys,
-which a compaction never sees, do not count. Knows nothing about where the queries come from.
+The latest tokens' queries see what their model showed them: nothing newer than themselves. A proxy text's queries see all of the
+memory and the prompt; the text's own keys, which a compaction never sees, do not count. Knows nothing about what asks.
 """
 
 from __future__ import annotations
@@ -12,29 +12,36 @@ from torch import Tensor
 
 from millpond import native
 from millpond.errors import PolicyError
-from millpond.policies.base import View
+from millpond.policies.base import TEXT, View
 
 __all__ = ["add_columns", "attention_moments", "attention_scratch", "attention_spread", "proxy_attention"]
 
 
-def proxy_attention(view: View) -> Tensor:
+def proxy_attention(view: View, *, latest: bool) -> Tensor:
     """Mean over the proxy's queries and the group's heads of the attention on each token: float32 [H, n].
+
+    Args:
+        latest: whether the queries are those of the latest tokens, which see nothing newer than themselves.
 
     Raises:
         PolicyError: the view shows no queries.
     """
     queries, prompt = _proxy(view)
     out = torch.zeros(view.heads, view.tokens, device=view.keys.device)
+    at_once = max(1, view.chunk)
     for head, row in enumerate(out):
         rows = queries[head].flatten(0, 1)
-        for part in rows.split(max(1, view.chunk)):
-            add_columns(part, prompt[head], view.keys[head], row, view.chunk)
+        own = _own(view, head).repeat(queries.shape[1]) if latest else None
+        for first in range(0, rows.shape[0], at_once):
+            part = slice(first, first + at_once)
+            last = None if own is None else own[part]
+            add_columns(rows[part], prompt[head], view.keys[head], row, view.chunk, last)
         row /= rows.shape[0]
     return out
 
 
 def attention_moments(view: View) -> tuple[Tensor, Tensor]:
-    """Mean and variance over the proxy's queries of the attention on each token: float32 [H, n] each.
+    """Mean and variance over the latest tokens' queries of their attention on each token: float32 [H, n] each.
 
     Both are taken for each query head over its w rows (the variance unbiased; 0 for a single row), then averaged over the group.
 
@@ -45,18 +52,19 @@ def attention_moments(view: View) -> tuple[Tensor, Tensor]:
     group, count = queries.shape[1:3]
     mean, variance = torch.zeros(2, view.heads, view.tokens, device=view.keys.device)
     for head in range(view.heads):
+        own, keys = _own(view, head), view.keys[head]
         if all(
-            native.attention(_scaled(rows), prompt[head], view.keys[head], sums=mean[head], variances=variance[head])
+            native.attention(_scaled(rows), prompt[head], keys, last=own, sums=mean[head], variances=variance[head])
             for rows in queries[head]
         ):
             mean[head] /= group * count
             variance[head] /= group
             continue
         for members in queries[head].split(max(1, view.chunk // count)):
-            scaled = _scaled(members.flatten(0, 1))
-            level = _levels(scaled, prompt[head], view.keys[head], view.chunk)
+            scaled, last = _scaled(members.flatten(0, 1)), own.repeat(members.shape[0])
+            level = _levels(scaled, prompt[head], keys, view.chunk, last)
             for first in range(0, view.tokens, view.chunk):
-                rows = _scores(scaled, view.keys[head], first, view.chunk).sub_(level[:, None]).exp_()
+                rows = _scores(scaled, keys, first, view.chunk, last).sub_(level[:, None]).exp_()
                 share = rows.unflatten(0, members.shape[:2])
                 middle = share.mean(1, keepdim=True)
                 mean[head, first : first + view.chunk] += middle.sum((0, 1)) / group
@@ -67,7 +75,7 @@ def attention_moments(view: View) -> tuple[Tensor, Tensor]:
 
 
 def attention_spread(view: View) -> tuple[float, float]:
-    """How wide and how changing the proxy's attention on one layer is, its own (the latest) tokens left out as keys.
+    """How wide and how changing the latest tokens' attention on one layer is, on all others but themselves.
 
     Returns:
         The entropy -sum p log p over query heads, queries and keys; the sum over query heads and keys of the variance over the
@@ -80,20 +88,21 @@ def attention_spread(view: View) -> tuple[float, float]:
     count, entropy, variance = queries.shape[2], 0.0, 0.0
     others = max(0, view.tokens - count)
     for head in range(view.heads):
+        own, keys = _own(view, head), view.keys[head]
         totals = [
-            native.attention(_scaled(rows), prompt[head], view.keys[head], counted=others) for rows in queries[head]
+            native.attention(_scaled(rows), prompt[head], keys, last=own, counted=others) for rows in queries[head]
         ]
         if None not in totals:
             entropy += sum(one[0] for one in totals if one)
             variance += sum(one[1] for one in totals if one)
             continue
         for members in queries[head].split(max(1, view.chunk // count)):
-            scaled = _scaled(members.flatten(0, 1))
-            level = _levels(scaled, prompt[head], view.keys[head], view.chunk)
+            scaled, last = _scaled(members.flatten(0, 1)), own.repeat(members.shape[0])
+            level = _levels(scaled, prompt[head], keys, view.chunk, last)
             for first in range(0, others, view.chunk):
-                logs = _scores(scaled, view.keys[head, :others], first, view.chunk).sub_(level[:, None])
+                logs = _scores(scaled, keys[:others], first, view.chunk, last).sub_(level[:, None])
                 share = logs.exp()
-                entropy -= float(logs.mul_(share).sum())
+                entropy -= float(logs.mul_(share).nan_to_num_(0).sum())
                 if count > 1:
                     variance += float(share.unflatten(0, members.shape[:2]).var(dim=1).sum())
     return entropy, variance
@@ -127,6 +136,19 @@ def _proxy(view: View) -> tuple[Tensor, Tensor]:
     if view.queries is None or view.prompt_keys is None or view.queries.shape[2] == 0:
         raise PolicyError("there are no proxy queries to score the memory by: only a Session shows them to a policy")
     return view.queries, view.prompt_keys
+
+
+def _own(view: View, head: int) -> Tensor:
+    """Where the latest tokens, whose queries are shown, lie among a head's: int64 [w].
+
+    Remembered turns came behind them and asked nothing. Of those that are gone already, the place of the oldest that is left.
+    """
+    assert view.queries is not None
+    count = view.queries.shape[2]
+    own = (view.place[head, :, 0] != TEXT).nonzero()[-count:, 0]
+    if not len(own):
+        own = torch.full((1,), view.tokens - 1, device=own.device)
+    return torch.cat([own[:1].expand(count - len(own)), own])
 
 
 def _scaled(queries: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from millpond.resumable import Move
 
 if TYPE_CHECKING:
     from millpond.cache.tier import Tier
+    from millpond.positions import Rope
 
 __all__ = ["LAYER_SHARE", "SEPARATOR", "TEXT", "Policy", "View", "check_between", "keep_top"]
 
@@ -62,6 +63,8 @@ class View:
         carry: float32 [H, n], to be written: what the policy leaves for the next shallower layer; NaN where it leaves nothing.
             None unless the policy is `deepest_first`, and where packed tokens are chosen from.
         change: what carries `millpond.policies.merging.change` out in the cache; None: it is run at once.
+        positions: int32 [H, n, axes], at which each key is rotated; None where packed tokens are chosen from.
+        rope: the rotary embedding, to turn keys to another position; None outside a session.
     """
 
     keys: Tensor
@@ -79,6 +82,8 @@ class View:
     deeper: Tensor | None = None
     carry: Tensor | None = None
     change: Callable[[int, Move], None] | None = None
+    positions: Tensor | None = None
+    rope: Rope | None = None
 
     @property
     def heads(self) -> int:

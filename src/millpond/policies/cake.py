@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
-from torch.nn.functional import avg_pool1d
 
 from millpond.errors import PolicyError
 from millpond.policies.attention import attention_moments, attention_scratch
 from millpond.policies.base import Policy, View, keep_top
-from millpond.policies.snapkv import keep_window
+from millpond.policies.snapkv import keep_window, pool_in_front
 
 __all__ = ["CAKE"]
 
@@ -24,18 +23,17 @@ class CAKE(Policy):
 
         score(i) = pool over 5 neighbours of  mean_w(A_i) + gamma * var_w(A_i),
 
-    with A the attention of the window's w queries. Mean and variance are taken per query head, then averaged over a KV head's
+    with A the attention of the window's w queries, none of which sees a newer token; only tokens in front of the window are pooled, both
+    as in the authors' program (antgroup/cakekv). Mean and variance are taken per query head, then averaged over a KV head's
     group. Every layer keeps equally many tokens here; the paper's budgets by a layer's entropy and variance are an allocator's.
 
     Attributes:
         window: latest tokens that ask. Published: 32.
-        gamma: weight of the variance. Published: 200.
+        gamma: weight of the variance. Published: 200, the default of the authors' experiments.
     """
 
     name: ClassVar[str] = "cake"
-    source: ClassVar[str] = (
-        "Qin et al., CAKE, ICLR 2025 (arXiv 2503.12491): cache and scoring code, the value of gamma from notes"
-    )
+    source: ClassVar[str] = "Qin et al., CAKE, ICLR 2025 (arXiv 2503.12491): code"
     proxy: ClassVar[Literal["latest"]] = "latest"
 
     window: int = 32
@@ -55,8 +53,7 @@ class CAKE(Policy):
         scores, variance = attention_moments(view)
         scores += variance.mul_(self.gamma)
         del variance
-        for row in scores:
-            row.copy_(avg_pool1d(row[None], _KERNEL, stride=1, padding=_KERNEL // 2)[0])
+        pool_in_front(scores, self.window, _KERNEL)
         return keep_top(scores, keep_window(view, self.window, slots), slots)
 
     def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from math import exp
 from typing import ClassVar, Literal
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from millpond.errors import PolicyError
 from millpond.policies.attention import attention_scratch, proxy_attention
 from millpond.policies.base import Policy, View, check_between, keep_top
-from millpond.policies.merging import fold, fold_scratch
+from millpond.policies.merging import change
+from millpond.resumable import Steps
 
 __all__ = ["HERMES"]
 
@@ -24,7 +26,7 @@ class HERMES(Policy):
         score(i) = (1 - a) * attention(i) + a * recency(i),    recency(i) = exp(-k * d_i),
 
     d_i from 0 (latest) to 1 (oldest). The first `shallow` share of the layers takes a = 1, the last `deep` share a = 0; between,
-    with p running from 0 to 1, a = 0.75 - 0.6 p and k = 20 - 12 p. From the deepest layer up, each one's scores are blended with
+    with p running from 0 to 1, a = 1 - 0.9 p and k = 20 - 19.5 p. From the deepest layer up, each one's scores are blended with
     what this gave for the same tokens in the next deeper one:
 
         blended_l(i) = (1 - g) * score_l(i) + g * blended_l+1(i),
@@ -32,32 +34,39 @@ class HERMES(Policy):
     g = 0.4 in the last `deep` share, 0.1 in the first `shallow` share, 0.3 between. So shallow layers go by recency and a tenth of
     the deeper score.
 
-    The last `deep` share of the layers fold what they forget into their oldest token, which stays: key and value become the mean over
-    both, rotary embedding applied; each compaction folds on, with no memory of how many tokens the mean stands for.
+    The last `deep` share of the layers sum up what they forget: one of their slots goes to the mean of the values of all forgotten
+    tokens, and of their keys, turned to one position before they are averaged. In the next compaction that token is one like any
+    other: it competes by the attention that it gets, and counts as one in the next mean.
 
-    Ours: a token is blended with itself, in the same head; theirs with what lies at the same index of the next layer, stretched
-    where lengths differ, which is another token from the second compaction on. A token that the next deeper layer no longer holds
-    keeps its own score, and so do text and separators, which have no place to know them by. The chat template's tokens ask for every
-    layer, where the authors run three generic questions (and earlier turns of the user, which would not be agnostic); heads choose
-    for themselves, where theirs share the mean over heads. Positions are the session's matter (`positions="contiguous"`).
+    Published: what the authors' program runs (haowei-freesky/HERMES, b505d95; `load_model` in llavaov_online_official.py). It sets a
+    `shallow` share of 0.1 where its class has 0.3. A share is rounded down to whole layers, so that a model of fewer than ten layers,
+    such as Minnow with four, has no shallow layer at 0.1; its first layer begins the mix, with a = 1.
+
+    Ours: theirs appends the summary behind everything that it keeps, one position further; here no token can be added, so the summary
+    takes the slot of the latest token that is forgotten, with its position, time and place. A token is blended with itself, in the
+    same head; theirs with what lies at the same index of the next layer, stretched where lengths differ, which is another token
+    from the second compaction on. A token that the next deeper layer no longer holds keeps its own score, and so do text and
+    separators, which have no place to know them by. The chat template's tokens ask for every layer, where the authors run three
+    generic questions (and earlier turns of the user, which would not be agnostic); heads choose for themselves, where theirs share
+    the mean over heads. The latest frame is protected, theirs competes. Positions are the session's matter (`positions="contiguous"`).
 
     Attributes:
-        shallow: share of the layers whose own score is recency alone. Published: 0.3.
+        shallow: share of the layers whose own score is recency alone. Published: 0.1.
         deep: share of the layers whose own score is attention alone. Published: 0.3.
-        recency: weight a where the mix begins. Published: 0.75.
-        fade: by how much a falls over the mix. Published: 0.6.
+        recency: weight a where the mix begins. Published: 1.
+        fade: by how much a falls over the mix. Published: 0.9.
     """
 
     name: ClassVar[str] = "hermes"
-    source: ClassVar[str] = "Zhang et al., HERMES, 2026 (arXiv 2601.14724): code, by its later version"
+    source: ClassVar[str] = "Zhang et al., HERMES, 2026 (arXiv 2601.14724): code, commit b505d95"
     proxy: ClassVar[Literal["prompt"]] = "prompt"
     merges: ClassVar[bool] = True
     deepest_first: ClassVar[bool] = True
 
-    shallow: float = 0.3
+    shallow: float = 0.1
     deep: float = 0.3
-    recency: float = 0.75
-    fade: float = 0.6
+    recency: float = 1.0
+    fade: float = 0.9
 
     def __post_init__(self) -> None:
         check_between(self, 0, 1, "shallow", "deep", "recency", "fade")
@@ -68,21 +77,24 @@ class HERMES(Policy):
         scores = self._blended(view)
         if view.carry is not None:
             view.carry.copy_(scores)
-        must = view.protected
-        if self._folds(view) and int(must[0].sum()) < slots:
-            must = must.clone()
-            must[:, 0] = True
-        return keep_top(scores, must, slots)
+        return self._chosen(view, scores, slots)[0]
 
     def merge(self, view: View, keep: Tensor) -> None:
-        if not self._folds(view):
-            return
-        for head in range(view.heads):
-            if int(keep[head, 0]) != 0:
-                continue  # room for nothing but what is protected
-            owner = torch.zeros(view.tokens, dtype=torch.int64, device=keep.device)
-            owner[keep[head, 1:]] = -1
-            fold(view, head, owner, torch.ones(view.tokens, device=keep.device))
+        if self._sums_up(view, keep.shape[1]):
+            scores = self._blended(view) if view.carry is None else view.carry.clone()  # those that chose
+            summaries = self._chosen(view, scores, keep.shape[1])[1]
+            for head, summary in enumerate(summaries.tolist()):
+                _sum_up(view, head, keep[head], summary)
+
+    def _chosen(self, view: View, scores: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+        """What stays, int64 [H, slots], and which of it becomes the summary, int64 [H]: the latest token that did not earn a slot."""
+        if not self._sums_up(view, slots):
+            return keep_top(scores, view.protected, slots), scores.new_empty(0, dtype=torch.int64)
+        best = keep_top(scores, view.protected, slots - 1)
+        gone = torch.ones(view.heads, view.tokens, dtype=torch.bool, device=best.device).scatter_(1, best, False)
+        order = torch.arange(view.tokens, dtype=torch.int32, device=best.device)
+        summaries = torch.where(gone, order, -1).amax(1).long()
+        return torch.cat([best, summaries[:, None]], dim=1).sort(dim=1).values, summaries
 
     def _blended(self, view: View) -> Tensor:
         """Every token's score, with its share of the next deeper layer's: float32 [H, n]."""
@@ -90,7 +102,7 @@ class HERMES(Policy):
         if weight == 1:
             scores = _recency(view.tokens, steepness, view.keys.device).repeat(view.heads, 1)
         else:
-            scores = proxy_attention(view)
+            scores = proxy_attention(view, latest=False)
             for row in scores:
                 low = row.min()
                 row.sub_(low).div_(row.max() + 1e-6)
@@ -101,9 +113,10 @@ class HERMES(Policy):
                 row.lerp_(torch.where(deeper.isnan(), row, deeper), share)
         return scores
 
-    def _folds(self, view: View) -> bool:
-        """In a deep layer, unless its oldest token is protected."""
-        return view.layer >= int(view.layers * (1 - self.deep)) and not bool(view.protected[:, 0].any())
+    def _sums_up(self, view: View, slots: int) -> bool:
+        """In a deep layer, where there is room for more than what is protected and one token."""
+        room = slots - int(view.protected[0].sum())
+        return view.layer >= int(view.layers * (1 - self.deep)) and room > 0 and slots > 1
 
     def mix(self, layer: int, layers: int) -> tuple[float, float, float]:
         """The weight of recency in a layer, how steeply recency falls, and the share of the next deeper layer's score."""
@@ -113,11 +126,48 @@ class HERMES(Policy):
         if layer >= last:
             return 0.0, 0.0, 0.4
         progress = (layer - first) / (last - first)
-        return self.recency - self.fade * progress, 20 - 12 * progress, 0.3
+        return self.recency - self.fade * progress, 20 - 19.5 * progress, 0.3
 
     def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
         choice = super().scratch(heads, tokens, head_dim, block, chunk) + attention_scratch(chunk, head_dim, chunk)
-        return max(choice, 8 * heads * tokens + fold_scratch(tokens, head_dim, chunk)) + 2 * heads * tokens
+        # The choice once more with the summary, twice while it is sorted; which tokens go, and their order.
+        summing = (8 + 16 + 8 + 1 + 4) * heads * tokens
+        return max(choice, summing, 12 * heads * tokens + _mean_scratch(tokens, head_dim, chunk)) + 4 * heads * tokens
+
+
+def _sum_up(view: View, head: int, keep: Tensor, summary: int) -> None:
+    """Make a kept token the mean of itself and of all that is forgotten; keys are turned to its position first.
+
+    Keys or values that are not finite numbers count for nothing; where nothing counts, nothing changes.
+    """
+    if view.positions is None or view.rope is None:
+        raise PolicyError("hermes: nobody showed positions to turn keys along: only a Session does")
+    gone = torch.ones(view.tokens, dtype=torch.bool, device=keep.device)
+    gone[keep] = False
+    gone[summary] = True
+    keys, values, positions = view.keys[head], view.values[head], view.positions[head]
+    totals, count = torch.zeros(2, keys.shape[1], device=keys.device), 0
+    for part in gone.nonzero()[:, 0].split(max(1, view.chunk)):
+        turned, own = keys[part].float(), values[part].float()
+        sound = turned.isfinite().all(1) & own.isfinite().all(1)
+        view.rope.rotate_(turned, (positions[summary] - positions[part]).long())
+        for total, rows in zip(totals, (turned, own), strict=True):
+            total += rows.masked_fill_(~sound[:, None], 0).sum(0)
+        count += int(sound.sum())
+    if count:
+        mean = totals / count
+        change(
+            view,
+            head,
+            Steps(partial(tensor[summary].copy_, own) for tensor, own in zip((keys, values), mean, strict=True)),
+        )
+
+
+def _mean_scratch(tokens: int, head_dim: int, chunk: int) -> int:
+    """The most bytes that `_sum_up` allocates: masks, a chunk of keys and values, and what turns keys (float64 angles and halves)."""
+    return (
+        12 * tokens + chunk * (2 * 4 * head_dim + 2 * head_dim + (3 * 8 + 7 * 4) * head_dim // 2 + 96) + 32 * head_dim
+    )
 
 
 def _recency(tokens: int, steepness: float, device: torch.device) -> Tensor:

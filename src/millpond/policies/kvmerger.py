@@ -57,7 +57,7 @@ class KVMerger(Policy):
 
     def keep(self, view: View, slots: int) -> Tensor:
         keep = torch.empty(view.heads, slots, dtype=torch.int64, device=view.keys.device)
-        for head, attention in enumerate(proxy_attention(view).nan_to_num_(0)):
+        for head, attention in enumerate(proxy_attention(view, latest=True).nan_to_num_(0)):
             owner = self._runs(view, head, attention, slots)
             stays = owner == torch.arange(view.tokens, device=owner.device)
             if (over := int(stays.sum()) - slots) > 0:
@@ -67,7 +67,7 @@ class KVMerger(Policy):
         return keep
 
     def merge(self, view: View, keep: Tensor) -> None:
-        for head, attention in enumerate(proxy_attention(view).nan_to_num_(0)):
+        for head, attention in enumerate(proxy_attention(view, latest=True).nan_to_num_(0)):
             owner = self._runs(view, head, attention, keep.shape[1])
             stays = torch.zeros(view.tokens, dtype=torch.bool, device=keep.device)
             stays[keep[head]] = True

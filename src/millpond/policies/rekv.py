@@ -18,19 +18,21 @@ __all__ = ["ReKV"]
 class ReKV(Policy):
     """Keep the latest tokens; what leaves them goes to host memory, from which a question recalls whole frames.
 
-    The pinned prompt is the sink. A question recalls, in each layer by itself, the frames whose mean key is most like its mean
-    query (`millpond.cache.recall`); they are dropped again behind it. Needs `Session(host_budget=)`.
+    The pinned prompt is the sink. A question recalls, in each layer by itself, the frames whose mean key has the
+    largest dot product with its mean query over all heads (`millpond.cache.recall`); they are dropped again behind it. Needs `Session(host_budget=)`.
 
-    Differences to the published method: host memory has a cap, and when it is full the oldest frames are forgotten; under a small
-    device budget fewer frames are recalled (half of what lies behind the prompt, at least one; `Plan.recall_frames`); likeness is a sum
-    of one cosine a KV head, over queries averaged within the head's group; text that leaves the window is forgotten.
+    Differences to the authors' program (Becomebright/ReKV): a question there sees the sink and what it recalls, and nothing of the
+    window but what it recalls of it, all frames so far being there to be recalled; here it sees the window too, which lies on the device
+    anyway, and recalls from what has left it. Host memory has a cap, and when it is full the oldest frames are forgotten; under a
+    small device budget fewer frames are recalled (half of what lies behind the prompt, at least one; `Plan.recall_frames`). The mean
+    query runs over the whole turn, theirs over the question's text; text that leaves the window is forgotten.
 
     Attributes:
         frames: frame groups that a question recalls. Published: 64.
     """
 
     name: ClassVar[str] = "rekv"
-    source: ClassVar[str] = "Di et al., ReKV, ICLR 2025 (arXiv 2503.00540): notes on the paper and its released code"
+    source: ClassVar[str] = "Di et al., ReKV, ICLR 2025 (arXiv 2503.00540): code"
 
     frames: int = 64
 

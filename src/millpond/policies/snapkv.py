@@ -12,7 +12,7 @@ from millpond.errors import PolicyError
 from millpond.policies.attention import attention_scratch, proxy_attention
 from millpond.policies.base import Policy, View, keep_top
 
-__all__ = ["SnapKV", "keep_window"]
+__all__ = ["SnapKV", "keep_window", "pool_in_front"]
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,10 @@ class SnapKV(Policy):
 
         score(i) = pool over `kernel` neighbours of  mean over the window's queries q and the group's heads of softmax(q k_i / sqrt(D)).
 
-    The window is the end of the frames that ran last, so no question reaches it. Neighbours are the tokens beside each other in
-    memory, as published. Published for multi-head attention; the mean over a KV head's group is ours. The softmax has no causal
-    mask within the window (millpond.policies.attention), where the published one has; only tokens that are kept anyway gain.
+    As in the authors' program (FasterDecoding/SnapKV) and kvpress, the window's tokens see nothing newer than themselves and only the
+    tokens in front of the window are pooled, with those beside them in memory. The window is the end of the frames that ran last, so
+    no question reaches it; what a remembered turn said behind them is part of the window and does not ask. Published for
+    multi-head attention; the mean over a KV head's group is kvpress's.
 
     Attributes:
         window: latest tokens that ask. Published: 32.
@@ -32,7 +33,7 @@ class SnapKV(Policy):
     """
 
     name: ClassVar[str] = "snapkv"
-    source: ClassVar[str] = "Li et al., SnapKV, 2024 (arXiv 2404.14469): notes on paper and code, constructors in code"
+    source: ClassVar[str] = "Li et al., SnapKV, 2024 (arXiv 2404.14469): code"
     proxy: ClassVar[Literal["latest"]] = "latest"
 
     window: int = 32
@@ -52,15 +53,23 @@ class SnapKV(Policy):
         return self.window
 
     def keep(self, view: View, slots: int) -> Tensor:
-        scores = proxy_attention(view)
-        pool = functional.avg_pool1d if self.pooling == "avg" else functional.max_pool1d
-        for row in scores:
-            row.copy_(pool(row[None], self.kernel, stride=1, padding=self.kernel // 2)[0])
+        scores = proxy_attention(view, latest=True)
+        pool_in_front(scores, self.window, self.kernel, self.pooling)
         return keep_top(scores, keep_window(view, self.window, slots), slots)
 
     def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
         choice = super().scratch(heads, tokens, head_dim, block, chunk) + heads * tokens
         return choice + attention_scratch(chunk, head_dim, chunk)
+
+
+def pool_in_front(scores: Tensor, window: int, kernel: int, pooling: Literal["avg", "max"] = "avg") -> None:
+    """Pool the scores, float32 [H, n], of the tokens in front of the latest `window` over `kernel` neighbours, in place."""
+    count = scores.shape[1] - window
+    if count < 1:
+        return
+    pool = functional.avg_pool1d if pooling == "avg" else functional.max_pool1d
+    for row in scores[:, :count]:
+        row.copy_(pool(row[None], kernel, stride=1, padding=kernel // 2)[0])
 
 
 def keep_window(view: View, window: int, slots: int) -> Tensor:

@@ -42,7 +42,7 @@ class StreamMem(Policy):
         check_between(self, 0, 1, "prototypes")
 
     def keep(self, view: View, slots: int) -> Tensor:
-        scores = proxy_attention(view).nan_to_num_(0)
+        scores = proxy_attention(view, latest=False).nan_to_num_(0)
         room = min(int(self.prototypes * slots), slots - int(view.protected[0].sum()))
         keep = keep_top(scores.clone(), view.protected, slots)
         must = view.protected.clone()
@@ -52,7 +52,7 @@ class StreamMem(Policy):
         return keep_top(scores, must, slots)
 
     def merge(self, view: View, keep: Tensor) -> None:
-        for head, attention in enumerate(proxy_attention(view).nan_to_num_(0)):
+        for head, attention in enumerate(proxy_attention(view, latest=False).nan_to_num_(0)):
             times, group = view.time_us[head].unique_consecutive(return_inverse=True)
             stays = torch.zeros(view.tokens, dtype=torch.bool, device=keep.device)
             stays[keep[head]] = True
