@@ -1,7 +1,7 @@
 """Plans: what every schedule must satisfy, what it costs, and what a budget buys."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from millpond.errors import BudgetError
@@ -9,6 +9,8 @@ from millpond.recompute import RecomputeError, plan
 from millpond.recompute.closed_form import hidden_forwards, internal_forwards
 from millpond.recompute.schedule import Op
 from millpond.recompute.table import build_table, mixed_table
+
+from .test_table import exhaustive
 
 
 def play(length, actions):
@@ -90,16 +92,41 @@ def test_a_budget_is_a_ceiling(length, hidden, more, room, strategy) -> None:
     assert peak <= made.peak_bytes <= internal + room
 
 
-@pytest.mark.parametrize("internal", [5, 9])
-def test_mixed_is_never_worse_than_either(internal: int) -> None:
-    for budget in range(internal, 40 * internal, 3):
-        sizes = {"length": 50, "budget": budget, "hidden_bytes": 2, "internal_bytes": internal}
-        mixed = plan(**sizes).forwards
-        assert mixed <= min(plan(**sizes, strategy=s).forwards for s in ("hidden", "internal"))
+def plans_within(budget: int, length: int, hidden: int, internal: int):
+    """The plan of every strategy for one budget in bytes."""
+    sizes = {"length": length, "budget": budget, "hidden_bytes": hidden, "internal_bytes": internal}
+    return {name: plan(**sizes, strategy=name) for name in ("auto", "hidden", "internal")}
 
 
-def test_units_finer_than_a_hidden_state_waste_less() -> None:
-    """An internal state of 4.5 hidden ones: whole units would round it up to 5."""
+@settings(max_examples=60, deadline=None)
+@given(length=st.integers(1, 5), hidden=st.integers(1, 9), more=st.integers(0, 25), room=st.integers(0, 90))
+@example(length=2, hidden=5, more=12, room=17)
+def test_a_budget_in_bytes_buys_the_optimum_over_all_schedules(length, hidden, more, room) -> None:
+    internal = hidden + more
+    made = plan(length=length, budget=internal + room, hidden_bytes=hidden, internal_bytes=internal)
+    assert made.exact
+    assert made.forwards == exhaustive(length, room, hidden, internal)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    length=st.integers(1, 120), hidden=st.integers(1, 5000), ratio=st.floats(1, 12), share=st.floats(0, 0.5, width=32)
+)
+def test_auto_is_never_worse_than_either_kind_alone(length, hidden, ratio, share) -> None:
+    internal = int(hidden * ratio)
+    plans = plans_within(internal + int(share * length * internal), length, hidden, internal)
+    assert plans["auto"].forwards <= min(plans["hidden"].forwards, plans["internal"].forwards)
+
+
+@pytest.mark.parametrize(("hidden", "internal", "states"), [(1009, 1013, 60), (1009, 4567, 26)])
+def test_auto_is_never_worse_where_a_table_in_bytes_would_be_too_large(hidden, internal, states) -> None:
+    plans = plans_within(internal * states, 1000, hidden, internal)
+    assert not plans["auto"].exact
+    assert plans["auto"].forwards <= min(plans["hidden"].forwards, plans["internal"].forwards)
+
+
+def test_the_unit_divides_both_states() -> None:
+    """An internal state of 4.5 hidden ones: whole hidden states as units would round it up to 5."""
     made = plan(length=200, budget=4500 + 40_000, hidden_bytes=1000, internal_bytes=4500)
     assert (made.hidden_units, made.internal_units, made.slots) == (2, 9, 80)
     assert made.forwards < build_table(200, 40, 1, 5, window=None).forwards(200, 40)
