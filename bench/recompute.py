@@ -1,21 +1,31 @@
 """Time and peak memory of backpropagation through time: plain, checkpointed every sqrt(T) steps, and planned.
 
     python bench/recompute.py --out bench/results/recompute.json
+    python bench/recompute.py --sections processes --batch 64 --width 512 --repeats 2
 
-One LSTM, one sequence, a loss at every step. All methods run in one process, in a new order in every repetition, and are
-compared with the plain run of the same repetition, in wall time and in processor time, because the machine may be shared.
-Peak memory comes from separate runs in which every tensor that appears is weighed and followed by a weak reference;
-tensors shaped like a parameter (gradients) are left out, for all methods alike.
+One LSTM, one sequence, a loss at every step. Sections that are not run stay in the file as they are.
+
+comparison: all methods run in one process, in a new order in every repetition, and are compared with the plain run of
+the same repetition, in wall time and in processor time, because the machine may be shared. Peak memory comes from
+separate runs in which every tensor that appears is weighed and followed by a weak reference; tensors shaped like a
+parameter (gradients) are left out, for all methods alike.
+
+processes: every run is a process of its own, and its memory is the kernel's high-water mark of that process, less that
+of a process which runs the sequence forward without a graph.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import math
+import os
 import platform
 import random
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 import weakref
@@ -330,30 +340,93 @@ def theory() -> dict[str, Any]:
 
 
 def planning() -> dict[str, Any]:
-    """Seconds to plan, and how far a bounded search is from the optimum where both can be had."""
+    """Processor seconds to plan, and how far a bounded search is from the optimum where both can be had."""
     seconds = {}
     for length, slots in ((1000, 50), (1000, 250), (1000, 1000), (10_000, 50), (10_000, 500), (10_000, 5000)):
-        start = time.perf_counter()
+        start = time.process_time()
         plan = recompute.plan(length=length, slots=slots, hidden_bytes=1, internal_bytes=7)
         seconds[f"T={length}, {slots} units"] = {
-            "seconds": round(time.perf_counter() - start, 2),
+            "seconds": round(time.process_time() - start, 2),
             "exact": plan.exact,
             "forwards_per_step": plan.forwards_per_step,
         }
     gaps = {}
     for length, slots, internal in ((2000, 200, 2), (2000, 200, 5), (2000, 200, 9), (2000, 200, 20), (10_000, 40, 5)):
-        start = time.perf_counter()
+        start = time.process_time()
         exact = build_table(length, slots, 1, internal, window=None).counts[0, :, 1:].astype(float)
-        middle = time.perf_counter()
+        middle = time.process_time()
         near = build_table(length, slots, 1, internal, window=16).counts[0, :, 1:]
         gaps[f"T<={length}, units<={slots}, internal {internal}"] = {
             "largest_gap": float((near / exact).max() - 1),
             "largest_gap_at_full_length": float((near[:, -1] / exact[:, -1]).max() - 1),
             "share_of_entries_at_the_optimum": float((near == exact).mean()),
             "exact_seconds": round(middle - start, 2),
-            "bounded_seconds": round(time.perf_counter() - middle, 2),
+            "bounded_seconds": round(time.process_time() - middle, 2),
         }
     return {"seconds": seconds, "bounded_search": gaps}
+
+
+SHARES = (0.01, 0.05, 0.2)
+
+
+def one_process(task: Task, name: str) -> dict[str, Any]:
+    """In a child: run one method once. A plan is made before the clock starts, as it is kept for later runs.
+
+    Every child imports what an optimiser would (torch's compiler, about 70 MiB), so that no method is charged for it.
+    """
+    torch.optim.SGD(task.cell.parameters())
+    size = recompute.measure(task.step, task.inputs[0], task.state)
+    full = task.length * size.internal_bytes
+    facts: dict[str, Any] = {"plain_bytes_by_the_model": full}
+    runs = {"forward only": run_forward, "plain": run_plain, "sqrt(T)": run_sqrt}
+    if name in runs:
+        seconds = timed(lambda: runs[name](task), task.cell)
+    else:
+        budget = round(float(name) * full)
+        sizes = {"hidden_bytes": size.hidden_bytes, "internal_bytes": size.internal_bytes}
+        plan = recompute.plan(length=task.length, budget=budget, **sizes)
+        facts |= {"budget_bytes": budget, "planned_peak_bytes": plan.peak_bytes, "forwards": plan.forwards}
+        seconds = timed(lambda: run_planned(task, budget, "auto"), task.cell)
+    return {**facts, "processor_seconds": seconds.processor}
+
+
+def processes(options: argparse.Namespace) -> dict[str, Any]:
+    """Every method in a process of its own; resident memory seen from outside.
+
+    The processes of a repetition run side by side, so that whatever else the machine does slows all of them.
+    """
+    names = ["forward only", "plain", "sqrt(T)", *map(str, SHARES)]
+    shape = ["--length", str(options.length), "--batch", str(options.batch), "--width", str(options.width)]
+    methods: dict[str, dict[str, Any]] = {name: {"resident_bytes": [], "processor_seconds": []} for name in names}
+    for _ in range(options.repeats):
+        children = {
+            name: subprocess.Popen([sys.executable, __file__, *shape, "--one", name], stdout=subprocess.PIPE, text=True)
+            for name in names
+        }
+        for name, child in children.items():
+            assert child.stdout is not None
+            answer = child.stdout.read()
+            _, status, usage = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+            if child.returncode:
+                raise SystemExit(f"{name}: the process ended with {child.returncode}")
+            facts = json.loads(answer)
+            methods[name]["resident_bytes"].append(usage.ru_maxrss * 1024)
+            methods[name]["processor_seconds"].append(facts.pop("processor_seconds"))
+            methods[name] |= facts
+    for fact in methods.values():
+        above = zip(fact["resident_bytes"], methods["forward only"]["resident_bytes"], strict=True)
+        fact["mib_above_forward_only"] = [round((own - base) / 2**20, 1) for own, base in above]
+        for other in ("plain", "sqrt(T)"):
+            pairs = zip(fact["processor_seconds"], methods[other]["processor_seconds"], strict=True)
+            fact[f"times_{other}"] = [round(own / theirs, 3) for own, theirs in pairs]
+    return {
+        "command": "OMP_NUM_THREADS=1 python " + " ".join(sys.argv),
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "task": shape_of(options),
+        "methods": methods,
+    }
 
 
 def cpu_model() -> str:
@@ -365,40 +438,69 @@ def cpu_model() -> str:
     return platform.machine()
 
 
+def machine() -> dict[str, Any]:
+    return {
+        "cpu": cpu_model(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def shape_of(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "model": "LSTMCell",
+        "length": options.length,
+        "batch": options.batch,
+        "width": options.width,
+        "repeats": options.repeats,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sections = ["theory", "planning", "comparison", "processes"]
+    parser.add_argument("--sections", nargs="+", choices=sections, default=sections)
     parser.add_argument("--length", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--width", type=int, default=384, help="inputs and hidden units of the LSTM")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # the method that a child process runs
     parser.add_argument("--out", type=Path, default=Path("bench/results/recompute.json"))
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    result = json.loads(options.out.read_text()) if options.out.exists() else {}
+    if "processes" in options.sections and not options.one:  # while this process is small: a child starts at its size
+        result["processes"] = processes(options)
+        print_processes(result["processes"])
     cell = nn.LSTMCell(options.width, options.width)
     state = (torch.zeros(options.batch, options.width), torch.zeros(options.batch, options.width))
     task = Task(cell, torch.randn(options.length, options.batch, options.width), state)
-    result = {
-        "machine": {
-            "cpu": cpu_model(),
-            "threads": torch.get_num_threads(),
-            "system": platform.system(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
-        "task": {
-            "model": "LSTMCell",
-            "length": options.length,
-            "batch": options.batch,
-            "width": options.width,
-            "repeats": options.repeats,
-        },
-        "theory": theory(),
-        "planning": planning(),
-        "comparison": compare(task, options.repeats),
-    }
+    if options.one:
+        print(json.dumps(one_process(task, options.one)))
+        return
+    if "theory" in options.sections:
+        result["theory"] = theory()
+    if "planning" in options.sections:
+        result["planning"] = {**planning(), "date": datetime.date.today().isoformat()}
+    if "comparison" in options.sections:
+        result |= {"machine": machine(), "task": shape_of(options), "comparison": compare(task, options.repeats)}
+        print_comparison(result["comparison"])
     options.out.write_text(json.dumps(result, indent=1) + "\n")
-    for label, fact in result["comparison"]["methods"].items():
+
+
+def print_processes(section: dict[str, Any]) -> None:
+    for name, fact in section["methods"].items():
+        print(
+            f"{name:14} MiB above forward only: {fact['mib_above_forward_only']}  processor time / plain: "
+            f"{fact['times_plain']} / sqrt(T): {fact['times_sqrt(T)']}"
+        )
+
+
+def print_comparison(section: dict[str, Any]) -> None:
+    for label, fact in section["methods"].items():
         print(
             f"{label:34} {fact['peak_bytes'] / 2**20:8.2f} MiB  {fact['forwards_per_step']:6.3f} forwards a step  "
             + "  ".join(

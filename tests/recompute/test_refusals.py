@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from millpond import recompute
 from millpond.errors import BudgetError, MillpondError
@@ -146,12 +147,61 @@ def test_parameters_computed_from_each_other() -> None:
         (nn.Linear(3, 3), INPUTS, STATE, "argument"),
         (lambda x, h: h * x, INPUTS, STATE, r"\(output, state\)"),
         (lambda x, h: (x, h), INPUTS, (), "no tensor"),
+        (nn.LSTM(3, 3), INPUTS, None, "initial state is None"),
+        (nn.LSTM(3, 3), INPUTS, (torch.zeros(1, 4, 3),) * 2, "give an nn.LSTMCell"),
+        (nn.RNNCell(3, 3), INPUTS.transpose(0, 1), STATE, r"time must come first, .*transpose\(0, 1\)"),
         (lambda x, h: ("text", h * x), torch.ones(9, 4, 3, requires_grad=True), STATE, "consist of tensors"),
     ],
 )
 def test_bad_calls(step, inputs, state, message) -> None:
     with pytest.raises((MillpondError, TypeError), match=message):
         recompute.bptt(step, inputs, state, slots=3)
+
+
+def test_the_batch_first_without_gradients() -> None:
+    with torch.no_grad(), pytest.raises(RecomputeError, match="time must come first"):
+        recompute.bptt(nn.RNNCell(3, 3), INPUTS.transpose(0, 1), STATE, slots=3)
+
+
+def test_an_error_of_the_step_itself_passes_through() -> None:
+    def step(x, h):
+        raise RuntimeError("of its own")
+
+    with pytest.raises(RuntimeError, match=r"^of its own$"):
+        recompute.bptt(step, INPUTS, STATE, slots=3)
+
+
+CELL = nn.RNNCell(3, 3)
+
+
+def total(inputs):
+    return recompute.bptt(CELL, inputs, STATE, slots=3)[0].sum()
+
+
+def in_forward_mode(inputs):
+    with forward_ad.dual_level():
+        total(forward_ad.make_dual(inputs, inputs))
+
+
+@pytest.mark.parametrize(
+    ("transformed", "message"),
+    [
+        (torch.func.grad(total), "torch.func"),
+        (lambda inputs: torch.vmap(total)(inputs[None]), "torch.func"),
+        (in_forward_mode, "reverse mode"),
+    ],
+    ids=["grad", "vmap", "forward_ad"],
+)
+def test_transforms(transformed, message) -> None:
+    with pytest.raises(RecomputeError, match=message):
+        transformed(INPUTS)
+
+
+def test_a_batch_of_gradients() -> None:
+    inputs = INPUTS.clone().requires_grad_()
+    outputs, _ = recompute.bptt(nn.RNNCell(3, 3), inputs, STATE, slots=3)
+    with pytest.raises(RecomputeError, match="is_grads_batched"):
+        torch.autograd.grad(outputs, inputs, torch.ones(2, *outputs.shape), is_grads_batched=True)
 
 
 def test_outputs_of_different_shapes_need_a_list() -> None:

@@ -1,14 +1,16 @@
 """Plans: what every schedule must satisfy, what it costs, and what a budget buys."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from millpond.errors import BudgetError
-from millpond.recompute import RecomputeError, plan
+from millpond.recompute import RecomputeError, plan, plans, table
 from millpond.recompute.closed_form import hidden_forwards, internal_forwards
 from millpond.recompute.schedule import Op
 from millpond.recompute.table import build_table, mixed_table
+
+from .test_table import exhaustive
 
 
 def play(length, actions):
@@ -90,16 +92,49 @@ def test_a_budget_is_a_ceiling(length, hidden, more, room, strategy) -> None:
     assert peak <= made.peak_bytes <= internal + room
 
 
-@pytest.mark.parametrize("internal", [5, 9])
-def test_mixed_is_never_worse_than_either(internal: int) -> None:
-    for budget in range(internal, 40 * internal, 3):
-        sizes = {"length": 50, "budget": budget, "hidden_bytes": 2, "internal_bytes": internal}
-        mixed = plan(**sizes).forwards
-        assert mixed <= min(plan(**sizes, strategy=s).forwards for s in ("hidden", "internal"))
+def plans_within(budget: int, length: int, hidden: int, internal: int):
+    """The plan of every strategy for one budget in bytes."""
+    sizes = {"length": length, "budget": budget, "hidden_bytes": hidden, "internal_bytes": internal}
+    return {name: plan(**sizes, strategy=name) for name in ("auto", "hidden", "internal")}
 
 
-def test_units_finer_than_a_hidden_state_waste_less() -> None:
-    """An internal state of 4.5 hidden ones: whole units would round it up to 5."""
+@settings(max_examples=60, deadline=None)
+@given(length=st.integers(1, 5), hidden=st.integers(1, 9), more=st.integers(0, 25), room=st.integers(0, 90))
+@example(length=2, hidden=5, more=12, room=17)
+def test_a_budget_in_bytes_buys_the_optimum_over_all_schedules(length, hidden, more, room) -> None:
+    internal = hidden + more
+    made = plan(length=length, budget=internal + room, hidden_bytes=hidden, internal_bytes=internal)
+    assert made.exact
+    assert made.forwards == exhaustive(length, room, hidden, internal)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    length=st.integers(1, 90), hidden=st.integers(1, 5000), ratio=st.floats(1, 12), share=st.floats(0, 0.5, width=32)
+)
+def test_auto_is_never_worse_than_either_kind_alone(length, hidden, ratio, share) -> None:
+    internal = int(hidden * ratio)
+    plans = plans_within(internal + int(share * length * internal), length, hidden, internal)
+    assert plans["auto"].forwards <= min(plans["hidden"].forwards, plans["internal"].forwards)
+
+
+def test_auto_is_never_worse_where_a_table_in_bytes_would_be_too_large(monkeypatch) -> None:
+    monkeypatch.setattr(table, "_EXACT_WORK", 1e6)
+    plans._plan.cache_clear()
+    chosen = set()
+    for hidden, internal in [(1009, 1013), (1009, 4567), (1009, 1901), (997, 11_003)]:
+        for states in (3, 20, 50):
+            by_name = plans_within(internal * states + 500, 100, hidden, internal)
+            auto = by_name["auto"]
+            assert auto.forwards <= min(by_name["hidden"].forwards, by_name["internal"].forwards)
+            # The sizes have no common divisor, so units of one kind alone are bytes, and coarse ones are not.
+            chosen.add("exact" if auto.exact else "one kind" if auto.internal_units == internal else "coarse")
+    plans._plan.cache_clear()
+    assert chosen == {"exact", "coarse", "one kind"}
+
+
+def test_the_unit_divides_both_states() -> None:
+    """An internal state of 4.5 hidden ones: whole hidden states as units would round it up to 5."""
     made = plan(length=200, budget=4500 + 40_000, hidden_bytes=1000, internal_bytes=4500)
     assert (made.hidden_units, made.internal_units, made.slots) == (2, 9, 80)
     assert made.forwards < build_table(200, 40, 1, 5, window=None).forwards(200, 40)
@@ -115,11 +150,11 @@ def test_a_budget_for_everything_runs_every_step_once() -> None:
 def test_a_long_sequence_is_planned_by_a_bounded_search() -> None:
     """Beyond the exact table only splits near the last best one are tried."""
     made = plan(length=10_000, budget=4500 + 100_000, hidden_bytes=1000, internal_bytes=4500)
-    table = mixed_table(10_000, 100, 1, 5)
-    assert table is not None
+    near = mixed_table(10_000, 100, 1, 5)
+    assert near is not None
     assert not made.exact
-    assert not table.exact
-    assert made.forwards <= table.forwards(10_000, 100)
+    assert not near.exact
+    assert made.forwards <= near.forwards(10_000, 100)
     # No worse than internal or hidden states alone, whose optimum is known.
     assert made.forwards <= min(hidden_forwards(10_000, 100), internal_forwards(10_000, 22))
 

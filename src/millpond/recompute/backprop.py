@@ -6,11 +6,13 @@ tensors enter and leave it; the plan, its execution and the measuring of a step 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from millpond.recompute.ambient import Generators
@@ -23,6 +25,7 @@ from millpond.recompute.sequence import Collector, Inputs, flatten, unflatten
 __all__ = ["bptt"]
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def bptt(
     step: Callable[..., Any],
     inputs: Any,
@@ -41,7 +44,9 @@ def bptt(
 
     Args:
         step: `step(x, state) -> (output, state)`; or an nn.LSTMCell, GRUCell or RNNCell as it is. The state must keep
-            its shapes. It runs several times for the same x, so it must not count, log or change buffers.
+            its shapes. It runs several times for the same x, so it must not count, log or change buffers, and must depend
+            on its arguments, its modules and torch's default random generators only. Inside torch.compile it runs eagerly,
+            unless it is compiled itself.
         inputs: a pytree of tensors [T, ...], or a list with one pytree per step.
         state: the initial state, a pytree.
         budget: the most bytes of stored activations between and during forward and backward, as a number or for example
@@ -60,20 +65,24 @@ def bptt(
         BudgetError: the budget is below one step; names the least that works.
         RecomputeError: the step cannot be recomputed; the message names the cause.
     """
+    _refuse_transforms()
     cell, sequence = Cell(step, loss), Inputs(inputs)
+    _refuse_layout(step, sequence, state)
     collector = Collector(sequence.length, "sum" if loss is not None else "stack" if sequence.stacked else "list")
     explicit = tuple(tensor for tensor in parameters if tensor.requires_grad)
     if not torch.is_grad_enabled():
         return _plain(cell, sequence, state, collector)
     largest = sequence.largest()
     leaves, spec = sequence.at(largest)
-    seen = probe(cell, unflatten(leaves, spec), state, largest, explicit)
+    with _time_first(sequence, state):
+        seen = probe(cell, unflatten(leaves, spec), state, largest, explicit)
     own = {id(leaf): leaf for module in cell.modules() for leaf in module.parameters() if leaf.requires_grad}
     found = {id(leaf): leaf for leaf in (*explicit, *own.values(), *seen.parameters)}
     _refuse_hooks(found.values())
     _refuse_nested(tuple(found.values()))
     state_leaves, state_spec = flatten(state)
     tensors = [*state_leaves, *sequence.leaves, *found.values()]
+    _refuse_tangents(tensors)
     if not any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors):
         return _plain(cell, sequence, state, collector)
     planned = plan(
@@ -84,8 +93,7 @@ def bptt(
         slots=slots,
         strategy=strategy,
     )
-    trusted = isinstance(step, nn.Module) and loss is None and found.keys() <= own.keys()
-    machine = Machine(cell, sequence, state, planned, tuple(found.values()), Generators(tensors), seen.random, trusted)
+    machine = Machine(cell, sequence, state, planned, tuple(found.values()), Generators(tensors), seen.random)
     results = _Bptt.apply(machine, collector, *tensors)
     count = len(results) - len(state_leaves)
     return collector.finish(list(results[:count])), unflatten(list(results[count:]), state_spec)
@@ -112,6 +120,7 @@ class _Bptt(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        _refuse_transforms(*grads)
         _ = ctx.saved_tensors  # raises if freed, or changed in place
         machine: Machine = ctx.machine
         initial, inputs, parameters = machine.backward(
@@ -122,12 +131,65 @@ class _Bptt(torch.autograd.Function):
 
 def _plain(cell: Cell, sequence: Inputs, state: Any, collector: Collector) -> tuple[Any, Any]:
     """The loop itself, where nothing needs gradients."""
-    with torch.no_grad():
+    with torch.no_grad(), _time_first(sequence, state):
         for step in range(1, sequence.length + 1):
             leaves, spec = sequence.at(step)
             output, state = cell(unflatten(leaves, spec), state, step)
             collector.put(step, output)
     return collector.finish(list(collector.take())), state
+
+
+def _refuse_transforms(*grads: Tensor | None) -> None:
+    """Refuse torch.func's transforms and batches of gradients, which would run a whole plan on wrapped tensors."""
+    batched = any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
+    if batched or torch._C._are_functorch_transforms_active():
+        raise RecomputeError(
+            "bptt does not work inside torch.func transforms (grad, vjp, jvp, vmap) or gradients in batches "
+            "(is_grads_batched, vectorize): use torch.autograd.grad, and a batch dimension in the state"
+        )
+
+
+def _refuse_tangents(tensors: Iterable[Any]) -> None:
+    """Refuse forward-mode differentiation."""
+    if any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RecomputeError("bptt has no forward-mode derivative: use reverse mode (torch.autograd.grad)")
+
+
+def _refuse_layout(step: Callable[..., Any], sequence: Inputs, state: Any) -> None:
+    """Refuse a missing state, and an nn.LSTM, GRU or RNN that would take a batch for a stretch of time."""
+    if state is None:
+        raise RecomputeError(
+            "the initial state is None: give it as tensors, for example zeros [B, H] (a pair of them for an LSTM)"
+        )
+    if isinstance(step, nn.RNNBase):
+        x, hidden = _first_tensor(sequence.at(1)[0]), _first_tensor(state)
+        if x is not None and hidden is not None and x.dim() != hidden.dim():
+            name = type(step).__name__
+            raise RecomputeError(
+                f"nn.{name} runs a stretch of time in one step, so inputs must be stretches, [T, steps, B, D], and not "
+                f"{list(sequence.leaves[0].shape)}: for single steps, [T, B, D], give an nn.{name}Cell"
+            )
+
+
+@contextmanager
+def _time_first(sequence: Inputs, state: Any) -> Iterator[None]:
+    """Say so where a step fails because the inputs have the batch first."""
+    try:
+        yield
+    except RuntimeError as error:
+        first, hidden = _first_tensor(sequence.leaves), _first_tensor(state)
+        if sequence.stacked and first is not None and first.dim() > 2 and hidden is not None and hidden.dim():
+            length, batch = first.shape[:2]
+            if batch != hidden.shape[0] == length:
+                raise RecomputeError(
+                    f"inputs {list(first.shape)} seem to have the batch first, as the state {list(hidden.shape)} has, but "
+                    f"time must come first, [T, B, ...]: use inputs.transpose(0, 1) (the step said: {error})"
+                ) from error
+        raise
+
+
+def _first_tensor(tree: Any) -> Tensor | None:
+    return next((leaf for leaf in flatten(tree)[0] if isinstance(leaf, Tensor)), None)
 
 
 def _refuse_hooks(parameters: Iterable[Tensor]) -> None:

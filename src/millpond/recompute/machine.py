@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from millpond.recompute.ambient import Autocast, Generators, RngState
+from millpond.recompute.ambient import Autocast, Flags, Generators, ModuleTensors, RngState
 from millpond.recompute.errors import RecomputeError
+from millpond.recompute.fingerprint import Fingerprints
 from millpond.recompute.plans import Plan
-from millpond.recompute.probe import Cell, check_state, graph_parameters, leaf_of
+from millpond.recompute.probe import Cell, check_state, graph_parameters, leaf_of, node_number
 from millpond.recompute.schedule import Action, Op
 from millpond.recompute.sequence import (
     Collector,
@@ -63,7 +64,6 @@ class Machine:
         parameters: tensors whose gradients are gathered.
         generators: whose numbers the steps may draw.
         random: the step draws some, so they are replayed.
-        trusted: the step is a module and uses its own parameters only, so that its graphs need no search for others.
     """
 
     def __init__(
@@ -75,12 +75,14 @@ class Machine:
         parameters: tuple[Tensor, ...],
         generators: Generators,
         random: bool,
-        trusted: bool,
     ) -> None:
         self._cell, self._inputs, self._plan = cell, inputs, plan
         self._parameters, self._generators, self._random = parameters, generators, random
-        self._known = None if trusted else {id(tensor) for tensor in parameters}
+        self._known = {id(tensor) for tensor in parameters}
         self._autocast = Autocast.current([*inputs.leaves, *flatten(state)[0], *parameters])
+        modules = cell.modules()
+        self._flags, self._module_tensors = Flags.current(modules, parameters), ModuleTensors(modules)
+        self._fingerprints = Fingerprints(inputs.length, self._autocast.precision)
         self._start = self._hold(map_tensors(torch.detach, state))
         # Backward needs the graph of the first step only towards what the caller asked for.
         self.initial_needs_grad = [isinstance(t, Tensor) and t.requires_grad for t in flatten(state)[0]]
@@ -110,6 +112,9 @@ class Machine:
                     "a later step draws random numbers and the first did not, so nothing was set up to replay them: "
                     "draw in the first step too, for example with torch.rand(())"
                 )
+            self._refuse_changed(
+                "a step changes {what}, so running it again would change it again: keep it in the state"
+            )
             return map_tensors(torch.clone, self._state)
         except BaseException:
             self._reset()
@@ -140,7 +145,8 @@ class Machine:
         carry = final_grads
         outside = self._generators.get() if self._random else None
         try:
-            with self._autocast.restored():
+            self._refuse_changed("{what} changed between the forward and the backward pass: call backward first")
+            with self._autocast.restored(), self._flags.restored():
                 if not self._next:
                     self.forward(None)
                 for action in self._plan.actions[self._next :]:
@@ -149,6 +155,7 @@ class Machine:
                         carry = self._back(action.to, grads, carry, input_grads, wanted, sums)
                     else:
                         self._do(action, None)
+            self._fingerprints.verify()
         finally:
             self._reset()
             if outside is not None:
@@ -177,8 +184,7 @@ class Machine:
         with torch.set_grad_enabled(self._autocast.active):
             output, state = self._cell(unflatten(leaves, spec), self._state, step)
         if collector is not None:
-            self._check(step, state)
-            collector.put(step, map_tensors(torch.detach, output))
+            self._first_visit(step, output, state, collector)
         self._state = copy_state(state)
 
     def _run(self, step: int, collector: Collector | None) -> None:
@@ -186,6 +192,7 @@ class Machine:
         state_leaves, spec = flatten(self._state)
         input_leaves, input_spec = self._inputs.at(step)
         with torch.enable_grad():
+            first_node = node_number()
             state_leaves = [
                 leaf_of(leaf, step > 1 or needed) if isinstance(leaf, Tensor) else leaf
                 for leaf, needed in zip(state_leaves, self.initial_needs_grad, strict=True)
@@ -196,11 +203,11 @@ class Machine:
             ]
             output, state = self._cell(unflatten(input_leaves, input_spec), unflatten(state_leaves, spec), step)
         outputs, states = flatten(output)[0], flatten(state)[0]
-        if self._known is not None:
-            self._look_for_strangers(step, [*outputs, *states], [*state_leaves, *input_leaves])
+        self._look_for_strangers(step, [*outputs, *states], [*state_leaves, *input_leaves], first_node)
         if collector is not None:
-            self._check(step, state)
-            collector.put(step, map_tensors(torch.detach, output))
+            self._first_visit(step, output, state, collector)
+        else:
+            self._fingerprints.compare(step, [*outputs, *states])
         self._state = copy_state(state)
         self._graphs[step] = _Graph(
             state_leaves,
@@ -273,8 +280,8 @@ class Machine:
     def _hold(self, state: Any) -> _Held:
         return _Held(state, _versions(state), self._generators.get() if self._random else None)
 
-    def _check(self, step: int, state: Any) -> None:
-        """On the first visit: the state keeps its structure, shapes and size."""
+    def _first_visit(self, step: int, output: Any, state: Any, collector: Collector) -> None:
+        """The state keeps its structure, shapes and size; the output goes to the caller; both are remembered."""
         new = flatten(state)
         check_state(step, self._shapes, new)
         if tensor_bytes(new[0]) > self._plan.hidden_bytes:
@@ -282,12 +289,19 @@ class Machine:
                 f"the state behind step {step} takes {tensor_bytes(new[0])} bytes, more than the "
                 f"{self._plan.hidden_bytes} measured: its type must not widen on the way"
             )
+        collector.put(step, map_tensors(torch.detach, output))
+        self._fingerprints.record(step, [*flatten(output)[0], *new[0]])
 
-    def _look_for_strangers(self, step: int, outputs: list[Any], leaves: list[Any]) -> None:
-        """Refuse parameters that the first step did not show: their gradients would be lost."""
-        known = (self._known or set()) | {id(leaf) for leaf in leaves}
-        for tensor in graph_parameters(outputs, self._parameters):
-            if id(tensor) not in known:
+    def _refuse_changed(self, message: str) -> None:
+        what = self._module_tensors.changed()
+        if what is not None:
+            raise RecomputeError(message.format(what=what))
+
+    def _look_for_strangers(self, step: int, outputs: list[Any], leaves: list[Any], first_node: int) -> None:
+        """Refuse tensors that the first step did not show: their gradients would be lost."""
+        own = {id(leaf) for leaf in leaves}
+        for tensor in graph_parameters(outputs, self._parameters, first_node):
+            if id(tensor) not in self._known and id(tensor) not in own:
                 raise RecomputeError(
                     f"step {step} uses a parameter of shape {tuple(tensor.shape)} that the first step did not: "
                     "pass all parameters of the step in `parameters`"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from math import gcd
 from typing import Any, Literal, TypeAlias, get_args
 
 from millpond.budget import format_bytes, parse_bytes
@@ -16,18 +17,18 @@ from millpond.errors import BudgetError
 from millpond.recompute.closed_form import hidden_forwards, internal_forwards
 from millpond.recompute.errors import RecomputeError
 from millpond.recompute.schedule import Action, HiddenOnly, InternalOnly, Mixed, Op, Splitter, schedule
-from millpond.recompute.table import EXACT_WORK, mixed_table
+from millpond.recompute.table import fits_exactly, mixed_table
 from millpond.recompute.timeline import Timeline, draw
 
 __all__ = ["Plan", "Strategy", "plan"]
 
 Strategy: TypeAlias = Literal["auto", "hidden", "internal", "mixed"]
 
-# A unit may be a whole hidden state or a fraction of one. Finer units waste less where the internal state is not a
-# multiple of the hidden state (an LSTM's is 4.5 on a CPU), for a larger table.
-_FINEST_UNITS = 4
-# What a finer unit has to save, as a share of the internal state, to be worth its table.
-_WORTH_A_FINER_UNIT = 0.02
+# Where a table in bytes would be too large, its unit is a hidden state or at most this small a fraction of one, and the
+# internal state is rounded up to whole units.
+_FINEST_UNITS = 16
+# What a finer unit has to save, as a share of the internal state, to be worth its larger table.
+_WORTH_A_FINER_UNIT = 0.005
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,13 @@ class Plan:
         strategy: what is stored: "hidden", "internal" or "mixed".
         hidden_bytes, internal_bytes: one stored hidden state; one internal state, its start and end states included.
         budget_bytes: the cap, or None if slots were given.
-        slots: units of memory beside the initial state and one working internal state.
+        slots: units of memory beside the initial state and one working internal state. For a mixed plan within a budget
+            a unit is the largest number of bytes that divides both states, or coarser where that table would be too large.
         hidden_units, internal_units: what a stored state costs in these units.
         forwards: forward evaluations of a step in all, the forward pass included; T is the least, T (T + 1) / 2 the most.
         peak_bytes: the most stored at any time, the working internal state included. At most the budget.
-        exact: `forwards` is the optimum for these units; otherwise the best plan that a bounded search found.
+        exact: no schedule that stores such states takes fewer forwards within the budget (or the slots); otherwise it is
+            the best plan that a bounded search found.
         actions: the schedule.
     """
 
@@ -162,41 +165,41 @@ def _plan(length: int, hidden: int, internal: int, cap: int | None, slots: int |
 
 def _mixed(length: int, hidden: int, internal: int, free: int | None, slots: int | None) -> tuple[Splitter, int, bool]:
     """The splitter, its slots and whether it is exact, for `free` bytes or `slots` units of one hidden state."""
-    h, a, m = 1, -(-internal // hidden), slots or 0
-    if free is not None:
-        h = _units(length, hidden, internal, free)
-        a, m = -(-internal * h // hidden), free * h // hidden
-    m = min(m, a * (length - 1))
+    if free is None:
+        h, a, m = 1, -(-internal // hidden), slots or 0
+    else:
+        unit = gcd(hidden, internal)
+        h, a, m = hidden // unit, internal // unit, free // unit
     if m >= a * (length - 1):
-        return Mixed(h, a, None), m, True
-    held = m // a if free is None else free // internal
+        return Mixed(h, a, None), a * (length - 1), True
+    if fits_exactly(length, m, h, a):
+        return Mixed(h, a, mixed_table(length, m, h, a)), m, True
+    # Now what is found need not be the optimum, so it has to be no worse than either kind of state alone.
+    alone = {HiddenOnly: hidden_forwards(length, m // h), InternalOnly: internal_forwards(length, m // a)}
+    coarse_h = _coarse_unit(length, h, a, m)
+    coarse_a, coarse_m = -(-a * coarse_h // h), m * coarse_h // h
     # Where internal states alone run no step three times, mixing saves less than one per cent (measured in the tests),
     # and a table beyond the exact search takes seconds.
-    if length * length * m > EXACT_WORK and internal_forwards(length, held) < 2 * length:
-        return InternalOnly(a, a), held * a, False
-    table = mixed_table(length, m, h, a)
-    if table is not None and table.exact:
-        return Mixed(h, a, table), m, True
-    # Beyond the exact table, one of the closed forms can be better than what the bounded search finds.
-    best = min(hidden_forwards(length, m // h), internal_forwards(length, held))
-    if table is not None and table.forwards(length, m) <= best:
-        return Mixed(h, a, table), m, False
-    if internal_forwards(length, held) == best:
-        return InternalOnly(a, a), held * a, False
+    if alone[InternalOnly] >= 2 * length or fits_exactly(length, coarse_m, coarse_h, coarse_a):
+        table = mixed_table(length, coarse_m, coarse_h, coarse_a)
+        if table is not None and table.forwards(length, coarse_m) <= min(alone.values()):
+            return Mixed(coarse_h, coarse_a, table), coarse_m, False
+    if alone[InternalOnly] <= alone[HiddenOnly]:
+        return InternalOnly(a, a), m // a * a, False
     return HiddenOnly(h, a), m // h * h, False
 
 
-def _units(length: int, hidden: int, internal: int, free: int) -> int:
+def _coarse_unit(length: int, h: int, a: int, m: int) -> int:
     """Units a hidden state: the least whose rounding up of the internal state wastes little, where the table is exact."""
 
-    def waste(h: int) -> float:
-        return -(-internal * h // hidden) * hidden / (internal * h) - 1
+    def waste(units: int) -> float:
+        return -(-a * units // h) * h / (a * units) - 1
 
     best = 1
-    for h in range(2, _FINEST_UNITS + 1):
-        fits = length * length * (free * h // hidden) <= EXACT_WORK
-        if fits and waste(h) < waste(best) - _WORTH_A_FINER_UNIT:
-            best = h
+    for units in range(2, _FINEST_UNITS + 1):
+        better = waste(units) < waste(best) - _WORTH_A_FINER_UNIT
+        if better and fits_exactly(length, m * units // h, units, -(-a * units // h)):
+            best = units
     return best
 
 

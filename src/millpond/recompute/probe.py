@@ -22,7 +22,7 @@ from millpond.recompute.ambient import Generators
 from millpond.recompute.errors import RecomputeError
 from millpond.recompute.sequence import compact, flatten, tensor_bytes, unflatten
 
-__all__ = ["Cell", "Probe", "StepSize", "graph_parameters", "measure", "probe"]
+__all__ = ["Cell", "Probe", "StepSize", "graph_parameters", "measure", "node_number", "probe"]
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def probe(cell: Cell, x: Any, state: Any, index: int, parameters: Iterable[Tenso
         fresh = [leaf_of(leaf.clone(), True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         x_leaves, x_spec = flatten(x)
         x_leaves = [leaf_of(leaf, leaf.requires_grad) if isinstance(leaf, Tensor) else leaf for leaf in x_leaves]
-        first_node = _node_number()
+        first_node = node_number()
         with saved_tensors_hooks(see, lambda tensor: tensor):
             output, new = cell(unflatten(x_leaves, x_spec), unflatten(fresh, spec), index)
     new_leaves, new_spec = flatten(new)
@@ -184,13 +184,13 @@ def _shapes(leaves: list[Any]) -> list[torch.Size | None]:
 _LEAF_NODE: Any = type(torch.zeros(1, requires_grad=True).clone().grad_fn.next_functions[0][0])  # type: ignore[union-attr]
 
 
-def graph_parameters(outputs: Iterable[Any], known: Iterable[Tensor], first_node: int | None = None) -> list[Tensor]:
+def graph_parameters(outputs: Iterable[Any], known: Iterable[Tensor], first_node: int) -> list[Tensor]:
     """Leaf tensors that the graph behind `outputs` leads to, in a fixed order.
 
     Args:
         known: the walk stops at those of them that other operations computed.
-        first_node: number of the first node that belongs to the step; given, the walk refuses older ones, for a
-            gradient towards them would be lost.
+        first_node: number of the first node that belongs to the step; the walk refuses older ones, for a gradient
+            towards them would be lost.
     """
     stops = {tensor.grad_fn for tensor in known if tensor.grad_fn is not None}
     found: dict[int, Tensor] = {}
@@ -205,14 +205,13 @@ def graph_parameters(outputs: Iterable[Any], known: Iterable[Tensor], first_node
             variable = node.variable  # type: ignore[attr-defined]
             found[id(variable)] = variable
             continue
-        if first_node is not None:
-            if node._sequence_nr() < first_node and not _casts_a_leaf(node):  # type: ignore[attr-defined]
-                raise RecomputeError(
-                    f"the step uses a tensor that needs gradients and was computed outside it (by {node.name()}): "
-                    "pass it in `parameters`, in the inputs or in the state"
-                )
-            if getattr(node, "_saved_training", False) and getattr(node, "_saved_running_mean", None) is not None:
-                raise RecomputeError(_STATEFUL.format(what="a batch normalisation"))
+        if node._sequence_nr() < first_node and not _casts_a_leaf(node):  # type: ignore[attr-defined]
+            raise RecomputeError(
+                f"the step uses a tensor that needs gradients and was computed outside it (by {node.name()}): "
+                "pass it in `parameters`, in the inputs or in the state"
+            )
+        if getattr(node, "_saved_training", False) and getattr(node, "_saved_running_mean", None) is not None:
+            raise RecomputeError(_STATEFUL.format(what="a batch normalisation"))
         todo += [following for following, _ in node.next_functions]
     return list(found.values())
 
@@ -238,7 +237,7 @@ def _refuse_stateful(modules: list[nn.Module]) -> None:
                 raise RecomputeError(_STATEFUL.format(what=what))
 
 
-def _node_number() -> int:
+def node_number() -> int:
     """The number that autograd gives to the next node made in this thread."""
     node = torch.zeros((), requires_grad=True).clone().grad_fn
     return int(node._sequence_nr())  # type: ignore[union-attr]
