@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from millpond.errors import SourceError
 from millpond.frames.address import Address
-from millpond.frames.orientation import display_matrix, upright
+from millpond.frames.orientation import Turn, square, upright
 from millpond.frames.sampling import Pending
 from millpond.frames.source import SourceInfo
 from millpond.frames.timing import StreamTimes
@@ -27,6 +27,8 @@ from millpond.frames.timing import StreamTimes
 _TEXT_ART = frozenset({"adf", "bin", "idf", "tty", "xbin"})
 # Over HTTP these have no end unless they state a length; anything else is a file.
 _ENDLESS = frozenset({"dash", "hls", "mpjpeg"})
+# Containers without presentation times; what FFmpeg puts there is a guess.
+_NO_PRESENTATION = frozenset({"avi"})
 # Containers whose stated length can be believed, so that a file that ends long before was cut short.
 _STATES_LENGTH = frozenset({"matroska", "mov"})
 _NO_TIMESTAMPS = 0x80  # AVFMT_NOTIMESTAMPS
@@ -76,6 +78,7 @@ class Video:
         self._cancelled = False
         self.damaged = 0
         self._reformatter = VideoReformatter()
+        self._turn = Turn()
         self._pictures: Iterator[Pending] = iter(())
         try:
             self._container = _open_container(address, pipe, live, timeout)
@@ -102,8 +105,11 @@ class Video:
                 jumps=live or bool(flags & _TIMES_MAY_JUMP),
                 now=now if live and flags & _NO_TIMESTAMPS else None,
             )
+            self._times.by_decoding = bool(formats & _NO_PRESENTATION)
             codec = stream.codec_context
             width, height = codec.width or None, codec.height or None
+            if width and height:
+                width, height = square(width, height, stream.sample_aspect_ratio)
             # Slices keep the delay low; whole frames in parallel decode a file fastest.
             stream.thread_type = "SLICE" if live else "AUTO"
             self._pictures = self._decode()
@@ -146,16 +152,20 @@ class Video:
         """Pictures in order of time; then, for a file, SourceError if it is not whole."""
         good = 0
         end: float | None = None
+        unordered = True  # every packet is stated to be shown when it is decoded
         for packet in self._packets():
             if self._cancelled:
                 return
+            if packet is not None and packet.pts is not None:
+                unordered &= packet.pts == packet.dts
             pictures, broken = self._decode_packet(packet)
             # A recording cut in the middle of a group, or a camera joined there, begins with pictures that cannot be
             # decoded. That is no damage.
             self.damaged += bool(broken and (good or packet is None))
             for picture in pictures:
-                time = None if picture.pts is None else float(picture.pts * self._stream.time_base)
-                seconds = None if picture.is_corrupt else self._times.place(time)
+                if not good and unordered and self._stream.codec_context.has_b_frames:
+                    self._times.by_decoding = True  # yet the decoder puts them in order: the file does not say how
+                seconds = None if picture.is_corrupt else self._times.place(*self._stated(picture))
                 if seconds is None:
                     self.damaged += bool(good)
                     continue
@@ -168,6 +178,12 @@ class Video:
             self._judge(good, end)
         elif self._fault:
             raise SourceError(f"{self._name} broke: {self._fault}")
+
+    def _stated(self, picture: Any) -> tuple[float | None, float | None]:
+        """When to show a picture, and the decoding time of what made the decoder give it out; seconds of the container."""
+        unit = self._stream.time_base
+        pts, dts = picture.pts, picture.dts
+        return None if pts is None else float(pts * unit), None if dts is None else float(dts * unit)
 
     def _packets(self) -> Iterator[Any]:
         """Packets of the stream, then None to flush the decoder; a fault of the container is kept for the end."""
@@ -215,8 +231,9 @@ class Video:
 
     def _render(self, picture: Any) -> NDArray[np.uint8]:
         try:
-            converted: Any = self._reformatter.reformat(picture, format="rgb24")
-            return upright(converted.to_ndarray(), display_matrix(picture))
+            width, height = square(picture.width, picture.height, self._stream.sample_aspect_ratio)
+            converted: Any = self._reformatter.reformat(picture, width, height, "rgb24")
+            return upright(converted.to_ndarray(), self._turn.of(picture))
         except (av.FFmpegError, ValueError) as error:
             fault = _reason(error, None)
         raise SourceError(f"a picture of {self._name} cannot be turned into RGB: {fault}")
