@@ -48,7 +48,8 @@ def demo(
     """Watch a generated video of several minutes under 1/16 of the full cache, and compare the answers with the truth."""
     announce(context, as_json=as_json, quiet=quiet)
     from millpond import families, frames, policies, streams
-    from millpond.cli.watch import Watch, silence
+    from millpond.cli.watch import silence
+    from millpond.cli.watching import Watch
     from millpond.minnow.evaluate import SUPPORTED
     from millpond.session import Session
 

@@ -9,6 +9,7 @@ from typing import Literal
 from urllib.parse import quote
 
 from millpond.errors import SourceError
+from millpond.printable import printable
 
 Kind = Literal["file", "images", "url", "camera", "pipe", "frames"]
 
@@ -50,11 +51,6 @@ def parse(source: str | os.PathLike[str]) -> Address:
         if mark and re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
             return _parse_url(scheme.lower(), rest)
     return _parse_path(Path(source))
-
-
-def printable(text: str) -> str:
-    """A name as it may be shown: what a terminal would obey, and bytes that are no text, are spelled out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def _parse_url(scheme: str, rest: str) -> Address:

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from millpond.errors import SourceError
-from millpond.frames.address import IMAGE_SUFFIXES, Address, printable
+from millpond.frames.address import IMAGE_SUFFIXES, Address
 from millpond.frames.sampling import Pending
 from millpond.frames.source import SourceInfo
+from millpond.printable import printable
 
 DEFAULT_FPS = 1.0
 # Pillow's names of what IMAGE_SUFFIXES stand for. It goes by content, and for others (EPS) it would start programs on it.

@@ -18,7 +18,8 @@ from types import MappingProxyType
 from typing import Any, BinaryIO, Protocol
 
 from millpond.errors import SourceError
-from millpond.frames.address import Address, printable, redacted
+from millpond.frames.address import Address, redacted
+from millpond.printable import printable
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
