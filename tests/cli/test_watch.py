@@ -378,6 +378,18 @@ def camera(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield f"tcp://127.0.0.1:{server.port}"
 
 
+def test_minnow_says_of_what_it_was_not_trained_on_that_it_does_not_know_it(clip: Path, tmp_path: Path) -> None:
+    from millpond import streams
+
+    drawn = tmp_path / "drawn.mp4"
+    streams.generate(5, groups=8, level="hard").write(drawn)
+    for source, lines in ((clip, 1), (drawn, 0)):
+        result = watch(source, "minnow", "--budget", "1MiB")
+        assert result.exit_code == 0, result.stderr
+        assert result.stderr.count("only knows its own generated streams") == lines
+        assert result.stderr.startswith("loading the model minnow ...\n")
+
+
 def test_losses_of_a_camera_are_told_counted_and_logged(camera: str, model: str, tmp_path: Path) -> None:
     log = tmp_path / "events.jsonl"
     result = watch(camera, model, "--json", "--fps", 50, "--events", log, "--ask", "what is there")

@@ -88,7 +88,9 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (MillpondError, OSError) as error:
+        except Exception as error:
+            if not _expected(error):
+                raise
             line = one_line(_told(error))
             if ctx.meta.get(_JSON):
                 with suppress(OutputError):
@@ -106,9 +108,16 @@ class Commands(TyperGroup):
             raise typer.Exit(INTERRUPTED) from error
 
 
-def _told(error: MillpondError | OSError) -> Exception:
+def _expected(error: Exception) -> bool:
+    """Whether a user can put it right; safetensors tells of a full disk in an error of its own."""
+    safetensors = sys.modules.get("safetensors")
+    ours = (MillpondError, OSError) if safetensors is None else (MillpondError, OSError, safetensors.SafetensorError)
+    return isinstance(error, ours)
+
+
+def _told(error: Exception) -> Exception:
     """What the system says of a file, without its number; anything else as it is."""
-    if isinstance(error, MillpondError):
+    if not isinstance(error, OSError):
         return error
     where = "" if error.filename is None else f"{error.filename}: "
     return OSError(f"{where}{error.strerror or error or type(error).__name__}")

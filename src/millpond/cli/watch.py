@@ -149,6 +149,7 @@ def watch(
         if quiet or as_json or not sys.stderr.isatty():
             silence()
         from millpond.cli.watching import Watch
+        from millpond.minnow.familiar import familiar
         from millpond.session import Session
 
         session = Session.from_pretrained(
@@ -176,6 +177,7 @@ def watch(
             prompt=interactive,
             events=log,
             arrived=happened,
+            knows=familiar if model == DEFAULT_MODEL else None,
         )
         with watching:
             watching.run(moments, asked)

@@ -7,6 +7,7 @@ import queue
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import asdict
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ class Watch:
 
     Args:
         events: where to note what happens.
+        knows: whether the model was trained on pictures like this one (pixels); None does not ask.
         arrived: what happened to the source's connection, put there by its reading thread.
         prompt: ask at a prompt on the terminal while the stream goes on in a thread of its own.
 
@@ -55,6 +57,7 @@ class Watch:
         prompt: bool = False,
         events: EventLog | None = None,
         arrived: queue.SimpleQueue[Event] | None = None,
+        knows: Callable[[Any], bool] | None = None,
     ) -> None:
         from millpond.cli.live import LiveLine
 
@@ -71,7 +74,8 @@ class Watch:
         self._connection = arrived or queue.SimpleQueue()
         self._state = ""
         self._line = LiveLine(lambda: session.usage, shown=not quiet and not prompt, state=lambda: self._state)
-        self._tap = Tap(source, tick=self._tick)
+        self._knows = knows
+        self._tap = Tap(source, tick=self._tick, look=self._look)
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Watch:
@@ -172,6 +176,16 @@ class Watch:
             self._note(f"error: {one_line(error)}")
         self._events.write("error", stream_seconds=self._tap.seconds, message=one_line(error))
         self.error = self.error or error
+
+    def _look(self, frame: Any) -> None:
+        """Say it once where the model cannot know what it is shown."""
+        if self._knows is not None and not self._knows(frame.pixels):
+            self._knows = None
+            self._events.write("unfamiliar", stream_seconds=frame.seconds)
+            self._note(
+                "this model only knows its own generated streams, and this picture is nothing like them: its answers will mean "
+                "nothing; name another with --model"
+            )
 
     def _losses(self) -> Losses:
         from millpond.frames import Losses
