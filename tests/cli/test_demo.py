@@ -26,6 +26,15 @@ def test_answers_stand_beside_the_truth_inside_a_sixteenth_of_the_full_cache(tmp
         assert sum(1 for _ in clip) == 320
 
 
+@pytest.mark.parametrize("groups", [16, 48])
+def test_a_short_stream_gets_the_least_budget_that_works(groups: int) -> None:
+    result = CliRunner().invoke(app, ["demo", "--groups", str(groups), "--json", "--quiet"])
+    assert result.exit_code == 0, result.output
+    usage = json.loads(result.stdout.splitlines()[-1])["usage"]
+    assert usage["frames_seen"] == 2 * groups
+    assert usage["full_cache_bytes"] / 16 < usage["budget_bytes"] < 2**20
+
+
 @pytest.mark.parametrize(("arguments", "code"), [(["--policy", "none-such"], 1), (["--groups", "1"], 2)])
 def test_bad_arguments(arguments: list[str], code: int) -> None:
     assert CliRunner().invoke(app, ["demo", *arguments]).exit_code == code

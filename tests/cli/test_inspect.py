@@ -1,11 +1,13 @@
 """`millpond plan`, `doctor`, `models`, `policies`, and what every command has in common."""
 
 import json
+import re
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 from typer.testing import CliRunner, Result
 
 from millpond import Session, families, policies
@@ -71,7 +73,16 @@ def test_a_budget_too_small_names_the_least_and_that_works(model: str, budget: s
     assert millpond(*words, "--budget", least - 1).exit_code == 1
 
 
-@pytest.mark.parametrize("words", [("--size", "wide"), ("--budget", "much"), ("--fps", "-1")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--size", "9" * 400 + "x9"),
+        ("--size", "99999x99999"),
+        ("--size", "wide"),
+        ("--budget", "much"),
+        ("--fps", "-1"),
+    ],
+)
 def test_plan_with_what_cannot_be_read_is_exit_code_2(model: str, words: tuple[str, str]) -> None:
     assert millpond("plan", "--model", model, *words).exit_code == 2
 
@@ -84,6 +95,11 @@ def test_policies_are_all_listed_with_their_parameters() -> None:
     for name, row in found.items():
         assert name in shown
         assert list(row["parameters"]) == [field.name for field in fields(policies.get(name))]
+
+
+def test_policies_fit_a_terminal_of_80_columns() -> None:
+    lines = millpond("policies").stdout.splitlines()
+    assert len(lines) == 2 * len(policies.available())
 
 
 def test_models_lists_what_can_be_loaded() -> None:
@@ -102,6 +118,58 @@ def test_doctor_finds_what_is_needed_here() -> None:
     assert "infinipot-v" in found["policies"]["found"]
     assert found["extra plots"]["found"]
     assert "h264" in millpond("doctor").stdout
+
+
+def test_doctor_says_whether_the_compiled_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check() -> health.Check:
+        return health._kernels()
+
+    monkeypatch.setattr(health, "compiled", lambda source: (None, "no C++ compiler"))
+    missing = check()
+    assert (missing.good, missing.needed) == (False, False)
+    assert "no C++ compiler; torch does its work" in missing.found
+    monkeypatch.setattr(health, "compiled", lambda source: (object(), str(source)))
+    monkeypatch.setattr("millpond.native.norms", lambda rows: None)
+    assert check().needed
+
+
+def test_doctor_fails_on_what_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    from millpond import frames
+
+    def broken(*_: object, **__: object) -> None:
+        raise TypeError("open() got an unexpected keyword")
+
+    monkeypatch.setattr(frames, "open", broken)
+    result = millpond("doctor", "--json")
+    assert result.exit_code == 1
+    (found,) = [check for check in objects(result)["checks"] if check["what"] == "watching"]
+    assert found["found"] == "it does not work: TypeError: open() got an unexpected keyword"
+
+
+def test_doctor_knows_the_bounds_of_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = health.version
+    monkeypatch.setattr(health, "version", lambda name: "9.0.0" if name == "av" else real(name))
+    result = millpond("doctor")
+    assert result.exit_code == 1
+    assert re.search(r"av +missing +9\.0\.0, but it must be >=\d+", result.stdout)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device", "out/x.json"), SafetensorError("I/O error: full")]
+)
+def test_what_the_system_refuses_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    from millpond import streams
+
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(streams, "generate", full)
+    result = millpond("bench", "accuracy", "--streams", 1)
+    assert result.exit_code == 1
+    assert result.stderr in (
+        "error: out/x.json: No space left on device\n",
+        "error: I/O error: full\n",
+    )
 
 
 def test_doctor_names_what_is_missing_and_tells_an_extra_from_a_need(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 import millpond
 
 
@@ -36,7 +38,10 @@ def test_version(spawn) -> None:
     assert done.stdout == f"millpond {millpond.__version__}\n"
 
 
-def test_ctrl_c_ends_the_stream_answers_and_sums_up(long_clip: Path, model: str, environment: dict[str, str]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_stream_answers_and_sums_up(
+    long_clip: Path, model: str, environment: dict[str, str], number: signal.Signals
+) -> None:
     words = ["watch", str(long_clip), "--model", model, "--fps", "1", "--ask-at", "2", "now", "--ask", "what then"]
     process = subprocess.Popen(
         [sys.executable, "-m", "millpond", *words, "--max-new-tokens", "4"],
@@ -47,7 +52,7 @@ def test_ctrl_c_ends_the_stream_answers_and_sums_up(long_clip: Path, model: str,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "[00:02.0] now\n"  # in mid-stream
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert "what then" in out
@@ -55,6 +60,26 @@ def test_ctrl_c_ends_the_stream_answers_and_sums_up(long_clip: Path, model: str,
     assert "Traceback" not in err
     (frames,) = re.findall(r"(\d+) frames", err)
     assert 3 <= int(frames) < 3600
+
+
+@pytest.mark.parametrize("words", [("models",), ("models", "--json"), ("--version",)])
+@pytest.mark.parametrize(("where", "told"), [(">/dev/full", "No space left on device"), (">&-", "closed")])
+def test_results_that_have_nowhere_to_go_are_one_line(
+    environment: dict[str, str], words: tuple[str, ...], where: str, told: str
+) -> None:
+    command = f"'{sys.executable}' -m millpond {' '.join(words)} {where}"
+    done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: cannot write to stdout: ")
+    assert told in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_plain_ascii_terminal_gets_everything(spawn) -> None:
+    done = spawn("policies", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert done.returncode == 0, done.stderr
+    assert "keydiff" in done.stdout
+    assert done.stdout.isascii()
 
 
 def test_a_prompt_answers_while_the_stream_goes_on(long_clip: Path, model: str, environment: dict[str, str]) -> None:

@@ -13,6 +13,9 @@ from typer.testing import CliRunner, Result
 
 from millpond.answer import Usage
 from millpond.cli import app
+from millpond.frames import SourceInfo
+from tests.frames.media import noise, write
+from tests.frames.servers import ByteServer, http_server
 
 ANSWER_KEYS = {"question", "text", "at_seconds", "first_token_seconds"}
 USAGE_KEYS = set(Usage.__dataclass_fields__)
@@ -20,6 +23,8 @@ USAGE_KEYS = set(Usage.__dataclass_fields__)
 
 class Closing:
     """A stand-in for a source: entered, and closed at the end."""
+
+    info = SourceInfo(name="camera", kind="url", live=True)
 
     def __enter__(self) -> "Closing":
         return self
@@ -62,7 +67,7 @@ def test_json_is_one_object_on_the_last_line_with_the_session_s_own_names(clip: 
     result = watch(clip, model, "--json", "--ask", "what is there")
     assert result.exit_code == 0, result.stderr
     found = last_object(result)
-    assert set(found) == {"model", "policy", "answers", "usage"}
+    assert set(found) == {"model", "policy", "answers", "losses", "usage"}
     assert found["model"] == model
     assert found["policy"] == "infinipot-v"
     assert set(found["usage"]) == USAGE_KEYS
@@ -332,6 +337,125 @@ def test_what_is_not_understood_is_exit_code_2(clip: Path, model: str, words: tu
     assert result.exit_code == 2
     assert result.stdout == ""
     assert words[0] in result.stderr
+
+
+def test_a_question_that_can_never_be_asked_is_refused_before_the_stream(
+    clip: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from millpond import Session
+
+    def never(*_: object) -> None:
+        raise AssertionError("it was watched")
+
+    monkeypatch.setattr(Session, "feed", never)
+    assert watch(clip, model, "--ask", "what", "--ask", " ").exit_code == 1
+    for words in (("--ask", "\udcff"), ("--ask-at", "1", "\udcff"), ("--system", "\udcff")):
+        result = watch(clip, model, *words)
+        assert result.exit_code == 2
+        assert "not valid UTF-8" in result.stderr
+
+
+def test_a_moment_behind_the_end_is_told(clip: Path, model: str) -> None:
+    result = watch(clip, model, "--ask-at", "9.5", "there", "--ask-at", "12", "later")
+    assert result.stderr.count("the stream ended at") == 1
+    assert "the stream ended at 00:09.5, before 12 s" in result.stderr
+
+
+@pytest.fixture
+def camera(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A stream that is lost once, comes back, and is then lost for good."""
+    from millpond.frames import opening, reader
+
+    content = write(tmp_path / "live.ts", noise(40, 56, 56), options={"g": "10", "bf": "0"}).read_bytes()
+    with ByteServer(content) as server:
+        plain = server._send
+
+        def twice(line: Any) -> None:
+            plain(line) if server.clients <= 2 else line.close()
+
+        server._send = twice  # type: ignore[method-assign]
+        monkeypatch.setattr(opening, "Backoff", lambda retries: reader.Backoff(2, first=0.01))
+        yield f"tcp://127.0.0.1:{server.port}"
+
+
+def test_minnow_says_of_what_it_was_not_trained_on_that_it_does_not_know_it(clip: Path, tmp_path: Path) -> None:
+    from millpond import streams
+
+    drawn = tmp_path / "drawn.mp4"
+    streams.generate(5, groups=8, level="hard").write(drawn)
+    for source, lines in ((clip, 1), (drawn, 0)):
+        result = watch(source, "minnow", "--budget", "1MiB")
+        assert result.exit_code == 0, result.stderr
+        assert result.stderr.count("only knows its own generated streams") == lines
+        assert result.stderr.startswith("loading the model minnow ...\n")
+
+
+def test_losses_of_a_camera_are_told_counted_and_logged(camera: str, model: str, tmp_path: Path) -> None:
+    log = tmp_path / "events.jsonl"
+    result = watch(camera, model, "--json", "--fps", 50, "--events", log, "--ask", "what is there")
+    assert result.exit_code == 1
+    lines = result.stderr.splitlines()
+    assert sum(line.startswith("lost at ") for line in lines) == 2
+    assert sum(line.startswith("trying again, attempt ") for line in lines) == 3
+    assert sum(line.startswith("back after ") for line in lines) == 1
+    assert "the source was lost 2 times and came back 1 times, in 3 attempts" in lines[-1]
+    losses = last_object(result)["losses"]
+    assert (losses["lost"], losses["retries"], losses["back"]) == (2, 3, 1)
+    assert losses["seconds"] > 0
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    kinds = [event["event"] for event in events]
+    assert kinds == ["open", "lost", "retry", "back", "lost", "retry", "retry", "error", "answer", "end"]
+    assert all(event["time"].endswith("Z") for event in events)
+    assert events[-1]["losses"] == losses
+    assert events[-2]["question"] == "what is there"
+
+
+def test_a_log_that_fills_the_disk_ends_no_watch(clip: Path, model: str, tmp_path: Path) -> None:
+    assert watch(clip, model, "--events", tmp_path).exit_code == 1  # a folder
+    result = watch(clip, model, "--events", "/dev/full", "--ask", "what is there")
+    assert result.exit_code == 0
+    assert result.stderr.count("cannot write events to /dev/full: No space left on device") == 1
+    assert "what is there" in result.stdout
+
+
+def test_credentials_come_from_a_file_or_the_environment(clip: Path, model: str, tmp_path: Path) -> None:
+    seen: list[str | None] = []
+
+    def answer(request: Any) -> None:
+        seen.append(request.headers.get("Authorization"))
+        request.send_response(401 if seen[-1] is None else 403)
+        request.send_header("WWW-Authenticate", 'Basic realm="x"')
+        request.send_header("Content-Length", "0")
+        request.end_headers()
+
+    (tmp_path / "login").write_text("me:hunter2\n")
+    with http_server(answer) as port:
+        for words, env in (
+            (("--credentials", tmp_path / "login"), None),
+            ((), {"MILLPOND_CREDENTIALS": "me:hunter2"}),
+        ):
+            result = watch(f"http://127.0.0.1:{port}/a.mp4", model, *words, env=env)
+            assert result.exit_code == 1
+            assert "hunter2" not in result.output
+    assert [one for one in seen if one] == ["Basic bWU6aHVudGVyMg=="] * 2
+    (tmp_path / "login").write_text("hunter2")
+    result = watch(f"http://127.0.0.1:{port}/a.mp4", model, "--credentials", tmp_path / "login")
+    assert "it must be user:password" in result.stderr
+    assert "hunter2" not in result.output
+    assert "for network addresses" in watch(clip, model, env={"MILLPOND_CREDENTIALS": "me:hunter2"}).stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("--budget", "9" * 400), 2),
+        (("--budget", "9" * 400 + ".5MiB"), 2),
+        (("--device-memory", "9" * 400), 2),
+    ],
+)
+def test_sizes_beyond_all_numbers(clip: Path, model: str, words: tuple[str, ...], code: int) -> None:
+    result = watch(clip, model, *words)
+    assert (result.exit_code, result.exception.__class__) == (code, SystemExit)
 
 
 def test_stdin_cannot_be_video_and_prompt_at_once(model: str) -> None:

@@ -77,3 +77,18 @@ def write_sound(path: Path, *, cover: bool = False) -> Path:
             for packet in [*art.encode(av.VideoFrame.from_ndarray(gray(9), format="rgb24")), *art.encode(None)]:
                 container.mux(packet)
     return path
+
+
+def forget_order(source: Path, target: Path) -> Path:
+    """The same packets in another file that says of each that it is shown when it is decoded, as careless writers do."""
+    with av.open(str(source)) as read, av.open(str(target), "w") as write:
+        taken = read.streams.video[0]
+        given = write.add_stream_from_template(taken)
+        first = None
+        for packet in read.demux(taken):
+            if packet.size:
+                first = packet.dts if first is None else first
+                packet.pts = packet.dts = packet.dts - first
+                packet.stream = given
+                write.mux(packet)
+    return target

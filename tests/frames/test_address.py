@@ -24,6 +24,7 @@ from millpond.frames.address import parse, redacted
         ("http://example.org/b.mp4;session=4", "http://example.org/b.mp4"),
         ("rtmp://live.example.org/app/STREAMKEY", "rtmp://live.example.org/…"),
         ("rtsp://u:p@ss/word@host/x", "rtsp://…"),
+        ("rtsp://u:pw%40host", "rtsp://…"),
         ("tcp://127.0.0.1:9000", "tcp://127.0.0.1:9000"),
         ("http://[::1]:8000/a.mp4", "http://[::1]:8000/a.mp4"),
     ],
@@ -95,6 +96,16 @@ def test_a_mistyped_address_is_not_repeated(text: str) -> None:
 def test_a_missing_file(path: str, message: str) -> None:
     with pytest.raises(SourceError, match=message):
         parse(path)
+
+
+@pytest.mark.parametrize("name", ["a\x1b]0;owned\x07.mp4", "b\n.mp4", "c\x9b2J.mp4", "d\udcff.mp4"])
+def test_a_name_cannot_steer_the_terminal(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SourceError) as missing:
+        parse(tmp_path / name)
+    (tmp_path / name).touch()
+    assert parse(tmp_path / name).target == str(tmp_path / name)
+    for shown in (parse(tmp_path / name).name, str(missing.value)):
+        assert shown.isprintable()
 
 
 def test_the_target_is_not_in_the_repr() -> None:

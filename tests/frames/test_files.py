@@ -1,5 +1,6 @@
 """Whole video files of every kind, decoded."""
 
+import gc
 import threading
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,7 @@ from millpond import frames
 from millpond.frames import write_mp4
 from millpond.frames.orientation import upright
 from millpond.frames.timing import StreamTimes
-from tests.frames.media import corners, gray, noise, write
+from tests.frames.media import corners, forget_order, gray, noise, write
 
 
 def test_h264_mp4_with_reordered_pictures(tmp_path: Path) -> None:
@@ -37,6 +38,68 @@ def test_equals_a_plain_decoding(tmp_path: Path) -> None:
         plain = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     taken = [frame.pixels for frame in frames.open(path)]
     assert np.array_equal(taken, plain)
+
+
+LEVELS = [8 * i for i in range(30)]  # a picture's level tells which it is
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("clip.avi", "libx264", {"bf": "3", "g": "12", "x264-params": "b-adapt=0"}),
+        ("clip.avi", "mpeg4", {"bf": "2", "g": "12", "qmin": "2", "qmax": "2"}),
+        ("clip.mp4", "libx264", {"bf": "3", "g": "12", "x264-params": "b-adapt=0:b-pyramid=1"}),
+    ],
+)
+def test_reordered_pictures_whose_file_does_not_say_so(
+    tmp_path: Path, name: str, codec: str, options: dict[str, str]
+) -> None:
+    path = write(tmp_path / name, map(gray, LEVELS), codec=codec, options=options)
+    if path.suffix != ".avi":  # which cannot say it
+        path = forget_order(path, tmp_path / "careless.mp4")
+    with av.open(str(path)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == len(LEVELS)
+    with frames.open(path) as source:
+        taken = list(source)
+        assert source.damaged == 0
+    assert [frame.pixels.mean() for frame in taken] == pytest.approx(LEVELS, abs=4)
+    assert [frame.seconds for frame in taken] == pytest.approx([i / 10 for i in range(len(LEVELS))], abs=1e-3)
+
+
+def test_reordered_pictures_in_matroska_with_times_in_decoding_order(tmp_path: Path) -> None:
+    """There nothing tells before the first picture steps back; the few given out by then keep their places."""
+    options = {"bf": "3", "g": "12", "x264-params": "b-adapt=0"}
+    whole = write(tmp_path / "whole.mp4", map(gray, LEVELS), options=options)
+    taken = list(frames.open(forget_order(whole, tmp_path / "clip.mkv")))
+    assert [frame.pixels.mean() for frame in taken] == pytest.approx(LEVELS, abs=4)
+    seconds = [frame.seconds for frame in taken]
+    assert all(a < b for a, b in pairwise(seconds))
+    assert seconds[8:] == pytest.approx([i / 10 for i in range(8, len(LEVELS))], abs=2e-3)
+
+
+@pytest.mark.parametrize(("codec", "aspect", "shown"), [("mpeg4", "2:1", (48, 128)), ("mpeg4", "1:2", (96, 64))])
+def test_pixels_that_are_not_square_are_stretched(
+    tmp_path: Path, codec: str, aspect: str, shown: tuple[int, int]
+) -> None:
+    path = write(tmp_path / "clip.mp4", [corners()] * 3, codec=codec, options={"aspect": aspect}, rotation=90)
+    (frame, *_) = frames.open(path)
+    with frames.open(path) as source:
+        assert (source.info.height, source.info.width) == frame.pixels.shape[:2] == shown[::-1]
+    assert (frame.pixels[0, 0] > 100).tolist() == [False, True, False]  # the right upper corner
+
+
+def test_a_decoded_picture_is_gone_when_it_has_been_used(tmp_path: Path) -> None:
+    """Not when the garbage collector comes by: at 4K that would be gigabytes."""
+    path = write(tmp_path / "clip.mp4", map(gray, LEVELS), rotation=90)
+    gc.collect()
+    gc.disable()
+    try:
+        with frames.open(path) as source:
+            left = [sum(isinstance(thing, av.VideoFrame) for thing in gc.get_objects()) for _ in source]
+    finally:
+        gc.enable()
+    assert len(left) == len(LEVELS)
+    assert max(left) <= 10  # what the decoder gives out at once, and the one whose turn was read
 
 
 def test_a_variable_rate_is_sampled_by_presentation_time(tmp_path: Path) -> None:
@@ -146,6 +209,18 @@ def test_times_are_placed_in_order() -> None:
     assert [times.place(time) for time in given] == [0.0, 0.5, None, None, 0.6, 0.7, 1.2, 1.3]
     times = StreamTimes(step=0.1)
     assert [times.place(time) for time in given] == [0.0, 0.5, None, None, 0.6, None, None, 0.7]
+
+
+def test_decoding_times_take_over_where_stated_ones_step_back() -> None:
+    times = StreamTimes(step=1.0)
+    given = [(0.0, 2.0), (3.0, 3.0), (2.0, 4.0), (1.0, 5.0), (6.0, 6.0), (5.0, 7.0), (4.0, None)]
+    assert [times.place(*pair) for pair in given] == [0.0, 3.0, 3.25, 3.5, 4.0, 5.0, 6.0]
+    times = StreamTimes(step=1.0)
+    times.by_decoding = True
+    assert [times.place(*pair) for pair in given] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    # What has no ascending time of either kind has no place.
+    times = StreamTimes(step=1.0)
+    assert [times.place(*pair) for pair in [(0.0, 0.0), (1.0, 1.0), (0.5, 0.5), (2.0, 2.0)]] == [0.0, 1.0, None, 2.0]
 
 
 def test_arrival_times() -> None:

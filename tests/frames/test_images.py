@@ -1,5 +1,6 @@
 """Folders of images and single images."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,20 @@ def test_an_image_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypa
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(SourceError, match="too large"):
         list(frames.open(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PPM", "GIF", "ICO"])
+def test_only_the_named_formats_are_read_whatever_the_name_says(tmp_path: Path, kind: str) -> None:
+    """EPS would start Ghostscript on a stranger's PostScript."""
+    Image.fromarray(gray(1)).save(tmp_path / "a.png", kind)
+    with pytest.raises(SourceError, match="not an image"):
+        list(frames.open(tmp_path))
+
+
+def test_a_named_pipe_in_a_folder_is_left_out(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "0.png")
+    Image.fromarray(gray(7)).save(tmp_path / "1.png")
+    assert [frame.pixels.mean() for frame in frames.open(tmp_path)] == [7]
 
 
 def test_a_folder_without_images(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import traceback
 from itertools import pairwise
 from pathlib import Path
 
+import av
 import pytest
 
 from millpond import frames
@@ -131,6 +132,17 @@ def test_nobody_answers() -> None:
         port = free.getsockname()[1]
     with pytest.raises(SourceError, match=rf"cannot open tcp://127\.0\.0\.1:{port}: Connection refused"):
         frames.open(f"tcp://127.0.0.1:{port}")
+
+
+def test_a_protocol_that_ffmpeg_was_built_without_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyAV's wheels have no srt, others may."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise av.error.ProtocolNotFoundError(1330794744, "Protocol not found", "srt://127.0.0.1:1")
+
+    monkeypatch.setattr(av, "open", refuse)
+    with pytest.raises(SourceError, match="built without this kind of address"):
+        frames.open("srt://127.0.0.1:1")
 
 
 def test_close_while_the_stream_is_silent(stream: bytes) -> None:

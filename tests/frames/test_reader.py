@@ -11,7 +11,7 @@ import pytest
 from millpond.errors import SourceError
 from millpond.frames.reader import Backoff, Mailbox, Reader
 from millpond.frames.sampling import Pending
-from millpond.frames.source import Source, SourceInfo
+from millpond.frames.source import Event, Source, SourceInfo
 
 PATIENCE_SECONDS = 20.0  # only a broken reader waits so long
 
@@ -154,7 +154,14 @@ def test_connects_again_and_time_goes_on() -> None:
     first = FakeFeed(0.0, lockstep, passes(1.0), 1.0, lockstep, passes(7.0), fault="broke")
     # The camera counts from 500 after its restart; 7 s silent, then 0.5 + 1 + 2 s of waiting pass.
     second = FakeFeed(500.0, lockstep, passes(1.0), 501.0, lockstep)
-    engine = reader(first, "down", "down", second, *["gone"] * 3, clock=clock)
+    events: list[Event] = []
+    engine = Reader(
+        connecting(first, "down", "down", second, *["gone"] * 3),
+        fps=None,
+        backoff=Backoff(3),
+        clock=clock,
+        on_event=events.append,
+    )
     for _ in range(4):
         got = engine.take()
         assert got is not None
@@ -168,6 +175,15 @@ def test_connects_again_and_time_goes_on() -> None:
     assert second.closed.is_set()
     assert clock.waits == [0.5, 1.0, 2.0] + [0.5, 1.0, 2.0]
     assert engine.take() is None
+    assert [(event.kind, event.attempt) for event in events] == [
+        ("lost", 0), ("retry", 1), ("retry", 2), ("retry", 3), ("back", 3),
+        ("lost", 0), ("retry", 1), ("retry", 2), ("retry", 3),
+    ]  # fmt: skip
+    assert [event.reason for event in events[:5]] == ["broke", "broke", "down", "down", ""]
+    assert [event.seconds for event in events[:5]] == pytest.approx([1.0] * 4 + [11.5])
+    assert events[4].gap == pytest.approx(10.5)
+    assert (engine.losses.lost, engine.losses.retries, engine.losses.back) == (2, 6, 1)
+    assert engine.losses.seconds == pytest.approx(10.5)
 
 
 def test_times_ascend_over_a_loss_that_takes_no_time() -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["demo"]
 
 _SHARE = 16
-"""The budget is this fraction of the full cache."""
+"""The budget is this fraction of the full cache, or the least that works."""
 
 
 def demo(
@@ -48,7 +48,10 @@ def demo(
     """Watch a generated video of several minutes under 1/16 of the full cache, and compare the answers with the truth."""
     announce(context, as_json=as_json, quiet=quiet)
     from millpond import families, frames, policies, streams
-    from millpond.cli.watch import Watch, silence
+    from millpond.cli.inspect import stream_options
+    from millpond.cli.watch import silence
+    from millpond.cli.watching import Watch
+    from millpond.device import least_budget
     from millpond.minnow.evaluate import SUPPORTED
     from millpond.session import Session
 
@@ -63,7 +66,9 @@ def demo(
         group = family.grid(*first.shape[:2])
         full = groups * group.tokens * family.geometry.kv_bytes_per_token
         host = full if policies.read(policy).recalls else None
-        session = Session(family, budget=full // _SHARE, policy=policy, host_budget=host)
+        # A short stream's full cache is so small that a part of it holds no prompt and no block.
+        budget = max(full // _SHARE, least_budget(family, group, **stream_options(policy, 0, None)))
+        session = Session(family, budget=budget, policy=policy, host_budget=host)
         asked = [question for question in stream.questions if question.family in SUPPORTED]
         questions = sorted(asked, key=lambda question: question.ask_seconds)
         watching = Watch(session, opened, max_new_tokens=8, as_json=True, quiet=quiet)

@@ -8,10 +8,15 @@ from __future__ import annotations
 import importlib.util
 import platform
 import re
+import tempfile
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
+from millpond.cli.errors import one_line
 from millpond.cli.inspect import Check
+from millpond.native.build import compiled
 
 __all__ = ["checks"]
 
@@ -27,6 +32,8 @@ def checks() -> list[Check]:
         *_devices(),
         *_decoders(),
         *_models(),
+        _kernels(),
+        _watching(),
         *_extras(),
     ]
 
@@ -36,11 +43,17 @@ def _versions() -> list[Check]:
         Check("python", f"{platform.python_version()} on {platform.platform()}"),
         Check("millpond", version("millpond")),
     ]
+    wanted = {one.name.lower(): one for one in map(Requirement, requires("millpond") or []) if one.marker is None}
     for package in _PACKAGES:
         try:
-            found.append(Check(package, version(package), True, needed=True))
+            number = version(package)
         except PackageNotFoundError:
             found.append(Check(package, f"pip install {package}", False, needed=True))
+            continue
+        bounds = wanted[package].specifier if package in wanted else None
+        fits = bounds is None or bounds.contains(number, prereleases=True)
+        told = number if fits else f"{number}, but it must be {bounds}: pip install '{package}{bounds}'"
+        found.append(Check(package, told, fits, needed=True))
     return found
 
 
@@ -89,6 +102,45 @@ def _models() -> list[Check]:
         Check("model families", ", ".join(row.model_type for row in families.supported()), True, needed=True),
         Check("policies", ", ".join(policy.name for policy in policies.available()), True, needed=True),
     ]
+
+
+def _kernels() -> Check:
+    """Whether the compiled inner loops are built and give what torch gives; without them everything works, slower."""
+    import torch
+
+    from millpond import native
+
+    what = "compiled kernels"
+    sources = sorted(Path(native.__file__).parent.glob("*.cpp"))
+    for source in sources:
+        library, why = compiled(source)
+        if library is None:
+            return Check(what, f"{source.name} {why}; torch does its work, several times slower", False)
+    norms = native.norms(torch.full((1, 1, 4), 2.0))
+    if norms is None or norms.tolist() != [[4.0]]:
+        return Check(what, "they are built, but give wrong numbers: set MILLPOND_NATIVE=0", False, needed=True)
+    return Check(what, f"they run ({len(sources)} libraries)", True)
+
+
+def _watching() -> Check:
+    """A film of eight frames, written, decoded and asked about with the model that ships."""
+    what = "watching"
+    try:
+        import numpy as np
+
+        from millpond import Session, frames
+
+        with tempfile.TemporaryDirectory(prefix="millpond-") as folder:
+            path = Path(folder) / "film.mp4"
+            pixels = np.zeros((64, 64, 3), np.uint8)
+            frames.write_mp4(path, ((index / 2, pixels) for index in range(8)), fps=2)
+            session = Session.from_pretrained("minnow", budget="2MiB", device="cpu")
+            with frames.open(path) as source:
+                seen = session.feed(source)
+            session.ask("How many objects appeared?", max_new_tokens=2)
+    except Exception as error:  # whatever it is, the user is to be told
+        return Check(what, f"it does not work: {type(error).__name__}: {one_line(error)}", False, needed=True)
+    return Check(what, f"{seen} frames of a written MP4, decoded and asked about", seen == 8, needed=True)
 
 
 def _extras() -> list[Check]:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from millpond.plan import Plan
     from millpond.precision.device_budget import DeviceSplit
 
-__all__ = ["doctor", "models", "plan", "policies"]
+__all__ = ["doctor", "models", "plan", "policies", "stream_options"]
 
 
 def plan(
@@ -70,7 +70,7 @@ def plan(
     capped = budget_for(budget, device_memory)
     family = families.load(model, dtype=dtype, max_pixels=max_pixels, weights=False)
     title = f"{model}, {policy}, frames of {size.width} x {size.height} at {fps:g} a second"
-    stream, device = _stream(policy, recent_frames, system), {}
+    stream, device = stream_options(policy, recent_frames, system), {}
     if device_memory is not None:
         whole = plan_device(family, model, device_memory, (size.height, size.width), **stream)
         split, device = whole.plan, {"device": whole.split.to_dict()}
@@ -108,7 +108,7 @@ def _split(family: Family, budget: int | None, stream: dict[str, Any], size: Fra
         ) from error
 
 
-def _stream(policy: str, recent_frames: int, system: str | None) -> dict[str, Any]:
+def stream_options(policy: str, recent_frames: int, system: str | None) -> dict[str, Any]:
     """What `millpond.flow.Flow` takes beside a family and a budget."""
     from millpond import policies
 
@@ -236,16 +236,14 @@ def policies(context: typer.Context, as_json: JsonFlag = False, quiet: QuietFlag
     if as_json:
         print(json.dumps({"policies": rows}, default=str))
         return
-    table = Table("policy", "cap", "sees questions", "parameters", "source")
     for row in rows:
-        table.add_row(
-            row["name"],
-            "kept" if row["capped"] else "none",
-            "no" if row["question_agnostic"] else "yes",
-            Text(", ".join(f"{name}={value}" for name, value in row["parameters"].items())),
-            Text(row["source"]),
-        )
-    Console().print(table)
+        notes = [
+            *(["no cap"] if not row["capped"] else []),
+            *(["sees questions"] if not row["question_agnostic"] else []),
+        ]
+        notes += [f"{name}={value}" for name, value in row["parameters"].items()]
+        print(f"{row['name']}: {', '.join(notes) or 'no parameters'}")
+        print(f"    {row['source']}")
 
 
 def models(context: typer.Context, as_json: JsonFlag = False, quiet: QuietFlag = False) -> None:

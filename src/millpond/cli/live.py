@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from time import monotonic
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
@@ -15,6 +16,9 @@ from rich.text import Text
 
 from millpond.answer import Usage
 from millpond.budget import format_bytes
+
+if TYPE_CHECKING:
+    from millpond.frames import Losses
 
 __all__ = ["LiveLine", "clock", "summary"]
 
@@ -31,19 +35,25 @@ def clock(seconds: float) -> str:
     return f"{head}:{rest // 10:02d}.{rest % 10}"
 
 
-def summary(usage: Usage) -> str:
-    """What a watch came to, in two lines."""
+def summary(usage: Usage, losses: Losses | None = None) -> str:
+    """What a watch came to, in two lines; a third where the source was lost."""
     spent = usage.seconds_total
     rate = f" ({usage.frames_seen / spent:.1f} frame/s)" if spent > 0 and usage.frames_seen else ""
     dropped = f", {usage.frames_dropped} dropped" if usage.frames_dropped else ""
     skipped = f", {usage.frames_skipped} not let in" if usage.frames_skipped else ""
     host = f"; {usage.host_frames} frame groups in host memory" if usage.host_budget_bytes else ""
     cap = "no cap" if usage.budget_bytes is None else f"cap {format_bytes(usage.budget_bytes)}"
+    gone = ""
+    if losses is not None and losses.lost:
+        gone = (
+            f"\nthe source was lost {losses.lost} times and came back {losses.back} times, in {losses.retries} attempts; "
+            f"{losses.seconds:.1f} s without it"
+        )
     return (
         f"watched {clock(usage.stream_seconds)}: {usage.frames_seen} frames{dropped}{skipped} in {spent:.1f} s{rate}\n"
         f"memory {format_bytes(usage.live_bytes)}, peak {format_bytes(usage.peak_bytes)}, {cap}; a full cache would take "
         f"{format_bytes(usage.full_cache_bytes)}; {usage.memory_tokens} tokens remembered, {usage.evicted_tokens} "
-        f"forgotten in {usage.compactions} compactions{host}"
+        f"forgotten in {usage.compactions} compactions{host}{gone}"
     )
 
 
@@ -52,11 +62,12 @@ class LiveLine:
 
     Args:
         usage: asked for the numbers, at most four times a second.
+        state: what is the matter with the source, if anything.
         shown: False draws nothing (quiet, not a terminal, or a prompt has the terminal).
     """
 
-    def __init__(self, usage: Callable[[], Usage], *, shown: bool) -> None:
-        self._usage = usage
+    def __init__(self, usage: Callable[[], Usage], *, shown: bool, state: Callable[[], str] = str) -> None:
+        self._usage, self._state = usage, state
         self._console = Console(stderr=True)
         self._shown = shown and self._console.is_terminal
         self._live: Live | None = None
@@ -105,7 +116,8 @@ class LiveLine:
             self._last = (now, usage.frames_seen)
         cap = "" if usage.budget_bytes is None else f" of {format_bytes(usage.budget_bytes)}"
         dropped = f"  {usage.frames_dropped} dropped" if usage.frames_dropped else ""
+        state = self._state()
         return (
-            f"{clock(usage.stream_seconds)}  {usage.frames_seen} frames{dropped}  {rate:.1f} frame/s  "
+            f"{clock(usage.stream_seconds)}  {state}{'  ' if state else ''}{usage.frames_seen} frames{dropped}  {rate:.1f} frame/s  "
             f"{format_bytes(usage.live_bytes)}{cap}  {usage.evicted_tokens} forgotten"
         )

@@ -5,16 +5,19 @@ Reading only: nothing here loads a model or opens a source.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from millpond.budget import parse_bytes
-from millpond.errors import BudgetError
+from millpond.errors import BudgetError, SourceError
+from millpond.printable import printable
 
 __all__ = [
     "DEFAULT_BUDGET",
@@ -37,9 +40,14 @@ __all__ = [
     "SystemOption",
     "WatchCommand",
     "budget_for",
+    "read_credentials",
     "read_moment",
     "read_size",
+    "read_text",
 ]
+
+_MOST_DIGITS = 32
+_MOST_PIXELS = 1 << 27  # as for videos
 
 DEFAULT_POLICY = "infinipot-v"
 DEFAULT_MODEL = "minnow"
@@ -89,11 +97,47 @@ def read_size(value: str) -> FrameSize:
     match = re.fullmatch(r"\s*([1-9][0-9]*)\s*[xX×]\s*([1-9][0-9]*)\s*", value)
     if match is None:
         raise typer.BadParameter(f"{value!r} is not a frame size: write for example 640x480 (width x height)")
-    return FrameSize(int(match.group(1)), int(match.group(2)))
+    width, height = match.groups()
+    if max(len(width), len(height)) > _MOST_DIGITS or int(width) * int(height) > _MOST_PIXELS:
+        raise typer.BadParameter(f"a frame of that size is larger than any that is read ({_MOST_PIXELS:,} pixels)")
+    return FrameSize(int(width), int(height))
+
+
+def read_text(value: str, option: str) -> str:
+    """The value, if it is text at all: a shell also passes on bytes that are not UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise typer.BadParameter("the text is not valid UTF-8", param_hint=option) from None
+    return value
+
+
+def read_credentials(file: Path | None) -> tuple[str, str] | None:
+    """User and password from the first line of a file, or from MILLPOND_CREDENTIALS; None where there are none.
+
+    Raises:
+        SourceError: the file cannot be read, or there is no colon between the two. What was read is not repeated.
+    """
+    where, fault = "MILLPOND_CREDENTIALS", ""
+    line = os.environ.get(where, "")
+    if file is not None:
+        where = printable(str(file))
+        try:
+            line = file.read_text(encoding="utf-8").partition("\n")[0].rstrip("\r")
+        except (OSError, UnicodeDecodeError) as error:
+            fault = getattr(error, "strerror", None) or "it is not text"
+    elif not line:
+        return None
+    user, colon, password = line.partition(":")
+    if fault or not colon:
+        raise SourceError(f"no credentials in {where}: {fault or 'it must be user:password'}")
+    return user, password
 
 
 def read_budget(value: str) -> int:
     """Read a byte size; what cannot be read is a mistake of usage, what is too small for a model is not."""
+    if len(value) > _MOST_DIGITS:
+        raise typer.BadParameter("that is more than any memory: write for example 512MiB or 2GB")
     try:
         return parse_bytes(value)
     except BudgetError as error:

@@ -33,6 +33,7 @@ class Tap:
     Args:
         source: an iterable of frames with `.seconds` and, where frames can be dropped, `.dropped`.
         tick: called between frames and while waiting for one; for a progress line.
+        look: shown every frame before it is handed out.
 
     Attributes:
         dropped: frames the source has dropped, as of the last stretch; a session adds up the differences.
@@ -41,9 +42,11 @@ class Tap:
         stopped: `stop` was called.
     """
 
-    def __init__(self, source: Any, *, tick: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, source: Any, *, tick: Callable[[], None] = lambda: None, look: Callable[[Any], None] = lambda frame: None
+    ) -> None:
         self._source = source
-        self._tick = tick
+        self._tick, self._look = tick, look
         self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._next: Any = None
         self._limit: float | None = None
@@ -92,6 +95,7 @@ class Tap:
             self._next = None
             self._count()
             self.seconds = frame.seconds
+            self._look(frame)
             yield frame
             if self._limit is not None and frame.seconds >= self._limit - _TOLERANCE_SECONDS:
                 self.reached = True

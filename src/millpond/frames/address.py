@@ -3,11 +3,13 @@
 import os
 import re
 import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
+from urllib.parse import quote
 
 from millpond.errors import SourceError
+from millpond.printable import printable
 
 Kind = Literal["file", "images", "url", "camera", "pipe", "frames"]
 
@@ -56,13 +58,31 @@ def _parse_url(scheme: str, rest: str) -> Address:
         return _parse_path(Path(rest))
     if scheme in _LIVE_SCHEMES | _FILE_SCHEMES:
         live = True if scheme in _LIVE_SCHEMES else None
-        return Address("url", f"{scheme}://{rest}", redacted(f"{scheme}://{rest}"), live)
+        return Address("url", f"{scheme}://{rest}", printable(redacted(f"{scheme}://{rest}")), live)
     schemes = ", ".join(f"{known}://" for known in sorted(_LIVE_SCHEMES | _FILE_SCHEMES))
-    raise SourceError(f"{scheme}:// is not a kind of address that can be watched: use a file, or one of {schemes}")
+    raise SourceError(
+        f"{printable(scheme)}:// is not a kind of address that can be watched: use a file, or one of {schemes}"
+    )
+
+
+def with_credentials(address: Address, user: str, password: str) -> Address:
+    """The same address with a user and a password in its target, which is never shown.
+
+    Raises:
+        SourceError: it is no network address, or holds a user already.
+    """
+    scheme, mark, rest = address.target.partition("://")
+    if address.kind != "url" or not mark:
+        raise SourceError(f"credentials are for network addresses, and {address.name} is none")
+    if "@" in re.split(r"[/?#\\]", rest, maxsplit=1)[0]:
+        raise SourceError(
+            f"the address {address.name} holds a user already: leave it out there, or give no credentials"
+        )
+    return replace(address, target=f"{scheme}://{quote(user, safe='')}:{quote(password, safe='')}@{rest}")
 
 
 def _parse_path(path: Path) -> Address:
-    name = str(path)
+    target, name = str(path), printable(str(path))
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError):
@@ -73,12 +93,12 @@ def _parse_path(path: Path) -> Address:
             raise SourceError("no such file (it may be a URL, so it is not repeated here): a URL needs its ://")
         raise SourceError(f"no such file or folder: {name}")
     if stat.S_ISDIR(mode):
-        return Address("images", name, name)
-    if stat.S_ISCHR(mode) and re.fullmatch(r"/dev/video\d+", name):
-        return Address("camera", name, name, live=True)
+        return Address("images", target, name)
+    if stat.S_ISCHR(mode) and re.fullmatch(r"/dev/video\d+", target):
+        return Address("camera", target, name, live=True)
     if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
-        return Address("pipe", name, name)
-    return Address("images" if path.suffix.lower() in IMAGE_SUFFIXES else "file", name, name)
+        return Address("pipe", target, name)
+    return Address("images" if path.suffix.lower() in IMAGE_SUFFIXES else "file", target, name)
 
 
 def redacted(url: str) -> str:
@@ -89,7 +109,7 @@ def redacted(url: str) -> str:
     scheme, _, rest = url.partition("://")
     authority = re.split(r"[/?#\\]", rest, maxsplit=1)[0]
     tail = rest[len(authority) :]
-    if "@" in tail or "%40" in tail.lower():
+    if "@" in tail or "%40" in rest.lower():
         return f"{scheme}://…"
     host = authority.rpartition("@")[2]
     if scheme.startswith("rtmp"):

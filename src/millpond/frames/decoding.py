@@ -4,10 +4,12 @@ What FFmpeg says about an error may hold the address with its password, so none 
 error of its kind stays attached to ours.
 """
 
+import errno
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from typing import Any, Protocol
 
@@ -18,7 +20,8 @@ from numpy.typing import NDArray
 
 from millpond.errors import SourceError
 from millpond.frames.address import Address
-from millpond.frames.orientation import display_matrix, upright
+from millpond.frames.orientation import Turn, square, upright
+from millpond.frames.reach import Reach
 from millpond.frames.sampling import Pending
 from millpond.frames.source import SourceInfo
 from millpond.frames.timing import StreamTimes
@@ -26,7 +29,16 @@ from millpond.frames.timing import StreamTimes
 # Demuxers that draw text as a picture: a README is not a video.
 _TEXT_ART = frozenset({"adf", "bin", "idf", "tty", "xbin"})
 # Over HTTP these have no end unless they state a length; anything else is a file.
-_ENDLESS = frozenset({"dash", "hls", "mpjpeg"})
+_ENDLESS = frozenset({"hls", "mpjpeg"})
+# Demuxers that open what the content of a file names. HLS is read within bounds (`Reach`); FFmpeg opens the parts of the others
+# by itself, so nothing is read as one of them.
+_REFERRING = frozenset(
+    {"avisynth", "concat", "dash", "hls", "imf", "lavfi", "sap", "sdp", "vapoursynth", "vobsub", "webm_dash_manifest"}
+)
+_PLAYLIST_MARK = b"#EXTM3U"
+_HEAD_BYTES = 1 << 16
+# Containers without presentation times; what FFmpeg puts there is a guess.
+_NO_PRESENTATION = frozenset({"avi"})
 # Containers whose stated length can be believed, so that a file that ends long before was cut short.
 _STATES_LENGTH = frozenset({"matroska", "mov"})
 _NO_TIMESTAMPS = 0x80  # AVFMT_NOTIMESTAMPS
@@ -56,6 +68,7 @@ class Video:
         pipe: read from this instead of opening the target.
         live: frames come as they happen; None decides by what was opened.
         timeout: seconds without a byte after which a network stream counts as lost.
+        reach: opens what a playlist names; None reads no playlist.
         now: the arrival clock, seconds; used only for live streams whose format carries no times (HTTP motion JPEG).
 
     Raises:
@@ -70,15 +83,18 @@ class Video:
         live: bool | None,
         timeout: float,
         now: Callable[[], float],
+        reach: Reach | None = None,
     ) -> None:
         self._name = address.name
         self._pipe = pipe
+        self._reach = reach
         self._cancelled = False
         self.damaged = 0
         self._reformatter = VideoReformatter()
+        self._turn = Turn()
         self._pictures: Iterator[Pending] = iter(())
         try:
-            self._container = _open_container(address, pipe, live, timeout)
+            self._container = _open_container(address, pipe, live, timeout, reach)
         except BaseException:
             if pipe is not None:
                 pipe.close()
@@ -102,8 +118,11 @@ class Video:
                 jumps=live or bool(flags & _TIMES_MAY_JUMP),
                 now=now if live and flags & _NO_TIMESTAMPS else None,
             )
+            self._times.by_decoding = bool(formats & _NO_PRESENTATION)
             codec = stream.codec_context
             width, height = codec.width or None, codec.height or None
+            if width and height:
+                width, height = square(width, height, stream.sample_aspect_ratio)
             # Slices keep the delay low; whole frames in parallel decode a file fastest.
             stream.thread_type = "SLICE" if live else "AUTO"
             self._pictures = self._decode()
@@ -146,16 +165,20 @@ class Video:
         """Pictures in order of time; then, for a file, SourceError if it is not whole."""
         good = 0
         end: float | None = None
+        unordered = True  # every packet is stated to be shown when it is decoded
         for packet in self._packets():
-            if self._cancelled:
-                return
+            if self._cancelled or (self._live and self._reach is not None and self._reach.fault is not None):
+                break
+            if packet is not None and packet.pts is not None:
+                unordered &= packet.pts == packet.dts
             pictures, broken = self._decode_packet(packet)
             # A recording cut in the middle of a group, or a camera joined there, begins with pictures that cannot be
             # decoded. That is no damage.
             self.damaged += bool(broken and (good or packet is None))
             for picture in pictures:
-                time = None if picture.pts is None else float(picture.pts * self._stream.time_base)
-                seconds = None if picture.is_corrupt else self._times.place(time)
+                if not good and unordered and self._stream.codec_context.has_b_frames:
+                    self._times.by_decoding = True  # yet the decoder puts them in order: the file does not say how
+                seconds = None if picture.is_corrupt else self._times.place(*self._stated(picture))
                 if seconds is None:
                     self.damaged += bool(good)
                     continue
@@ -164,10 +187,18 @@ class Video:
                 yield Pending(seconds, partial(self._render, picture))
         if self._cancelled:
             return
+        if self._reach is not None and self._reach.fault is not None:
+            raise self._reach.fault
         if not self._live:
             self._judge(good, end)
         elif self._fault:
             raise SourceError(f"{self._name} broke: {self._fault}")
+
+    def _stated(self, picture: Any) -> tuple[float | None, float | None]:
+        """When to show a picture, and the decoding time of what made the decoder give it out; seconds of the container."""
+        unit = self._stream.time_base
+        pts, dts = picture.pts, picture.dts
+        return None if pts is None else float(pts * unit), None if dts is None else float(dts * unit)
 
     def _packets(self) -> Iterator[Any]:
         """Packets of the stream, then None to flush the decoder; a fault of the container is kept for the end."""
@@ -215,15 +246,18 @@ class Video:
 
     def _render(self, picture: Any) -> NDArray[np.uint8]:
         try:
-            converted: Any = self._reformatter.reformat(picture, format="rgb24")
-            return upright(converted.to_ndarray(), display_matrix(picture))
+            width, height = square(picture.width, picture.height, self._stream.sample_aspect_ratio)
+            converted: Any = self._reformatter.reformat(picture, width, height, "rgb24")
+            return upright(converted.to_ndarray(), self._turn.of(picture))
         except (av.FFmpegError, ValueError) as error:
             fault = _reason(error, None)
         raise SourceError(f"a picture of {self._name} cannot be turned into RGB: {fault}")
 
 
-def _open_container(address: Address, pipe: Bytes | None, live: bool | None, timeout: float) -> Any:
-    options: dict[str, str] = {}
+def _open_container(
+    address: Address, pipe: Bytes | None, live: bool | None, timeout: float, reach: Reach | None
+) -> Any:
+    options = {"format_whitelist": _self_contained()}
     form, target, limits = None, address.target, None
     if address.kind == "camera":
         form = "v4l2"
@@ -234,16 +268,54 @@ def _open_container(address: Address, pipe: Bytes | None, live: bool | None, tim
         if target.startswith("rtsp"):
             options["rtsp_flags"] = "prefer_tcp"  # UDP is lost at many a firewall without a word
     elif pipe is not None:
-        options["protocol_whitelist"] = "data"  # a playlist on stdin must not open files
+        options["protocol_whitelist"] = "data"
     else:
         target = f"file:{target}"  # so that a colon in a name is not taken for a protocol
+    referring = False
     try:
         return av.open(
             target if pipe is None else pipe, format=form, options=options, timeout=limits, metadata_errors="replace"
         )
     except (av.FFmpegError, ValueError, OSError) as error:
+        referring = getattr(error, "errno", None) == errno.EINVAL  # what it is, is not on the list
         fault = _reason(error, timeout)
+    if referring and reach is not None:
+        return _open_playlist(target, address.name, reach, timeout)
     raise SourceError(f"cannot open {address.name}: {fault}{_PIPE_HINT if pipe is not None else ''}")
+
+
+def _open_playlist(target: str, name: str, reach: Reach, timeout: float) -> Any:
+    """Open a playlist of HLS, all of whose files come through `reach`."""
+    file = reach.open(target)
+    try:
+        head = file.read(_HEAD_BYTES)
+    finally:
+        file.close()
+    if re.search(rb"^#EXT-X-KEY:METHOD=(?!NONE)", head, re.MULTILINE):
+        raise SourceError(f"the playlist {name} is encrypted, which is not read")
+    if not head.startswith(_PLAYLIST_MARK):
+        raise SourceError(f"cannot open {name}: it is not a video, or it is a list of files of another kind than HLS")
+    # To keep a connection for the next file, FFmpeg would open that one by itself.
+    options = {"http_persistent": "0", "http_multiple": "0", "protocol_whitelist": "file,http,https,tcp,tls,data"}
+    fault = ""
+    try:
+        return av.open(
+            target,
+            format="hls",
+            options=options,
+            timeout=(timeout, timeout),
+            metadata_errors="replace",
+            io_open=reach,
+        )
+    except (av.FFmpegError, ValueError, OSError) as error:
+        fault = _reason(error, timeout)
+    raise reach.fault or SourceError(f"cannot open {name}: {fault}")
+
+
+@cache
+def _self_contained() -> str:
+    """The names of the demuxers that read one file and nothing else, for FFmpeg's `format_whitelist`."""
+    return ",".join(sorted(av.formats_available - _REFERRING))
 
 
 def _pick_stream(container: Any, name: str) -> Any:
@@ -274,6 +346,8 @@ def _reason(error: Exception, timeout: float | None) -> str:
     """Why, in words that cannot hold an address."""
     if isinstance(error, av.error.ExitError):
         return "no data came" + (f" for {timeout:g} s" if timeout else " in time")
+    if isinstance(error, av.error.ProtocolNotFoundError):
+        return "the FFmpeg inside PyAV was built without this kind of address"
     if isinstance(error, av.error.InvalidDataError):
         return "it is damaged, or not a video"
     text = getattr(error, "strerror", None)

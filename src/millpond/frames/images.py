@@ -14,8 +14,11 @@ from millpond.errors import SourceError
 from millpond.frames.address import IMAGE_SUFFIXES, Address
 from millpond.frames.sampling import Pending
 from millpond.frames.source import SourceInfo
+from millpond.printable import printable
 
 DEFAULT_FPS = 1.0
+# Pillow's names of what IMAGE_SUFFIXES stand for. It goes by content, and for others (EPS) it would start programs on it.
+_FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 
 
 class Images:
@@ -39,7 +42,9 @@ class Images:
         self._cancelled = False
         self._paths = [path]
         if path.is_dir():
-            found = (p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+            named = (p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+            # A named pipe would wait for ever for who writes to it; a link that leads nowhere is told when its turn comes.
+            found = (p for p in named if p.is_file() or not p.exists())
             self._paths = sorted(found, key=lambda p: natural_key(p.name))
         if not self._paths:
             suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
@@ -67,13 +72,13 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=_FORMATS) as image:
                 return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         fault = "it is too large"
     except Exception as error:  # Pillow's plug-ins raise what they like on damaged data
         fault = getattr(error, "strerror", None) or "it is damaged, or not an image"
-    raise SourceError(f"cannot read the image {path}: {fault}")
+    raise SourceError(f"cannot read the image {printable(str(path))}: {fault}")
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:

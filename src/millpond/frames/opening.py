@@ -2,18 +2,19 @@
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from millpond.errors import SourceError
-from millpond.frames.address import Address, parse
+from millpond.frames.address import Address, parse, with_credentials
 from millpond.frames.arrays import Arrays
 from millpond.frames.decoding import Video
 from millpond.frames.images import DEFAULT_FPS, Images
 from millpond.frames.pipe import Pipe
+from millpond.frames.reach import Reach
 from millpond.frames.reader import Backoff, Reader, SystemClock
 from millpond.frames.sampling import check_fps
-from millpond.frames.source import Direct, Feed, Source
+from millpond.frames.source import Direct, Event, Feed, Source
 
 
 def open(
@@ -23,6 +24,10 @@ def open(
     live: bool | None = None,
     timeout: float = 10.0,
     retries: int = 8,
+    allow_hosts: Sequence[str] = (),
+    allow_paths: Sequence[str | os.PathLike[str]] = (),
+    credentials: tuple[str, str] | None = None,
+    on_event: Callable[[Event], None] | None = None,
 ) -> Source:
     """Open a source of timestamped frames.
 
@@ -36,6 +41,10 @@ def open(
             srt are live; so is http where what it serves has no end (motion JPEG, a playlist without a length).
         timeout: seconds without a byte after which a network stream counts as lost.
         retries: attempts in a row to get back a live network stream or camera, with growing pauses (0.5 s to 30 s).
+        allow_hosts: hosts (name, or name:port) that a playlist may name beside its own.
+        allow_paths: files and folders that a playlist may name beside its own folder.
+        credentials: user and password for an address that holds none, so that they need not stand in it.
+        on_event: told when a live stream is lost, tried again and back; called in the reading thread.
 
     Returns:
         A context manager and iterator of `Frame`.
@@ -49,7 +58,16 @@ def open(
     if retries < 0:
         raise SourceError(f"retries must not be negative, not {retries}")
     if isinstance(source, str | os.PathLike):
-        return Source(_engine(parse(source), fps, live, timeout, retries))
+        address = parse(source)
+        if credentials is not None:
+            address = with_credentials(address, *credentials)
+        paths = [os.fspath(path) for path in allow_paths]
+
+        def reach() -> Reach | None:
+            confined = address.kind == "file" or address.target.startswith(("http://", "https://"))
+            return Reach(address, hosts=allow_hosts, paths=paths, timeout=timeout) if confined else None
+
+        return Source(_engine(address, fps, live, timeout, retries, reach, on_event))
     if not isinstance(source, Iterable):
         raise SourceError(
             f"cannot watch a {type(source).__name__}: give a path, an address, or an iterable of (seconds, uint8 [H, W, 3])"
@@ -58,7 +76,15 @@ def open(
     return Source(Reader(lambda: frames, fps=fps) if live else Direct(frames, fps))
 
 
-def _engine(address: Address, fps: float | None, live: bool | None, timeout: float, retries: int) -> Reader | Direct:
+def _engine(
+    address: Address,
+    fps: float | None,
+    live: bool | None,
+    timeout: float,
+    retries: int,
+    reach: Callable[[], Reach | None],
+    on_event: Callable[[Event], None] | None,
+) -> Reader | Direct:
     if live is None:
         live = address.live
     clock = SystemClock()
@@ -67,10 +93,10 @@ def _engine(address: Address, fps: float | None, live: bool | None, timeout: flo
         if address.kind == "images":
             return Images(address, fps=DEFAULT_FPS if fps is None else fps, live=bool(live))
         pipe = Pipe(address.target) if address.kind == "pipe" else None
-        return Video(address, pipe=pipe, live=live, timeout=timeout, now=clock.now)
+        return Video(address, pipe=pipe, live=live, timeout=timeout, now=clock.now, reach=reach())
 
     if address.kind in ("file", "images"):
         return Reader(connect, fps=fps, paced=True, clock=clock) if live else Direct(connect(), fps)
     # A pipe or a network is read by a thread also where nothing is dropped, so that a wait for bytes can be interrupted.
     again = Backoff(retries) if live is not False and address.kind in ("url", "camera") else None
-    return Reader(connect, fps=fps, backoff=again, clock=clock)
+    return Reader(connect, fps=fps, backoff=again, clock=clock, on_event=on_event)

@@ -8,12 +8,12 @@ import time
 import weakref
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from millpond.errors import SourceError
 from millpond.frames.sampling import Pending, sample
-from millpond.frames.source import Feed, SourceInfo
+from millpond.frames.source import Event, Feed, Losses, SourceInfo
 
 # After a second the consumer goes its way; a thread that is stuck in a system call ends by its own time-out.
 _JOIN_SECONDS = 1.0
@@ -135,6 +135,7 @@ class Reader:
         fps: sampling, by stream time.
         backoff: how to connect again; None ends with the feed.
         paced: give out pictures no sooner than their time, so that a file plays like a camera.
+        on_event: told of every loss, attempt and return, in the thread.
 
     Raises:
         SourceError: the first attempt to connect failed.
@@ -148,8 +149,9 @@ class Reader:
         backoff: Backoff | None = None,
         paced: bool = False,
         clock: Clock | None = None,
+        on_event: Callable[[Event], None] | None = None,
     ) -> None:
-        self._state = _State(connect, fps, backoff, paced, clock or SystemClock())
+        self._state = _State(connect, fps, backoff, paced, clock or SystemClock(), on_event or (lambda event: None))
         # The thread holds the state and not the reader, so that a reader nobody holds any more ends its thread.
         self._thread = threading.Thread(target=self._state.run, name="millpond-frames", daemon=True)
         self._end = weakref.finalize(self, self._state.cancel)
@@ -168,6 +170,10 @@ class Reader:
     def damaged(self) -> int:
         return self._state.damaged
 
+    @property
+    def losses(self) -> Losses:
+        return self._state.losses
+
     def take(self) -> Pending | None:
         return self._state.mailbox.take()
 
@@ -184,7 +190,13 @@ class _State:
     """What the thread works on, and the thread itself in `run`."""
 
     def __init__(
-        self, connect: Callable[[], Feed], fps: float | None, backoff: Backoff | None, paced: bool, clock: Clock
+        self,
+        connect: Callable[[], Feed],
+        fps: float | None,
+        backoff: Backoff | None,
+        paced: bool,
+        clock: Clock,
+        on_event: Callable[[Event], None],
     ) -> None:
         self.mailbox = Mailbox(drop=False)
         self._connect, self._fps, self._backoff, self._paced, self._clock = connect, fps, backoff, paced, clock
@@ -193,6 +205,8 @@ class _State:
         self._feed: Feed | None = None
         self._info: SourceInfo | None = None
         self._damaged = 0
+        self._on_event = on_event
+        self.losses = Losses()
 
     @property
     def damaged(self) -> int:
@@ -251,7 +265,8 @@ class _State:
         """Pictures of one connection after another, on one ascending clock."""
         feed: Feed | None = first
         last: float | None = None
-        arrived, attempt = 0.0, 0
+        arrived, attempt = self._clock.now(), 0
+        lost = False
         while not self._stop.is_set():
             reason = "the stream ended"
             try:
@@ -267,6 +282,9 @@ class _State:
                         self._clock.wait(begun + seconds - now, self._stop)
                     if self._stop.is_set():
                         return
+                    if lost:
+                        lost = False
+                        self._tell(Event("back", seconds, attempt, now - arrived))
                     last, arrived, attempt = seconds, self._clock.now(), 0
                     yield Pending(seconds, picture.render)
             except SourceError as error:
@@ -278,10 +296,25 @@ class _State:
                 self._detach()
             if self._backoff is None or self._stop.is_set():
                 return
+            if not lost:
+                lost = True
+                self._tell(Event("lost", last or 0.0, reason=reason))
             if attempt >= self._backoff.retries:
                 raise SourceError(f"{self._name()} was lost, and {attempt} attempts to connect again failed: {reason}")
             self._clock.wait(self._backoff.seconds(attempt), self._stop)
             attempt += 1
+            if not self._stop.is_set():
+                self._tell(Event("retry", last or 0.0, attempt, reason=reason))
+
+    def _tell(self, event: Event) -> None:
+        known = self.losses
+        if event.kind == "lost":
+            self.losses = replace(known, lost=known.lost + 1)
+        elif event.kind == "retry":
+            self.losses = replace(known, retries=known.retries + 1)
+        else:
+            self.losses = replace(known, back=known.back + 1, seconds=known.seconds + event.gap)
+        self._on_event(event)
 
     def _name(self) -> str:
         return "the stream" if self._info is None else self._info.name

@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 from millpond.frames.address import Kind
 from millpond.frames.frame import Frame
@@ -34,6 +34,35 @@ class SourceInfo:
     height: int | None = None
     fps: float | None = None
     duration: float | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to the connection of a live source.
+
+    Attributes:
+        kind: "lost" (no more frames come), "retry" (an attempt to connect again begins) or "back" (a frame came again).
+        seconds: stream time of the last frame before it; of the first one, for "back".
+        attempt: attempts since the loss, this one included; 0 for "lost".
+        gap: for "back", wall seconds without a frame; otherwise 0.
+        reason: for "lost" and "retry", why; without credentials.
+    """
+
+    kind: Literal["lost", "retry", "back"]
+    seconds: float
+    attempt: int = 0
+    gap: float = 0.0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """How often a live source was lost so far. Seconds are wall time without a frame, of losses that have ended."""
+
+    lost: int = 0
+    retries: int = 0
+    back: int = 0
+    seconds: float = 0.0
 
 
 class Feed(Protocol):
@@ -69,6 +98,9 @@ class Engine(Protocol):
     @property
     def damaged(self) -> int: ...
 
+    @property
+    def losses(self) -> Losses: ...
+
     def take(self) -> Pending | None:
         """The next sampled picture; None at the end."""
 
@@ -83,6 +115,7 @@ class Direct:
     """Drives a feed in the consumer's own thread: a frame is decoded when it is asked for, and nothing before."""
 
     dropped = 0
+    losses = Losses()
 
     def __init__(self, feed: Feed, fps: float | None) -> None:
         self._feed = feed
@@ -136,6 +169,11 @@ class Source(Iterator[Frame]):
     def damaged(self) -> int:
         """Packets and pictures left out so far because they could not be decoded or had no place in time."""
         return self._engine.damaged
+
+    @property
+    def losses(self) -> Losses:
+        """How often a live source was lost and came back."""
+        return self._engine.losses
 
     def __iter__(self) -> Self:
         return self

@@ -1,0 +1,116 @@
+"""Every Python snippet of the README and the docs runs, word for word, on real sources and models."""
+
+import re
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import millpond
+from millpond import families, frames, precision, streams
+from millpond.cli import app
+from tests.frames.media import gray
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def snippets(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Run all snippets of a page, one after another in one module, in a folder of their own."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, **known: Any) -> dict[str, Any]:
+        page = next(page for page in PAGES if page.name == name)
+        module = types.ModuleType("snippet")
+        monkeypatch.setitem(sys.modules, "snippet", module)
+        module.__dict__.update(known)
+        for snippet in snippets(page):
+            exec(compile(snippet, name, "exec", dont_inherit=True), module.__dict__)
+        return module.__dict__
+
+    return run
+
+
+@pytest.fixture
+def film(tmp_path: Path) -> Path:
+    """130 s at 29.97 frames a second, of which every fifteenth is there: no picture is at a whole minute."""
+    path = tmp_path / "clip.mp4"
+    frames.write_mp4(path, ((index * 15 * 1001 / 30_000, gray(index % 200, 64, 64)) for index in range(260)), fps=2)
+    return path
+
+
+def camera(film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The address of a snippet leads to a film, which ends."""
+    plain = frames.open
+
+    def opened(source: Any, fps: float | None = None, **options: Any) -> frames.Source:
+        return plain(film if str(source).startswith("rtsp://") else source, fps, **options)
+
+    monkeypatch.setattr(frames, "open", opened)
+
+
+def test_every_page_with_snippets_is_run_here() -> None:
+    text = Path(__file__).read_text()
+    for page in PAGES:
+        assert not snippets(page) or f'"{page.name}"' in text, f"no test runs the snippets of {page.name}"
+
+
+def test_readme(run: Any, film: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    camera(film, monkeypatch)
+    session = run("README.md")["session"]
+    assert session.usage.frames_seen == 260
+    assert capsys.readouterr().out.count("<= 524288") == 2  # after one minute and after two
+
+
+def test_sources(run: Any, film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    camera(film, monkeypatch)
+    session = millpond.Session(families.load("minnow"), budget="1MiB")
+    run("sources.md", session=session, pixels=[gray(index) for index in range(100)])
+    assert session.usage.frames_seen == 130
+    assert sum(1 for _ in frames.open("out.mp4")) == 100
+
+
+def test_minnow(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    stream: streams.Stream = run("minnow.md")["stream"]
+    assert capsys.readouterr().out.splitlines() == [f"{q.family} {q.text} {q.answer}" for q in stream.questions]
+    assert sum(1 for _ in frames.open("clip.mp4")) == 128
+
+
+def test_policies(run: Any) -> None:
+    assert run("policies.md")["KeyDiff"]().name == "keydiff"
+
+
+def test_recompute(run: Any) -> None:
+    cell = torch.nn.GRUCell(4, 4)
+    found = run(
+        "recompute.md",
+        step=lambda x, state: (state := cell(x, state), state),
+        inputs=torch.randn(20, 2, 4),
+        x=torch.randn(2, 4),
+        state=torch.zeros(2, 4),
+        criterion=lambda outputs: outputs.square().sum(),
+    )
+    assert found["plan"].forwards >= 1000
+    assert cell.weight_hh.grad is not None
+    assert np.isfinite(cell.weight_hh.grad.numpy()).all()
+
+
+def test_precision(run: Any, tmp_path: Path) -> None:
+    text = " ".join(["which object was in the top-left when did it appear first and last where what colour"] * 20)
+    (tmp_path / "text.txt").write_text(text)
+    words = ["quantize", "minnow", "OUT", "--calibration", "text.txt", "-q", "--samples", "2", "--length", "32"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    samples = precision.samples_of(families.load("OUT", weights=False).tokenizer, text, samples=2, length=32)
+    precision.calibrate("OUT", samples, [3.5, 4.0], quiet=True)
+    assert run("precision.md")["session"].plan.slots > 0
