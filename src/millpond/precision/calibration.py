@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from millpond.errors import PrecisionError
 from millpond.precision.folder import digest
+from millpond.precision.tensor_file import read_tensors
 
 __all__ = ["Calibration", "Choice"]
 
@@ -109,7 +109,7 @@ class Calibration:
                 raise PrecisionError(f"{path} is of format {read['version']}, not {_VERSION}: {again}")
             if digest(folder / _TENSORS) != read["sha256"]:
                 raise PrecisionError(f"{folder / _TENSORS} is not the file that was written: {again}")
-            tensors = load_file(folder / _TENSORS)
+            tensors = read_tensors(folder / _TENSORS)
             targets = {
                 float(target): {
                     name: Choice(**row, projection=tensors.get(f"{float(target)}/{name}")) for name, row in rows.items()
@@ -117,5 +117,5 @@ class Calibration:
                 for target, rows in read["targets"].items()
             }
             return cls({name: int(width) for name, width in read["widths"].items()}, targets, read["memory"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PrecisionError(f"{path} cannot be read ({error}): {again}") from error

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from millpond.errors import PrecisionError
 from millpond.precision.nested import NestedWeight
+from millpond.precision.tensor_file import header_of, read_tensors
 
 __all__ = [
     "DESCRIPTION",
@@ -23,6 +24,7 @@ __all__ = [
     "Layer",
     "is_quantized",
     "read_layer",
+    "read_linears",
     "read_rest",
     "write_layer",
     "write_rest",
@@ -157,27 +159,36 @@ class Layer:
 
 
 def read_layer(folder: Path, description: Description, index: int) -> Layer:
-    """One decoder layer.
+    """One decoder layer, whole.
 
     Raises:
         PrecisionError: the file is missing or not the one that was written.
     """
-    tensors = _load(folder, description, layer_file(index))
     layer = Layer({}, {}, {})
-    for key, tensor in tensors.items():
-        name, _, what = key.rpartition(".")
-        if what == "planes":
-            tables = {
-                int(k.rpartition(".")[2]): table for k, table in tensors.items() if k.startswith(f"{name}.table.")
-            }
-            if name not in description.columns:
-                raise PrecisionError(f"the description of {folder} does not know {name}: quantize again")
-            layer.weights[name] = NestedWeight(tensor, tables, description.columns[name])
-        elif what == "bias":
-            layer.biases[name] = tensor
-        elif what == "errors":
-            layer.errors[name] = tensor
+    for name, weight, bias, errors in read_linears(folder, description, index):
+        layer.weights[name], layer.errors[name] = weight, errors
+        if bias is not None:
+            layer.biases[name] = bias
     return layer
+
+
+def read_linears(
+    folder: Path, description: Description, index: int
+) -> Iterator[tuple[str, NestedWeight, Tensor | None, Tensor]]:
+    """Name, weight, bias and errors of every linear of a layer, one at a time: only one is whole in memory.
+
+    Raises:
+        PrecisionError: as `read_layer`.
+    """
+    path = description.check(folder, layer_file(index))
+    stored = header_of(path)
+    for name in [key.removesuffix(".planes") for key in stored if key.endswith(".planes")]:
+        if name not in description.columns:
+            raise PrecisionError(f"the description of {folder} does not know {name}: quantize again")
+        own = read_tensors(path, [key for key in stored if key.startswith(f"{name}.")])
+        tables = {int(key.rpartition(".")[2]): table for key, table in own.items() if key.startswith(f"{name}.table.")}
+        weight = NestedWeight(own[f"{name}.planes"], tables, description.columns[name])
+        yield name, weight, own.get(f"{name}.bias"), own[f"{name}.errors"]
 
 
 def read_rest(folder: Path, description: Description) -> dict[str, Tensor]:
@@ -186,22 +197,13 @@ def read_rest(folder: Path, description: Description) -> dict[str, Tensor]:
     Raises:
         PrecisionError: as for a layer.
     """
-    return _load(folder, description, _REST)
-
-
-def _load(folder: Path, description: Description, name: str) -> dict[str, Tensor]:
-    path = description.check(folder, name)
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise PrecisionError(f"{path} cannot be read: {error}") from error
-    return tensors
+    return read_tensors(description.check(folder, _REST))
 
 
 def is_whole(path: Path) -> bool:
     """Whether a shard that an interrupted run left can be used."""
     try:
-        load_file(path)
-    except (SafetensorError, OSError):
+        header_of(path)
+    except PrecisionError:
         return False
     return True

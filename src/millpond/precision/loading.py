@@ -17,7 +17,7 @@ from millpond.budget import format_bytes, parse_bytes
 from millpond.errors import BudgetError, ModelError, PrecisionError
 from millpond.precision.calibration import Calibration
 from millpond.precision.decoder import effective_bits, linears, replace
-from millpond.precision.folder import Description, read_layer, read_rest
+from millpond.precision.folder import Description, read_linears, read_rest
 from millpond.precision.linear import NestedLinear
 from millpond.precision.nested import NestedWeight
 from millpond.precision.selection import select
@@ -78,14 +78,13 @@ def load(
 
 
 def assemble(path: Path, description: Description, keep: Callable[[str, NestedWeight], NestedWeight]) -> Any:
-    """The model with what `keep` leaves of every linear; one decoder layer at a time is whole in memory."""
+    """The model with what `keep` leaves of every linear; one linear at a time is whole in memory."""
     model = _empty(path)
     for name, tensor in read_rest(path, description).items():
         set_module_tensor_to_device(model, name, "cpu", value=tensor)
     for index in range(description.layers):
-        layer = read_layer(path, description, index)
-        for name, weight in layer.weights.items():
-            replace(model, name, NestedLinear(keep(name, weight), layer.biases.get(name)))
+        for name, weight, bias, _ in read_linears(path, description, index):
+            replace(model, name, NestedLinear(keep(name, weight), bias))
     model.tie_weights()
     return model.eval()
 
