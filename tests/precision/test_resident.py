@@ -93,5 +93,6 @@ def test_the_process_stays_within_the_device(tmp_path: Path, monkeypatch: pytest
     assert sum(file.stat().st_size for file in folder.glob("layer-*")) > 1.5 * least  # more than fits, were it mapped
     budgets = [least, 2 * least]
     for budget, taken in zip(budgets, resident(folder, small, budgets), strict=True):
-        print(budget, taken); assert taken <= budget
+        print(budget, taken)
+        assert taken <= budget
         assert taken > budget / 8  # the measurement itself works

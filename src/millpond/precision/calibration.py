@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from millpond.errors import PrecisionError
-from millpond.precision.folder import digest
+from millpond.precision.folder import digest, sealed, unsealed
 from millpond.precision.tensor_file import read_tensors
 
 __all__ = ["Calibration", "Choice"]
 
-_VERSION = 2
+_VERSION = 3
 _JSON, _TENSORS = "calibration.json", "calibration.safetensors"
 
 
@@ -83,14 +83,14 @@ class Calibration:
                 if choice.projection is not None:
                     tensors[f"{target}/{name}"] = choice.projection.contiguous()
         save_file(tensors, folder / _TENSORS)
-        written = {
+        written: dict[str, object] = {
             "version": _VERSION,
             "memory": self.memory,
             "widths": self.widths,
             "targets": targets,
             "sha256": digest(folder / _TENSORS),
         }
-        (folder / _JSON).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+        (folder / _JSON).write_text(sealed(written), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Calibration | None:
@@ -107,6 +107,7 @@ class Calibration:
             read = json.loads(path.read_text(encoding="utf-8"))
             if read["version"] != _VERSION:
                 raise PrecisionError(f"{path} is of format {read['version']}, not {_VERSION}: {again}")
+            read = unsealed(read)
             if digest(folder / _TENSORS) != read["sha256"]:
                 raise PrecisionError(f"{folder / _TENSORS} is not the file that was written: {again}")
             tensors = read_tensors(folder / _TENSORS)

@@ -164,4 +164,3 @@ def weight_bytes(folder: Path) -> int | dict[int, int]:
             for name, rows in shapes.items()
         )
     )
-

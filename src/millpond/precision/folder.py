@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,12 +27,14 @@ __all__ = [
     "read_layer",
     "read_linears",
     "read_rest",
+    "sealed",
+    "unsealed",
     "write_layer",
     "write_rest",
 ]
 
 DESCRIPTION = "millpond_precision.json"
-_VERSION = 1
+_VERSION = 2
 _REST = "rest.safetensors"
 
 
@@ -57,7 +60,7 @@ class Description:
 
     def save(self, folder: Path) -> None:
         """Write the description; the last thing that is written, so that its presence means a whole model."""
-        (folder / DESCRIPTION).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        (folder / DESCRIPTION).write_text(sealed(asdict(self)), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Description:
@@ -80,7 +83,7 @@ class Description:
             )
         try:
             low, high = (int(width) for width in read["widths"])
-            found = cls(**{**read, "widths": (low, high)})
+            found = cls(**{**unsealed(read), "widths": (low, high)})
             columns = {str(name): int(count) for name, count in found.columns.items()}
             files = {str(name): str(sha) for name, sha in found.files.items()}
         except (TypeError, KeyError, ValueError, AttributeError) as error:
@@ -101,6 +104,27 @@ class Description:
         if digest(path) != self.files.get(name):
             raise PrecisionError(f"{path} is not the file that was written: it is truncated or altered")
         return path
+
+
+def sealed(fields: dict[str, object]) -> str:
+    """JSON with the SHA-256 of its own content, so that a number that was edited is not read as one that was measured."""
+    return json.dumps({**fields, "seal": _seal(fields)}, indent=1) + "\n"
+
+
+def unsealed(read: dict[str, Any]) -> dict[str, Any]:
+    """The fields that `sealed` wrote.
+
+    Raises:
+        ValueError: they are others.
+    """
+    fields = {key: value for key, value in read.items() if key != "seal"}
+    if read.get("seal") != _seal(fields):
+        raise ValueError("it has been edited since it was written")
+    return fields
+
+
+def _seal(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def is_quantized(folder: str | Path) -> bool:

@@ -47,18 +47,22 @@ def load(
         device: where the weights go.
 
     Raises:
-        PrecisionError: not calibrated for this, no such target or width, or a damaged folder.
+        PrecisionError: not calibrated for this (also `copy.deepcopy` and `save_pretrained` of the model, which it cannot do), no such target or width, or a damaged folder.
         BudgetError: the weights take more than `memory`; names the least that works.
     """
     path = Path(folder)
     description = Description.load(path)
+    calibration = Calibration.load(path)
+    if target_bits is not None and calibration is None:
+        raise PrecisionError(
+            f"{path} has not been calibrated: run `millpond calibrate {path} --target-bits {target_bits:g}`"
+        )
     if width is not None and target_bits is not None:
         raise PrecisionError("give target_bits or width, not both")
     if width is not None and not description.widths[0] <= width <= description.widths[1]:
         raise PrecisionError(f"{path} holds widths {description.widths[0]} to {description.widths[1]}, not {width}")
-    calibration = Calibration.load(path) if width is None else None
-    if target_bits is not None and calibration is None:
-        raise PrecisionError(f"{path} has not been calibrated: run `millpond calibrate {path}`")
+    if width is not None:
+        calibration = None
 
     def keep(name: str, weight: NestedWeight) -> NestedWeight:
         if width is not None:
@@ -74,6 +78,7 @@ def load(
         )
     model.to(device)
     _give_targets(model, calibration, device)
+    _refuse_copies(model, path)
     if target_bits is not None:
         model.set_target_bits(target_bits)
     return model
@@ -131,6 +136,18 @@ def _give_targets(model: Any, calibration: Calibration | None, device: str | tor
     model.precision_hooks = []
     model.set_target_bits = MethodType(_set_target_bits, model)
     model.effective_bits = MethodType(effective_bits, model)
+
+
+def _refuse_copies(model: Any, path: Path) -> None:
+    """A copy would share its decisions with the original; and what is loaded lacks the widths that were dropped."""
+
+    def deepcopy(memo: Any) -> Any:
+        raise PrecisionError(f"a packed model cannot be copied: load {path} again")
+
+    def save(*_: Any, **__: Any) -> None:
+        raise PrecisionError(f"a packed model holds no more than it reads and cannot be saved: copy {path}")
+
+    model.__deepcopy__, model.save_pretrained = deepcopy, save
 
 
 def _set_target_bits(model: Any, bits: float) -> None:

@@ -67,7 +67,16 @@ def header_of(path: Path) -> dict[str, Entry]:
                     raise ValueError(f"{name} has other bytes than its shape")
         if max((entry.last for entry in entries.values()), default=0) > path.stat().st_size:
             raise ValueError("it is cut off")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, struct.error) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        MemoryError,
+        struct.error,
+    ) as error:
         raise PrecisionError(f"{path} cannot be read: {error}") from error
     return entries
 
