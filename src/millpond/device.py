@@ -175,7 +175,8 @@ def default_budget(
 
 def _weights(model: Any) -> int:
     """Bytes of all parameters, also of a model without weights; a tied head counts once."""
-    tied = model.config.get_text_config().tie_word_embeddings or getattr(model.config, "tie_word_embeddings", False)
+    # Some releases of transformers keep the flag in the outer config only, some in both.
+    tied = any(getattr(one, "tie_word_embeddings", False) for one in (model.config, model.config.get_text_config()))
     tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     head = model.get_output_embeddings()
     if tied and head is not None and head.weight is not model.get_input_embeddings().weight:

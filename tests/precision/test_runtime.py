@@ -1,5 +1,6 @@
 """From disk to tokens: a loaded model is the dense reference, targets are met and switched, damaged folders are refused."""
 
+import copy
 import json
 import shutil
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from millpond import families, precision
 from millpond.errors import BudgetError, ModelError, PrecisionError
@@ -182,7 +184,7 @@ def test_an_interrupted_run_is_taken_up_again(tmp_path: Path, monkeypatch: pytes
     folder, written = tmp_path / "cut", room.write_layer
 
     def fails(into: Path, index: int, *rest: object) -> None:
-        if index == 1:
+        if index == 0:  # the last layer comes first
             raise KeyboardInterrupt
         written(into, index, *rest)  # type: ignore[arg-type]
 
@@ -191,10 +193,10 @@ def test_an_interrupted_run_is_taken_up_again(tmp_path: Path, monkeypatch: pytes
         quantized(folder)
     with pytest.raises(PrecisionError, match="holds no quantized model"):
         precision.load(folder)
-    first = (folder / "layer-000.safetensors").stat().st_mtime_ns
+    first = (folder / "layer-001.safetensors").stat().st_mtime_ns
     monkeypatch.setattr(room, "write_layer", written)
     quantized(folder)
-    assert (folder / "layer-000.safetensors").stat().st_mtime_ns == first
+    assert (folder / "layer-001.safetensors").stat().st_mtime_ns == first
     assert not (folder / "sensitivity.state").exists()
     for file in ("layer-000.safetensors", "layer-001.safetensors", "rest.safetensors"):
         assert (folder / file).read_bytes() == (whole / file).read_bytes()
@@ -245,6 +247,9 @@ def test_another_version_and_no_description_are_refused(stored: Path, tmp_path: 
     (folder / "millpond_precision.json").write_text(json.dumps({**description, "version": 7}))
     with pytest.raises(PrecisionError, match="format 7"):
         precision.load(folder)
+    (folder / "millpond_precision.json").write_text(json.dumps({**description, "widths": [3, 6]}))
+    with pytest.raises(PrecisionError, match="edited since it was written"):
+        precision.load(folder)
     (folder / "millpond_precision.json").write_text("{")
     with pytest.raises(PrecisionError, match="cannot be read"):
         precision.load(folder)
@@ -260,6 +265,11 @@ def test_a_damaged_calibration_is_refused(calibrated: Path, tmp_path: Path) -> N
     assert set(made.targets) == {3.5, 4.5}
     path = folder / "calibration.json"
     read = json.loads(path.read_text())
+    some = next(iter(read["targets"]["3.5"].values()))
+    some["threshold"] = 0.0
+    path.write_text(json.dumps(read))
+    with pytest.raises(PrecisionError, match="edited since it was written"):
+        precision.load(folder, target_bits=3.5)
     path.write_text(json.dumps({**read, "sha256": "0"}))
     with pytest.raises(PrecisionError, match="run `millpond calibrate"):
         precision.load(folder, target_bits=3.5)
@@ -268,11 +278,13 @@ def test_a_damaged_calibration_is_refused(calibrated: Path, tmp_path: Path) -> N
         precision.load(folder)
 
 
-def test_wrong_wishes_are_told(stored: Path) -> None:
+def test_wrong_wishes_are_told(stored: Path, calibrated: Path) -> None:
     with pytest.raises(PrecisionError, match="has not been calibrated"):
         precision.load(stored, target_bits=4)
-    with pytest.raises(PrecisionError, match="not both"):
+    with pytest.raises(PrecisionError, match="has not been calibrated"):  # what is missing, not what is too many
         precision.load(stored, target_bits=4, width=4)
+    with pytest.raises(PrecisionError, match="not both"):
+        precision.load(calibrated, target_bits=3.5, width=4)
     with pytest.raises(PrecisionError, match="widths 3 to 8, not 9"):
         precision.load(stored, width=9)
     with pytest.raises(PrecisionError, match="at least one target"):
@@ -301,6 +313,49 @@ def test_the_language_model_of_a_video_model(tmp_path: Path) -> None:
     assert adapted.geometry == family.geometry
 
 
-def test_a_decoder_without_separate_projections_is_refused() -> None:
+def test_decoders_that_cannot_be_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="separate q, k, v"):
         list(linears(torch.nn.Linear(2, 2)))
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 90,
+    }
+    for name in ("Olmo2", "Cohere2"):
+        config = getattr(transformers, f"{name}Config")(**sizes, pad_token_id=0, num_key_value_heads=2)
+        model = getattr(transformers, f"{name}ForCausalLM")(config)
+        with pytest.raises(ModelError, match=f"{name}DecoderLayer cannot be quantized"):
+            precision.quantize(model, tokenizer(), tmp_path / name, runs(), source="tiny", quiet=True)
+        assert not (tmp_path / name).exists()
+
+
+def test_widths_that_cannot_be_leave_nothing(tmp_path: Path) -> None:
+    with pytest.raises(PrecisionError, match="between 3 and 8, not 2-4"):
+        precision.quantize(text_model(), tokenizer(), tmp_path / "out", runs(), source="t", widths=(2, 4), quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_gradients_reach_the_input_of_a_packed_model(stored: Path) -> None:
+    for width, count in ((5, 1), (5, 9)):  # from the planes, and as numbers
+        packed, reference = precision.load(stored, width=width), dense(stored, width)
+        found = []
+        for model in (packed, reference):
+            x = torch.randn(1, count, 48, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+            model(inputs_embeds=x).logits.square().sum().backward()
+            found.append(x.grad)
+        assert torch.allclose(found[0], found[1], rtol=1e-3, atol=1e-3 * float(found[1].abs().max()))
+
+
+def test_a_packed_model_is_neither_copied_nor_saved_nor_cast_wrongly(stored: Path, tmp_path: Path) -> None:
+    model = precision.load(stored, width=4)
+    with pytest.raises(PrecisionError, match="load .* again"):
+        copy.deepcopy(model)
+    with pytest.raises(PrecisionError, match="cannot be saved: copy"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    ids = runs(samples=1)[:, :1]
+    want = model(ids).logits
+    got = model.to(torch.bfloat16)(ids).logits.float()  # the tables stay what the kernels read
+    assert float((got - want).norm() / want.norm()) < 0.1

@@ -39,8 +39,10 @@ def quantize(
     if not (dash and low.isdigit() and high.isdigit()):
         raise typer.BadParameter(f"{widths!r} is not of the form 3-8", param_hint="--widths")
     from millpond.cli.watch import silence
+    from millpond.precision.nested import check_widths
     from millpond.precision.quantize import quantize
 
+    check_widths(int(low), int(high))  # before a model is loaded
     silence()
     where = _where(model)
     loaded, tokenizer, dtype = _load(where)

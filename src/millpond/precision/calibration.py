@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from millpond.errors import PrecisionError
-from millpond.precision.folder import digest
+from millpond.precision.folder import digest, sealed, unsealed
+from millpond.precision.tensor_file import read_tensors
 
 __all__ = ["Calibration", "Choice"]
 
-_VERSION = 2
+_VERSION = 3
 _JSON, _TENSORS = "calibration.json", "calibration.safetensors"
 
 
@@ -83,14 +83,14 @@ class Calibration:
                 if choice.projection is not None:
                     tensors[f"{target}/{name}"] = choice.projection.contiguous()
         save_file(tensors, folder / _TENSORS)
-        written = {
+        written: dict[str, object] = {
             "version": _VERSION,
             "memory": self.memory,
             "widths": self.widths,
             "targets": targets,
             "sha256": digest(folder / _TENSORS),
         }
-        (folder / _JSON).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+        (folder / _JSON).write_text(sealed(written), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Calibration | None:
@@ -107,9 +107,10 @@ class Calibration:
             read = json.loads(path.read_text(encoding="utf-8"))
             if read["version"] != _VERSION:
                 raise PrecisionError(f"{path} is of format {read['version']}, not {_VERSION}: {again}")
+            read = unsealed(read)
             if digest(folder / _TENSORS) != read["sha256"]:
                 raise PrecisionError(f"{folder / _TENSORS} is not the file that was written: {again}")
-            tensors = load_file(folder / _TENSORS)
+            tensors = read_tensors(folder / _TENSORS)
             targets = {
                 float(target): {
                     name: Choice(**row, projection=tensors.get(f"{float(target)}/{name}")) for name, row in rows.items()
@@ -117,5 +118,5 @@ class Calibration:
                 for target, rows in read["targets"].items()
             }
             return cls({name: int(width) for name, width in read["widths"].items()}, targets, read["memory"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PrecisionError(f"{path} cannot be read ({error}): {again}") from error

@@ -13,19 +13,25 @@ __all__ = ["ATTENTION", "MLP", "decoder_of", "effective_bits", "linears", "repla
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
+NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 def decoder_of(model: Any) -> Any:
     """The stack of decoder layers: the language model inside a multimodal one, or the body of a text model.
 
     Raises:
-        ModelError: the model has no layers with separate q, k, v, o, gate, up and down.
+        ModelError: the model has no layers with separate q, k, v, o, gate, up and down, or none with a norm before each half.
     """
     body = getattr(model, "model", model)
     body = getattr(body, "language_model", body)
     layers = getattr(body, "layers", None)
     if layers is None or not all(_is_plain(layer) for layer in layers):
         raise ModelError("only decoders with separate q, k, v, o, gate, up and down projections can be quantized")
+    if not all(hasattr(layer, norm) for layer in layers for norm in NORMS):
+        kind = type(layers[0]).__name__
+        raise ModelError(
+            f"{kind} cannot be quantized: widths are decided from norms before attention and before the MLP"
+        )
     return body
 
 

@@ -8,19 +8,18 @@ sizes, not models; the stream's own split is `millpond.plan`'s.
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from millpond.budget import format_bytes
-from millpond.errors import BudgetError, PrecisionError
+from millpond.errors import BudgetError
 from millpond.geometry import Geometry
 from millpond.precision.allocate import linear_bytes
 from millpond.precision.calibration import Calibration
 from millpond.precision.folder import Description
+from millpond.precision.tensor_file import header_of
 
 __all__ = ["DeviceSplit", "Workspace", "split_device", "weight_bytes"]
 
@@ -139,16 +138,16 @@ def weight_bytes(folder: Path) -> int | dict[int, int]:
     """
     description = Description.load(folder)
     least, most = description.widths
-    rest = sum(_header(folder / "rest.safetensors").values())
+    rest = sum(entry.nbytes for entry in header_of(folder / "rest.safetensors").values())
     shapes: dict[str, int] = {}
     for name in description.files:
         if name.startswith("layer-"):
-            for key, size in _header(folder / name).items():
+            for key, entry in header_of(folder / name).items():
                 linear, _, what = key.rpartition(".")
                 if what == "planes":
-                    shapes[linear] = size // (most * -(-description.columns[linear] // 8))
+                    shapes[linear] = entry.shape[0]
                 elif what == "bias":
-                    rest += size
+                    rest += entry.nbytes
     made = Calibration.load(folder)
     if made is None:
         return {
@@ -165,18 +164,3 @@ def weight_bytes(folder: Path) -> int | dict[int, int]:
             for name, rows in shapes.items()
         )
     )
-
-
-def _header(path: Path) -> dict[str, int]:
-    """Bytes of every tensor in a safetensors file."""
-    try:
-        with path.open("rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(size))
-        return {
-            name: entry["data_offsets"][1] - entry["data_offsets"][0]
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-    except (OSError, ValueError, KeyError, struct.error) as error:
-        raise PrecisionError(f"{path} cannot be read: {error}") from error

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from millpond.errors import PrecisionError
 from millpond.precision.nested import NestedWeight
+from millpond.precision.tensor_file import header_of, read_tensors
 
 __all__ = [
     "DESCRIPTION",
@@ -23,13 +25,16 @@ __all__ = [
     "Layer",
     "is_quantized",
     "read_layer",
+    "read_linears",
     "read_rest",
+    "sealed",
+    "unsealed",
     "write_layer",
     "write_rest",
 ]
 
 DESCRIPTION = "millpond_precision.json"
-_VERSION = 1
+_VERSION = 2
 _REST = "rest.safetensors"
 
 
@@ -55,7 +60,7 @@ class Description:
 
     def save(self, folder: Path) -> None:
         """Write the description; the last thing that is written, so that its presence means a whole model."""
-        (folder / DESCRIPTION).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        (folder / DESCRIPTION).write_text(sealed(asdict(self)), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Description:
@@ -78,7 +83,7 @@ class Description:
             )
         try:
             low, high = (int(width) for width in read["widths"])
-            found = cls(**{**read, "widths": (low, high)})
+            found = cls(**{**unsealed(read), "widths": (low, high)})
             columns = {str(name): int(count) for name, count in found.columns.items()}
             files = {str(name): str(sha) for name, sha in found.files.items()}
         except (TypeError, KeyError, ValueError, AttributeError) as error:
@@ -99,6 +104,27 @@ class Description:
         if digest(path) != self.files.get(name):
             raise PrecisionError(f"{path} is not the file that was written: it is truncated or altered")
         return path
+
+
+def sealed(fields: dict[str, object]) -> str:
+    """JSON with the SHA-256 of its own content, so that a number that was edited is not read as one that was measured."""
+    return json.dumps({**fields, "seal": _seal(fields)}, indent=1) + "\n"
+
+
+def unsealed(read: dict[str, Any]) -> dict[str, Any]:
+    """The fields that `sealed` wrote.
+
+    Raises:
+        ValueError: they are others.
+    """
+    fields = {key: value for key, value in read.items() if key != "seal"}
+    if read.get("seal") != _seal(fields):
+        raise ValueError("it has been edited since it was written")
+    return fields
+
+
+def _seal(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def is_quantized(folder: str | Path) -> bool:
@@ -157,27 +183,36 @@ class Layer:
 
 
 def read_layer(folder: Path, description: Description, index: int) -> Layer:
-    """One decoder layer.
+    """One decoder layer, whole.
 
     Raises:
         PrecisionError: the file is missing or not the one that was written.
     """
-    tensors = _load(folder, description, layer_file(index))
     layer = Layer({}, {}, {})
-    for key, tensor in tensors.items():
-        name, _, what = key.rpartition(".")
-        if what == "planes":
-            tables = {
-                int(k.rpartition(".")[2]): table for k, table in tensors.items() if k.startswith(f"{name}.table.")
-            }
-            if name not in description.columns:
-                raise PrecisionError(f"the description of {folder} does not know {name}: quantize again")
-            layer.weights[name] = NestedWeight(tensor, tables, description.columns[name])
-        elif what == "bias":
-            layer.biases[name] = tensor
-        elif what == "errors":
-            layer.errors[name] = tensor
+    for name, weight, bias, errors in read_linears(folder, description, index):
+        layer.weights[name], layer.errors[name] = weight, errors
+        if bias is not None:
+            layer.biases[name] = bias
     return layer
+
+
+def read_linears(
+    folder: Path, description: Description, index: int
+) -> Iterator[tuple[str, NestedWeight, Tensor | None, Tensor]]:
+    """Name, weight, bias and errors of every linear of a layer, one at a time: only one is whole in memory.
+
+    Raises:
+        PrecisionError: as `read_layer`.
+    """
+    path = description.check(folder, layer_file(index))
+    stored = header_of(path)
+    for name in [key.removesuffix(".planes") for key in stored if key.endswith(".planes")]:
+        if name not in description.columns:
+            raise PrecisionError(f"the description of {folder} does not know {name}: quantize again")
+        own = read_tensors(path, [key for key in stored if key.startswith(f"{name}.")])
+        tables = {int(key.rpartition(".")[2]): table for key, table in own.items() if key.startswith(f"{name}.table.")}
+        weight = NestedWeight(own[f"{name}.planes"], tables, description.columns[name])
+        yield name, weight, own.get(f"{name}.bias"), own[f"{name}.errors"]
 
 
 def read_rest(folder: Path, description: Description) -> dict[str, Tensor]:
@@ -186,22 +221,13 @@ def read_rest(folder: Path, description: Description) -> dict[str, Tensor]:
     Raises:
         PrecisionError: as for a layer.
     """
-    return _load(folder, description, _REST)
-
-
-def _load(folder: Path, description: Description, name: str) -> dict[str, Tensor]:
-    path = description.check(folder, name)
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise PrecisionError(f"{path} cannot be read: {error}") from error
-    return tensors
+    return read_tensors(description.check(folder, _REST))
 
 
 def is_whole(path: Path) -> bool:
     """Whether a shard that an interrupted run left can be used."""
     try:
-        load_file(path)
-    except (SafetensorError, OSError):
+        header_of(path)
+    except PrecisionError:
         return False
     return True

@@ -53,9 +53,11 @@ class NestedLinear(nn.Module):
             self._weight = NestedWeight(self.planes, tables, self.columns)  # type: ignore[arg-type]
         return self._weight
 
-    def _apply(self, *args: Any, **kwargs: Any) -> NestedLinear:
-        self._weight = None  # moved to another device: the buffers are others
-        super()._apply(*args, **kwargs)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NestedLinear:
+        """Move to another device; planes and tables keep their dtype, also where the rest of a model gets another."""
+        self._weight = None
+        own = {id(buffer) for buffer in self.buffers()}
+        super()._apply(lambda tensor: fn(tensor).to(tensor.dtype) if id(tensor) in own else fn(tensor), recurse)
         return self
 
     @property

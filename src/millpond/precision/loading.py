@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -18,7 +20,7 @@ from millpond.errors import BudgetError, ModelError, PrecisionError
 from millpond.model_folder import check, safely
 from millpond.precision.calibration import Calibration
 from millpond.precision.decoder import effective_bits, linears, replace
-from millpond.precision.folder import Description, read_layer, read_rest
+from millpond.precision.folder import Description, read_linears, read_rest
 from millpond.precision.linear import NestedLinear
 from millpond.precision.nested import NestedWeight
 from millpond.precision.selection import select
@@ -46,18 +48,22 @@ def load(
         device: where the weights go.
 
     Raises:
-        PrecisionError: not calibrated for this, no such target or width, or a damaged folder.
+        PrecisionError: not calibrated for this (also `copy.deepcopy` and `save_pretrained` of the model, which it cannot do), no such target or width, or a damaged folder.
         BudgetError: the weights take more than `memory`; names the least that works.
     """
     path = Path(folder)
     description = Description.load(path)
+    calibration = Calibration.load(path)
+    if target_bits is not None and calibration is None:
+        raise PrecisionError(
+            f"{path} has not been calibrated: run `millpond calibrate {path} --target-bits {target_bits:g}`"
+        )
     if width is not None and target_bits is not None:
         raise PrecisionError("give target_bits or width, not both")
     if width is not None and not description.widths[0] <= width <= description.widths[1]:
         raise PrecisionError(f"{path} holds widths {description.widths[0]} to {description.widths[1]}, not {width}")
-    calibration = Calibration.load(path) if width is None else None
-    if target_bits is not None and calibration is None:
-        raise PrecisionError(f"{path} has not been calibrated: run `millpond calibrate {path}`")
+    if width is not None:
+        calibration = None
 
     def keep(name: str, weight: NestedWeight) -> NestedWeight:
         if width is not None:
@@ -73,22 +79,29 @@ def load(
         )
     model.to(device)
     _give_targets(model, calibration, device)
+    _refuse_copies(model, path)
     if target_bits is not None:
         model.set_target_bits(target_bits)
     return model
 
 
 def assemble(path: Path, description: Description, keep: Callable[[str, NestedWeight], NestedWeight]) -> Any:
-    """The model with what `keep` leaves of every linear; one decoder layer at a time is whole in memory."""
+    """The model with what `keep` leaves of every linear; one linear at a time is whole in memory."""
     model = _empty(path)
     for name, tensor in read_rest(path, description).items():
         set_module_tensor_to_device(model, name, "cpu", value=tensor)
     for index in range(description.layers):
-        layer = read_layer(path, description, index)
-        for name, weight in layer.weights.items():
-            replace(model, name, NestedLinear(keep(name, weight), layer.biases.get(name)))
+        for name, weight, bias, _ in read_linears(path, description, index):
+            replace(model, name, NestedLinear(keep(name, weight), bias))
     model.tie_weights()
+    _give_back()
     return model.eval()
+
+
+def _give_back() -> None:
+    """Return what was freed to the system: the holes that dropped planes leave in the C heap are resident otherwise."""
+    with suppress(OSError, AttributeError):  # only glibc has it, and only it needs it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def stored_bytes(model: Any) -> int:
@@ -125,6 +138,18 @@ def _give_targets(model: Any, calibration: Calibration | None, device: str | tor
     model.precision_hooks = []
     model.set_target_bits = MethodType(_set_target_bits, model)
     model.effective_bits = MethodType(effective_bits, model)
+
+
+def _refuse_copies(model: Any, path: Path) -> None:
+    """A copy would share its decisions with the original; and what is loaded lacks the widths that were dropped."""
+
+    def deepcopy(memo: Any) -> Any:
+        raise PrecisionError(f"a packed model cannot be copied: load {path} again")
+
+    def save(*_: Any, **__: Any) -> None:
+        raise PrecisionError(f"a packed model holds no more than it reads and cannot be saved: copy {path}")
+
+    model.__deepcopy__, model.save_pretrained = deepcopy, save
 
 
 def _set_target_bits(model: Any, bits: float) -> None:

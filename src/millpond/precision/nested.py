@@ -25,7 +25,7 @@ from millpond.errors import PrecisionError
 from millpond.native.build import compiled
 from millpond.precision.clusters import nest_row
 
-__all__ = ["NestedWeight", "nest", "product", "status"]
+__all__ = ["NestedWeight", "check_widths", "nest", "product", "status"]
 
 LEAST, MOST = 3, 8
 _KERNELS = Path(__file__).with_name("nested.cpp")
@@ -96,6 +96,16 @@ class NestedWeight:
             raise PrecisionError(f"a width must lie between {LEAST} and {self.width} bits, not {width}")
 
 
+def check_widths(low: int, high: int) -> None:
+    """Refuse least and greatest widths that the format does not have.
+
+    Raises:
+        PrecisionError: they are not between 3 and 8, or the wrong way round.
+    """
+    if not LEAST <= low <= high <= MOST:
+        raise PrecisionError(f"widths must lie between {LEAST} and {MOST}, not {low}-{high}")
+
+
 def nest(weight: Tensor, sensitivity: Tensor, *, low: int = LEAST, high: int = MOST) -> NestedWeight:
     """Cluster every row and keep its labels as bit planes.
 
@@ -113,8 +123,7 @@ def nest(weight: Tensor, sensitivity: Tensor, *, low: int = LEAST, high: int = M
         raise PrecisionError(
             f"a matrix and its sensitivity must agree: {tuple(weight.shape)}, {tuple(sensitivity.shape)}"
         )
-    if not LEAST <= low <= high <= MOST:
-        raise PrecisionError(f"widths must lie between {LEAST} and {MOST}, not {low}-{high}")
+    check_widths(low, high)
     w, g = (np.ascontiguousarray(part.detach().float().cpu().numpy()) for part in (weight, sensitivity))
     if not (np.isfinite(w).all() and np.isfinite(g).all()) or (g < 0).any():
         raise PrecisionError("a weight or its sensitivity is not a finite number, or a sensitivity is negative")
@@ -168,6 +177,9 @@ def product(weight: NestedWeight, width: int, x: Tensor) -> Tensor:
         raise PrecisionError(
             f"there is no table for {width} bits; there are: {', '.join(map(str, sorted(weight.tables)))}"
         )
+    if x.requires_grad and torch.is_grad_enabled():
+        through: Tensor = _Product.apply(x, weight, width)
+        return through
     if x.device.type == "cuda" and len(x) <= _FEW and (on_gpu := _triton_product()) is not None:
         found: Tensor = on_gpu(weight, width, x)
         return found
@@ -182,6 +194,25 @@ def product(weight: NestedWeight, width: int, x: Tensor) -> Tensor:
             last = min(first + _ROWS_AT_ONCE, weight.rows)
             torch.matmul(vectors, _some_rows(library, weight, width, first, last).T, out=out[:, first:last])
     return out if x.dtype == torch.float32 else out.to(x.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """The same with a gradient for x; the weights have none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: NestedWeight, width: int) -> Tensor:
+        ctx.read = weight, width
+        return product(weight, width, x.detach())
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, None, None]:
+        (weight, width), rows = ctx.read, above[0].float()
+        library = compiled(_KERNELS)[0] if rows.device.type == "cpu" else None
+        found = rows.new_zeros(len(rows), weight.columns)
+        for first in range(0, weight.rows, _ROWS_AT_ONCE):
+            last = min(first + _ROWS_AT_ONCE, weight.rows)
+            found += rows[:, first:last] @ _some_rows(library, weight, width, first, last)
+        return found.to(above[0].dtype), None, None
 
 
 @cache

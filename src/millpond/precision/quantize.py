@@ -15,7 +15,7 @@ from tqdm import tqdm
 from millpond.errors import PrecisionError
 from millpond.precision.decoder import linears
 from millpond.precision.folder import DESCRIPTION, Description, digest, is_whole, layer_file, write_layer, write_rest
-from millpond.precision.nested import NestedWeight, nest
+from millpond.precision.nested import NestedWeight, check_widths, nest
 from millpond.precision.sensitivity import STATE, Sensitivity, sensitivities
 
 __all__ = ["quantize"]
@@ -50,10 +50,11 @@ def quantize(
         ModelError: not a decoder that can be quantized. PrecisionError: widths that cannot be.
     """
     low, high = widths
-    out.mkdir(parents=True, exist_ok=True)
+    check_widths(low, high)
+    named = dict(linears(model))
     if (out / DESCRIPTION).exists():
         raise PrecisionError(f"{out} holds a quantized model already: choose another folder, or remove it")
-    named = dict(linears(model))
+    out.mkdir(parents=True, exist_ok=True)
     layers = 1 + max(int(name.split(".")[0]) for name in named)
     _claim(
         out,
@@ -67,23 +68,17 @@ def quantize(
     )
     todo = [index for index in range(layers) if not is_whole(out / layer_file(index))]
     if todo:
-        found: Sensitivity | None = None
-        with tqdm(total=len(samples), desc="sensitivity", unit="sample", disable=quiet) as bar:
-            for found in sensitivities(model, samples, out):
-                bar.update(found.done - bar.n)
-        if found is None:
-            raise PrecisionError("there is no calibration text")
-        for index in tqdm(todo, desc="quantizing", unit="layer", disable=quiet):
-            own = {name: linear for name, linear in named.items() if name.split(".")[0] == str(index)}
-            weights = {name: nest(part.weight, found.square[name], low=low, high=high) for name, part in own.items()}
-            errors = {name: _errors(weights[name], part.weight, found, name) for name, part in own.items()}
-            write_layer(
-                out,
-                index,
-                weights,
-                {name: _as(part.bias, dtype) for name, part in own.items() if part.bias is not None},
-                errors,
-            )
+        # From the last layer to the first, so that a run that was cut off has the first ones before it.
+        with tqdm(total=len(todo), desc="quantizing", unit="layer", disable=quiet) as bar:
+            for found in sensitivities(model, samples, out, first=max(todo), quiet=quiet):
+                own = {name: named[name] for name in found.square}
+                weights = {
+                    name: nest(part.weight, found.square[name], low=low, high=high) for name, part in own.items()
+                }
+                errors = {name: _errors(weights[name], part.weight, found, name) for name, part in own.items()}
+                biases = {name: _as(part.bias, dtype) for name, part in own.items() if part.bias is not None}
+                write_layer(out, found.index, weights, biases, errors)
+                bar.update()
     replaced = {id(parameter) for linear in named.values() for parameter in linear.parameters()}
     stored = model.state_dict().keys()  # not every buffer is
     rest = {name: tensor for name, tensor in model.named_parameters() if id(tensor) not in replaced}
@@ -146,7 +141,7 @@ def _errors(nested: NestedWeight, weight: Tensor, found: Sensitivity, name: str)
     rows = []
     for width in sorted(nested.tables):
         change = nested.dense(width) - weight.detach().float()
-        first = (found.gradient[name] * change).sum(dtype=torch.float64).abs() / found.done
-        second = (found.square[name] * change.square()).sum(dtype=torch.float64) / found.done
+        first = (found.gradient[name] * change).sum(dtype=torch.float64).abs() / found.samples
+        second = (found.square[name] * change.square()).sum(dtype=torch.float64) / found.samples
         rows.append(torch.stack([first, second]))
     return torch.stack(rows, dim=1)
