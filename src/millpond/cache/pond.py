@@ -198,10 +198,11 @@ class Pond(Cache):
         Args:
             time_us: int64 [n]. place: int16 [n, 2]. On the CPU; as announced.
         """
-        text = place[:, 0] == TEXT
-        if bool(text.any()):
-            self._text = (self._text or 0) + int(text.sum())
-        times, counts = time_us[~text].unique_consecutive(return_counts=True)
+        said = int((place[:, 0] == TEXT).sum())
+        if said:
+            self._text = (self._text or 0) + said
+            time_us = time_us[place[:, 0] != TEXT]
+        times, counts = time_us.unique_consecutive(return_counts=True)
         for time, count in zip(times.tolist(), counts.tolist(), strict=True):
             if self._recent and self._recent[-1][0] == time:
                 count += self._recent.pop()[1]
@@ -265,7 +266,7 @@ class Pond(Cache):
 
     def _view(self, index: int, layer: PondLayer, since: int, text: int) -> View:
         start, end = self.plan.prompt_tokens, layer.length
-        keys, values, time_us, place, _, *sums = (tensor[:, start:end] for tensor in layer.tensors())
+        keys, values, time_us, place, _, *sums = (tensor.narrow(1, start, end - start) for tensor in layer.tensors())
         protected = time_us >= since
         if self._text is not None:
             for head in range(protected.shape[0]):

@@ -78,12 +78,12 @@ class Shelf:
 
     def drop(self, stay: Tensor) -> None:
         """Forget all groups but `stay`, int64 [H, g] ascending."""
-        for tensor in self.tensors():
-            live = tensor[:, : self.groups]
-            if stay.shape[1] and not native.move_rows(live, stay):
+        live = [tensor[:, : self.groups] for tensor in self.tensors()]
+        if stay.shape[1] and not native.move_rows(live, stay):
+            for tensor in live:
                 for head in range(stay.shape[0]):
                     for to, at in enumerate(stay[head].tolist()):
-                        live[head, to].copy_(live[head, at])
+                        tensor[head, to].copy_(tensor[head, at])
         self.groups = stay.shape[1]
 
     def read(

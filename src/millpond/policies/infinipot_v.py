@@ -64,11 +64,15 @@ class InfiniPotV(Policy):
         return max(1, int(self.recent_share * frames))
 
     def keep(self, view: View, slots: int) -> Tensor:
-        by_value = round((1 - self.alpha) * slots)
+        by_redundancy = slots - round((1 - self.alpha) * slots)
+        kernel = 0 if self.pooling == "adaptive" else self.pooling
+        keep = native.infinipot_v(view, by_redundancy, slots, kernel, self.thresholds, _NORM_FLOOR)
+        return self._keep(view, by_redundancy, slots) if keep is None else keep
+
+    def _keep(self, view: View, by_redundancy: int, slots: int) -> Tensor:
+        """What the compiled selection does, in torch."""
         protected = view.protected.clone()
-        count = int(protected[0].sum())
-        by_redundancy = slots - by_value
-        if by_redundancy > count:
+        if by_redundancy > int(protected[0].sum()):
             scores = temporal_redundancy(view)
             protected.scatter_(1, keep_top(scores, protected, by_redundancy), True)
             # A head with too few placed tokens was filled up with text, which does not compete here.
@@ -98,9 +102,6 @@ class InfiniPotV(Policy):
 
 def value_norms(view: View) -> Tensor:
     """||V|| of every token: float32 [H, n]."""
-    norms = native.norms(view.values)
-    if norms is not None:
-        return norms
     norms = torch.empty(view.heads, view.tokens, dtype=torch.float32, device=view.values.device)
     for head in range(view.heads):
         for first in range(0, view.tokens, view.chunk):
@@ -120,13 +121,12 @@ def temporal_redundancy(view: View) -> Tensor:
     span = max(1, view.block, view.chunk)
     for head in range(view.heads):
         keys, place, recent, out = view.keys[head], view.place[head], view.protected[head], scores[head]
-        if not native.redundancy(keys, place, recent, _NORM_FLOOR, span, out):
-            _redundancy_of_head(keys, place, recent, view.chunk, span, out)
+        _redundancy_of_head(keys, place, recent, view.chunk, span, out)
     return scores
 
 
 def _redundancy_of_head(keys: Tensor, place: Tensor, recent: Tensor, chunk: int, span: int, out: Tensor) -> None:
-    """What the compiled kernel does, in torch; `span` places at a time."""
+    """Of one head; `span` places at a time."""
     visual = place[:, 0] >= 0
     latest = (recent & visual).nonzero()[:, 0]
     height, width = (place.index_select(0, latest).amax(dim=0) + 1).tolist() if len(latest) else (0, 0)
