@@ -3,11 +3,12 @@
     OMP_NUM_THREADS=1 python bench/authors/compare.py CHECKOUT --their-python PYTHON --out bench/results/authors.json
 
 CHECKOUT is a copy of their program and PYTHON an environment with the transformers that it asks for; bench/README.md says how to make both.
-Their program watches, compresses and answers by itself (theirs.py only hands it Minnow), in three forms: as it stands in the checkout, with
-the question where the prompt has it ("corrected": it starts a question its own length too late), and both only in how a question is asked.
+Their program watches, compresses and answers by itself (theirs.py only hands it Minnow). Its questions are asked twice: "released", as the
+program has it, which starts a question its own length too late, and "corrected", where the prompt has it.
 
 - Equal memory: a session under a budget holds so many tokens before a compaction; theirs gets the whole frame groups that this makes, rounded
-  up, and the same groups a block. Its prompt, questions and answers lie outside of them; its positions run on past the trained range.
+  up, and as many groups a step as ours runs at once. Its prompt, questions and answers lie outside of them; its positions run on past
+  the trained range.
 - Ingest: processor seconds a frame, one thread each, in turns: ours watches a stream, then theirs the same one, `--rounds` times. "behind
   vision": both are handed the vision tower's features. "whole": both look themselves; theirs is handed normalised patches, ours raw frames.
 - Answers are compared question by question (the exact sign test); the interval of the difference resamples whole streams (bootstrap).
@@ -89,7 +90,9 @@ class Watched:
         prepared = [family.prepare(pixels) for _, pixels in self.frames]
         patches, grid = family.patches(prepared)
         size = family.frames_per_group * 4  # the blocks that a session would look at
-        features = [self.seen.encode(prepared[i : i + size], times[i : i + size]).embeds for i in range(0, len(prepared), size)]
+        features = [
+            self.seen.encode(prepared[i : i + size], times[i : i + size]).embeds for i in range(0, len(prepared), size)
+        ]
         tensors = {"patches": patches, "grid": grid, "features": torch.cat(features)}
         tensors["opening"] = torch.tensor(family.chat.before_video(None))
         for index, question in enumerate(self.questions):
@@ -109,7 +112,7 @@ def equal_groups(session: Session) -> tuple[int, int]:
     """Groups that theirs holds before and after a compression, where ours holds memory and room."""
     plan = session.plan
     block = -(-(plan.memory_tokens + plan.room_tokens) // plan.group_tokens)
-    return block, block - max(1, plan.room_tokens // plan.group_tokens)
+    return block, block - plan.block_groups
 
 
 def right(answers: list[list[int]], watched: Watched, family: Qwen2VL) -> list[bool]:
@@ -117,7 +120,9 @@ def right(answers: list[list[int]], watched: Watched, family: Qwen2VL) -> list[b
     return [text.strip().lower() == one.answer.lower() for text, one in zip(said, watched.questions, strict=True)]
 
 
-def accuracy(family: Qwen2VL, theirs: Theirs, args: argparse.Namespace, groups: int, shares: list[Fraction]) -> list[dict[str, Any]]:
+def accuracy(
+    family: Qwen2VL, theirs: Theirs, args: argparse.Namespace, groups: int, shares: list[Fraction]
+) -> list[dict[str, Any]]:
     """One row a budget: how many questions each answers right."""
     marks: dict[Fraction, dict[str, list[list[bool]]]] = {share: {} for share in shares}
     sizes: dict[Fraction, tuple[int, int]] = {}
@@ -127,7 +132,10 @@ def accuracy(family: Qwen2VL, theirs: Theirs, args: argparse.Namespace, groups: 
             for share in shares:
                 session, _ = ours(watched.seen, watched, int(share * full_bytes(family, groups)))
                 asked = [session.ask(one.text, max_new_tokens=4).text for one in watched.questions]
-                mine = [text.strip().lower() == one.answer.lower() for text, one in zip(asked, watched.questions, strict=True)]
+                mine = [
+                    text.strip().lower() == one.answer.lower()
+                    for text, one in zip(asked, watched.questions, strict=True)
+                ]
                 sizes[share] = equal_groups(session)
                 answers = theirs.run(watched.file, sizes[share], seen=True, answers=FORMS)["answers"]
                 row = marks[share]
@@ -157,10 +165,19 @@ def against(mine: list[list[bool]], theirs: list[list[bool]]) -> dict[str, Any]:
     ahead, asked = np.array(each)[drawn].sum(axis=1).T
     low, high = np.quantile(100 * ahead / asked, (0.025, 0.975)).round(1).tolist()
     points = 100 * (won - lost) / len(pairs)
-    return {"points": round(points, 1), "low": low, "high": high, "won": won, "lost": lost, "p": round(sign_test(won, lost), 6)}
+    return {
+        "points": round(points, 1),
+        "low": low,
+        "high": high,
+        "won": won,
+        "lost": lost,
+        "p": round(sign_test(won, lost), 6),
+    }
 
 
-def ingest(family: Qwen2VL, theirs: Theirs, args: argparse.Namespace, groups: int, shares: list[Fraction]) -> list[dict[str, Any]]:
+def ingest(
+    family: Qwen2VL, theirs: Theirs, args: argparse.Namespace, groups: int, shares: list[Fraction]
+) -> list[dict[str, Any]]:
     """One row a budget and kind: processor ms a frame of both, and their ratio round by round."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -216,7 +233,9 @@ def main() -> None:
         result[name] = [
             row
             for part in filter(None, getattr(args, name).split(";"))
-            for row in measure(family, theirs, args, int(part.split(":")[0]), [_share(one) for one in part.split(":")[1].split(",")])
+            for row in measure(
+                family, theirs, args, int(part.split(":")[0]), [_share(one) for one in part.split(":")[1].split(",")]
+            )
         ]
     theirs.close()
     print(json.dumps(result, indent=1))

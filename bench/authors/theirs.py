@@ -121,7 +121,9 @@ class Words:
 def features_at_hand(program: Any, features: torch.Tensor, a_group: int, seen: bool) -> Iterator[None]:
     """Where the vision tower has looked already, its features take the place of its forward."""
     if seen:
-        program._visual_encoding_block = lambda _pixels, _grid, first, last, _all: features[first * a_group : last * a_group]
+        program._visual_encoding_block = lambda _pixels, _grid, first, last, _all: features[
+            first * a_group : last * a_group
+        ]
     try:
         yield
     finally:

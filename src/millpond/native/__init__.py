@@ -52,8 +52,9 @@ def status() -> str:
 
 
 def _ready(*tensors: Tensor, source: Path = _KERNELS) -> ctypes.CDLL | None:
-    if not all([tensor.is_cpu for tensor in tensors]):
-        return None
+    for tensor in tensors:  # no generator: at a small model's shapes it would cost as much as what follows
+        if not tensor.is_cpu:
+            return None
     return _library(source)[0]
 
 
