@@ -8,7 +8,7 @@ it changes nothing. Knows rows of tensors; nothing about tokens, layers or budge
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -78,41 +78,46 @@ class Pieces:
 
 
 class Rows:
-    """Rows that move to the front of each head, in place; what lies behind them is forgotten.
+    """Rows that move to the front of each head, in place, in several tensors alike; what lies behind them is forgotten.
 
     Because `keep` ascends, survivor j comes from row >= j: moving chunks in ascending order never overwrites a survivor that is
     still to be moved, so the scratch is one chunk of one head.
 
     Args:
-        live: [H, n, ...]. keep: int64 [H, S], ascending. chunk: rows moved at a time where there is no kernel.
+        live: [H, n, ...] each. keep: int64 [H, S], ascending. chunk: rows moved at a time where there is no kernel.
     """
 
-    def __init__(self, live: Tensor, keep: Tensor, chunk: int) -> None:
+    def __init__(self, live: Sequence[Tensor], keep: Tensor, chunk: int) -> None:
         self._live, self._keep, self._chunk = live, keep, chunk
-        self._heads = ctypes.c_int64(
-            0
-        )  # that have moved; counted by the kernel itself, so that no interruption comes between
+        # Heads that have moved; counted by the kernel itself, so that no interruption comes between.
+        self._heads = ctypes.c_int64(0)
         self._pieces = Pieces()
 
     def run(self) -> None:
         kept = self._keep.shape[1]
         if not kept or native.move_rows(self._live, self._keep, self._heads):
             return
-        each = -(-kept // self._chunk)
+        chunks = -(-kept // self._chunk)
+        each = chunks * len(self._keep)
+
+        def place(index: int) -> tuple[Tensor, int, int]:
+            """The tensor's head [n, ...] that a piece lies in, the head's number and the piece's first row."""
+            head, chunk = divmod(index % each, chunks)
+            return self._live[index // each][head], head, chunk * self._chunk
 
         def make(index: int) -> tuple[Tensor | None]:
-            head, first = index // each, index % each * self._chunk
+            rows, head, first = place(index)
             part = self._keep[head, first : first + self._chunk]
             if int(part[-1]) == first + len(part) - 1:  # the head is unmoved up to here: keep[j] == j
                 return (None,)
-            return (self._live[head].index_select(0, part),)
+            return (rows.index_select(0, part),)
 
-        def write(index: int, rows: Tensor | None) -> None:
-            head, first = index // each, index % each * self._chunk
-            if rows is not None:
-                self._live[head, first : first + len(rows)] = rows
+        def write(index: int, moved: Tensor | None) -> None:
+            rows, _, first = place(index)
+            if moved is not None:
+                rows[first : first + len(moved)] = moved
 
-        self._pieces.run(each * len(self._keep), make, write)
+        self._pieces.run(each * len(self._live), make, write)
 
 
 class Mask:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millpond import native, policies
+from millpond import PolicyError, native, policies
 from millpond.policies.base import TEXT, View
 from millpond.policies.infinipot_v import InfiniPotV, temporal_redundancy, value_norms
 from millpond.policies.pooling import pool_over_grid
@@ -132,7 +132,7 @@ def oracle(policy: InfiniPotV, which: int, slots: int) -> list[list[int]]:
     view = views()[which]
     redundancy = tar_of(which)
     value = van_of(which, policy.kernel(view.values.float().norm(dim=-1)))
-    by_value = round((1 - policy.alpha) * slots)
+    by_value = round((1 - policy.alpha) * max(0, slots - policy.tar_first * view.block))
     out = []
     for head in range(view.heads):
         chosen = {n for n in range(view.tokens) if view.protected[head, n]}
@@ -149,13 +149,16 @@ def oracle(policy: InfiniPotV, which: int, slots: int) -> list[list[int]]:
     which=st.integers(0, 6),
     share=st.floats(0.1, 0.95),
     alpha=st.sampled_from([0.0, 0.25, 0.5, 0.8, 1.0]),
+    tar_first=st.sampled_from([0.0, 1.5, 3.0]),
     pooling=st.sampled_from(["adaptive", 1, 3]),
 )
-def test_the_selection_equals_brute_force(which: int, share: float, alpha: float, pooling: object) -> None:
+def test_the_selection_equals_brute_force(
+    which: int, share: float, alpha: float, tar_first: float, pooling: object
+) -> None:
     view = views()[which]
     least = int(view.protected[0].sum())
     slots = min(view.tokens - 1, max(least, round(share * view.tokens)))
-    policy = InfiniPotV(alpha=alpha, pooling=pooling)  # type: ignore[arg-type]
+    policy = InfiniPotV(alpha=alpha, tar_first=tar_first, pooling=pooling)  # type: ignore[arg-type]
     assert policy.keep(view, slots).tolist() == oracle(policy, which, slots)
 
 
@@ -170,7 +173,7 @@ def test_the_selection_equals_brute_force(which: int, share: float, alpha: float
 def test_the_first_pass_without_pooling_is_the_released_one(
     frames: int, rows: int, cols: int, kept: float, seed: int
 ) -> None:
-    ours, released = InfiniPotV(pooling=1), policies.get("infinipot-v-released")
+    ours, released = InfiniPotV(pooling=1, tar_first=0), policies.get("infinipot-v-released")
     recent = ours.recent(frames)
     assert recent == max(1, released.recent(frames))
     view = grid_view(frames, rows, cols, recent=recent, seed=seed, width=16)
@@ -178,6 +181,16 @@ def test_the_first_pass_without_pooling_is_the_released_one(
     if round(0.5 * slots) < recent * view.block:
         return
     assert torch.equal(ours.keep(view, slots), released.keep(view, slots))
+
+
+def test_small_memories_are_mostly_for_redundancy_and_large_ones_as_published() -> None:
+    """VaN's share of a memory of F groups is (1 - alpha) (1 - tar_first / F); by `tar_first=0` it is the paper's at every size."""
+    ours, paper = InfiniPotV(), InfiniPotV(tar_first=0)
+    shares = {groups: ours.by_value(groups * 16, 16) / (groups * 16) for groups in (1, 3, 10, 1000)}
+    assert shares == {1: 0, 3: 0.25, 10: 0.425, 1000: pytest.approx(0.5, abs=0.001)}
+    assert [paper.by_value(groups * 16, 16) for groups in shares] == [8, 24, 80, 8000]
+    with pytest.raises(PolicyError, match="tar_first"):
+        InfiniPotV(tar_first=-1)
 
 
 def test_protection_is_a_mask_in_bfloat16_too() -> None:

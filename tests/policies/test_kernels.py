@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,8 @@ import millpond
 from millpond import native
 from millpond.native import build
 from millpond.policies.base import keep_top
-from millpond.policies.infinipot_v import temporal_redundancy, value_norms
+from millpond.policies.infinipot_v import InfiniPotV
 from millpond.policies.keydiff import distinctiveness
-from millpond.policies.pooling import pool_over_grid
 from millpond.positions import Rope
 from tests.policies.views import grid_view
 
@@ -71,10 +71,19 @@ def test_the_best_are_the_same_ties_and_oddities_included(scores: list[float], s
 @compiled_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [1, 7, 8, 16, 17, 31, 32, 40, 64, 80, 96, 128, 130])
-def test_norms_and_redundancy_at_any_width(width: int, dtype: torch.dtype) -> None:
+def test_the_selection_of_infinipot_v_at_any_width(width: int, dtype: torch.dtype) -> None:
     view = grid_view(9, 3, 4, recent=2, width=width, dtype=dtype)
-    assert torch.allclose(*both(lambda: value_norms(view)), rtol=1e-5)
-    assert torch.allclose(*both(lambda: temporal_redundancy(view)), atol=1e-6)
+    for alpha in (0.0, 1.0) if width > 1 else (0.0,):  # the cosines of single numbers are all 1 or -1
+        assert torch.equal(*both(lambda alpha=alpha: InfiniPotV(alpha=alpha, pooling=1).keep(view, 60)))
+
+
+@compiled_only
+def test_the_selection_of_infinipot_v_takes_oddities_as_torch_does() -> None:
+    view = grid_view(40, 5, 5, recent=2)  # more tokens than are sorted at once
+    for number in (torch.nan, torch.inf, 0.0):
+        odd = replace(view, keys=view.keys.clone(), values=view.values.clone())
+        odd.keys[0, 30:60], odd.values[0, 100:130] = number, number
+        assert torch.equal(*both(lambda odd=odd: InfiniPotV(pooling=1).keep(odd, 500)))
 
 
 @compiled_only
@@ -183,14 +192,8 @@ def test_compiled_attention_is_the_softmax(
 @pytest.mark.parametrize("grid", [(1, 1), (1, 9), (9, 1), (2, 3), (12, 12), (27, 15)])
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 def test_pooling_of_any_grid(grid: tuple[int, int], kernel: int) -> None:
-    view = grid_view(5, *grid)
-
-    def pooled() -> torch.Tensor:
-        norms = value_norms(view)
-        pool_over_grid(norms, view, kernel)
-        return norms
-
-    assert torch.allclose(*both(pooled), rtol=1e-5)
+    view = grid_view(5, *grid, recent=1)
+    assert torch.equal(*both(lambda: InfiniPotV(alpha=0, pooling=kernel).keep(view, view.tokens // 2)))  # type: ignore[arg-type]
 
 
 def test_without_a_home_folder_torch_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,10 +103,10 @@ class PondLayer(CacheLayerMixin):
                 f"a block of {end - start} tokens does not fit into the {self.capacity - start} free slots of the cache: "
                 "feed smaller blocks (for generate: prefill_chunk_size) or raise the budget"
             )
-        self.keys[:, :, start:end].copy_(key_states)
-        self.values[:, :, start:end].copy_(value_states)
+        self.keys.narrow(2, start, end - start).copy_(key_states)
+        self.values.narrow(2, start, end - start).copy_(value_states)
         self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
 
     def get_seq_length(self) -> int:
         return self.length
@@ -131,12 +131,12 @@ class PondLayer(CacheLayerMixin):
         Args:
             time_us: int64 [n]. place: int16 [n, 2]. positions: int [n, axes].
         """
-        end = start + time_us.shape[0]
-        self.time_us[:, start:end] = time_us
-        self.place[:, start:end] = place
-        self.positions[:, start:end] = positions
+        count = time_us.shape[0]
+        self.time_us.narrow(1, start, count).copy_(time_us)
+        self.place.narrow(1, start, count).copy_(place)
+        self.positions.narrow(1, start, count).copy_(positions)
         if self.sums is not None:
-            self.sums[:, start:end] = 0
+            self.sums.narrow(1, start, count).zero_()
 
     def compaction(self, keep: Tensor, start: int, chunk: int) -> list[Callable[[], None]]:
         """The steps that move the kept tokens down in place, head by head; the rest is forgotten. See `Rows` and `Steps`.
@@ -145,8 +145,8 @@ class PondLayer(CacheLayerMixin):
             keep: int64 [H, S], ascending, relative to `start`; everything below `start` stays where it is.
             chunk: survivors moved at a time.
         """
-        rows = [Rows(tensor[:, start : self.length], keep, chunk).run for tensor in self.tensors()]
-        return [*rows, partial(self.settle, start + keep.shape[1])]
+        live = [tensor.narrow(1, start, self.length - start) for tensor in self.tensors()]
+        return [Rows(live, keep, chunk).run, partial(self.settle, start + keep.shape[1])]
 
     def settle(self, length: int) -> None:
         """From now on so many slots are live."""

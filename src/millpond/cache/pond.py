@@ -209,10 +209,12 @@ class Pond(Cache):
         Args:
             time_us: int64 [n]. place: int16 [n, 2]. On the CPU; as announced.
         """
-        text, recent, said = place[:, 0] == TEXT, self._recent.copy(), self._text
-        if bool(text.any()):
-            said = (said or 0) + int(text.sum())
-        times, counts = time_us[~text].unique_consecutive(return_counts=True)
+        recent, said = self._recent.copy(), self._text
+        text = int((place[:, 0] == TEXT).sum())
+        if text:
+            said = (said or 0) + text
+            time_us = time_us[place[:, 0] != TEXT]
+        times, counts = time_us.unique_consecutive(return_counts=True)
         for time, count in zip(times.tolist(), counts.tolist(), strict=True):
             if recent and recent[-1][0] == time:
                 count += recent.pop()[1]
@@ -311,7 +313,9 @@ class Pond(Cache):
 
     def _view(self, index: int, layer: PondLayer, since: int, text: int) -> View:
         start, end = self.plan.prompt_tokens, layer.length
-        keys, values, time_us, place, positions, *sums = (tensor[:, start:end] for tensor in layer.tensors())
+        keys, values, time_us, place, positions, *sums = (
+            tensor.narrow(1, start, end - start) for tensor in layer.tensors()
+        )
         protected = time_us >= since
         if self._text is not None:
             for head in range(protected.shape[0]):

@@ -81,8 +81,8 @@ class Shelf:
 
     def dropping(self, stay: Tensor) -> list[Callable[[], None]]:
         """The steps that forget all groups but `stay`, int64 [H, g] ascending. See `Steps`."""
-        rows = [Rows(tensor[:, : self.groups], stay, 1).run for tensor in self.tensors()]
-        return [*rows, partial(self._settle, stay.shape[1])]
+        live = [tensor[:, : self.groups] for tensor in self.tensors()]
+        return [Rows(live, stay, 1).run, partial(self._settle, stay.shape[1])]
 
     def _settle(self, groups: int) -> None:
         self.groups = groups

@@ -7,12 +7,18 @@ dtype without a kernel, or MILLPOND_NATIVE=0) the functions here return None or 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from millpond.native.build import compiled
+
+if TYPE_CHECKING:
+    from millpond.policies.base import View
 
 __all__ = [
     "attention",
@@ -21,17 +27,16 @@ __all__ = [
     "distances",
     "distinctiveness",
     "fold",
+    "infinipot_v",
     "move_rows",
-    "norms",
-    "pool",
-    "redundancy",
     "status",
     "turn",
     "unpack",
 ]
 
-_KERNELS, _ATTENTION, _MERGING, _CODEC, _TURNING = (
-    Path(__file__).with_name(f"{name}.cpp") for name in ("kernels", "attention", "merging", "codec", "turning")
+_KERNELS, _INFINIPOT_V, _ATTENTION, _MERGING, _CODEC, _TURNING = (
+    Path(__file__).with_name(f"{name}.cpp")
+    for name in ("kernels", "infinipot_v", "attention", "merging", "codec", "turning")
 )
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -47,8 +52,9 @@ def status() -> str:
 
 
 def _ready(*tensors: Tensor, source: Path = _KERNELS) -> ctypes.CDLL | None:
-    if any(tensor.device.type != "cpu" for tensor in tensors):
-        return None
+    for tensor in tensors:  # no generator: at a small model's shapes it would cost as much as what follows
+        if not tensor.is_cpu:
+            return None
     return _library(source)[0]
 
 
@@ -61,37 +67,40 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def norms(rows: Tensor) -> Tensor | None:
-    """Euclidean norms of the last axis of [H, n, D]: float32 [H, n]."""
-    library = _ready(rows)
-    if library is None or rows.dtype not in _SUFFIX or not _rows(rows):
-        return None
-    heads, tokens, width = rows.shape
-    out = torch.empty(heads, tokens, dtype=torch.float32)
-    size = (ctypes.c_int64(rows.stride(0)), ctypes.c_int64(heads), ctypes.c_int64(tokens), ctypes.c_int64(width))
-    getattr(library, f"millpond_norms_{_SUFFIX[rows.dtype]}")(_pointer(rows), *size, _pointer(out))
-    return out
-
-
-def redundancy(keys: Tensor, place: Tensor, recent: Tensor, floor: float, span: int, out: Tensor) -> bool:
-    """Temporal redundancy of one head (`millpond.policies.infinipot_v`), in one pass over the keys.
+def infinipot_v(
+    view: View, by_redundancy: int, slots: int, kernel: int, thresholds: tuple[float, float, float], floor: float
+) -> Tensor | None:
+    """The selection of one layer (`millpond.policies.infinipot_v`), with all its heads in one call.
 
     Args:
-        keys: [n, D]. place: int16 [n, 2]. recent: bool [n]. floor: added to each norm. out: float32 [n], written.
-        span: places that the table of mean unit keys holds at a time; bounds its size.
+        by_redundancy: tokens of each head for the recent frames and TaR. slots: of all that stay.
+        kernel: of the pooling; 0 where the value norms choose it by `thresholds`. floor: added to each key's norm.
 
     Returns:
-        False where there is no kernel; `out` is untouched then.
+        int64 [H, slots], ascending; None where there is no kernel.
     """
-    library = _ready(keys, place, recent, out)
-    if library is None or keys.dtype not in _SUFFIX or not (_rows(keys) and _rows(place) and recent.is_contiguous()):
-        return False
-    tokens, width = keys.shape
-    run = getattr(library, f"millpond_redundancy_{_SUFFIX[keys.dtype]}")
-    table = torch.empty(span, width + 1, dtype=torch.float32)
-    sizes = ctypes.c_int64(tokens), ctypes.c_int64(width), ctypes.c_float(floor)
-    run(_pointer(keys), _pointer(place), _pointer(recent), *sizes, _pointer(table), ctypes.c_int64(span), _pointer(out))
-    return True
+    keys, values, time_us, place, recent = view.keys, view.values, view.time_us, view.place, view.protected
+    library = _ready(keys, values, time_us, place, recent, source=_INFINIPOT_V)
+    heads, tokens, width = keys.shape
+    if library is None or keys.dtype not in _SUFFIX or values.dtype != keys.dtype or not 0 < slots <= tokens:
+        return None
+    whole = time_us.stride(1) == 1 and recent.is_contiguous()
+    if not (whole and _rows(keys) and _rows(values) and _rows(place)):
+        return None
+    span = max(1, view.block, view.chunk)
+    keep = torch.empty(heads, slots, dtype=torch.int64)
+    scores, work = torch.empty(heads, tokens), torch.empty(2 * tokens, dtype=torch.int32)
+    table, marked = torch.empty(span, width + 1), torch.empty(heads, tokens, dtype=torch.bool)
+    strides = (each.stride(0) for each in (keys, values, time_us, place))
+    getattr(library, f"millpond_infinipot_v_{_SUFFIX[keys.dtype]}")(
+        *(_pointer(each) for each in (keys, values, time_us, place, recent)),
+        *(ctypes.c_int64(each) for each in (heads, tokens, width, *strides, by_redundancy, slots, kernel)),
+        (ctypes.c_float * 3)(*thresholds),
+        ctypes.c_float(floor),
+        ctypes.c_int64(span),
+        *(_pointer(each) for each in (scores, table, work, marked, keep)),
+    )
+    return keep
 
 
 def distinctiveness(keys: Tensor, out: Tensor) -> bool:
@@ -197,23 +206,6 @@ def distances(keys: Tensor, owner: Tensor, apart: Tensor, alike: Tensor) -> bool
     return True
 
 
-def pool(values: Tensor, time_us: Tensor, place: Tensor, kernel: int) -> bool:
-    """Pool one head's values over its frames' grids in place (`millpond.policies.pooling`).
-
-    Args:
-        values: float32 [n]. time_us: int64 [n]. place: int16 [n, 2]. kernel: odd window.
-
-    Returns:
-        False where there is no kernel; nothing has changed then.
-    """
-    library = _ready(values, time_us, place)
-    if library is None or not (values.is_contiguous() and time_us.is_contiguous() and _rows(place)):
-        return False
-    sizes = ctypes.c_int64(len(values)), ctypes.c_int64(kernel)
-    library.millpond_pool(_pointer(values), _pointer(time_us), _pointer(place), *sizes)
-    return True
-
-
 def best(scores: Tensor, slots: int) -> Tensor | None:
     """Indices of the `slots` largest scores in each row, ascending: float32 [H, n] -> int64 [H, slots]."""
     library = _ready(scores)
@@ -242,25 +234,45 @@ def check(keep: Tensor, protected: Tensor) -> int | None:
     return int(library.millpond_check(_pointer(keep), _pointer(protected), *sizes))
 
 
-def move_rows(tensor: Tensor, keep: Tensor, done: ctypes.c_int64) -> bool:
-    """Move the rows that `keep` names to the front of each head, in place.
+def move_rows(tensors: Sequence[Tensor], keep: Tensor, done: ctypes.c_int64) -> bool:
+    """Move the rows that `keep` names to the front of each head, in place, in every one of the tensors.
 
     Args:
-        tensor: [H, n, ...], rows contiguous. keep: int64 [H, S], ascending. done: heads that have moved, 0 at first; counted up here,
-            and left out when it is run again.
+        tensors: [H, n, ...] each, rows contiguous. keep: int64 [H, S], ascending. done: heads that have moved, 0 at first; counted up
+            here, and left out when it is run again.
 
     Returns:
         False where there is no kernel; nothing has moved then.
     """
-    library = _ready(tensor, keep)
-    row = tensor[0, 0].numel()
-    if library is None or not keep.is_contiguous() or not tensor[0].is_contiguous():
+    library = _ready(*tensors, keep)
+    if library is None or not keep.is_contiguous():
         return False
-    size = tensor.element_size()
-    sizes = ctypes.c_int64(tensor.stride(0) * size), ctypes.c_int64(row * size)
+    layout: list[int] = []
+    for tensor in tensors:
+        size, shape, strides = tensor.element_size(), tensor.shape, tensor.stride()
+        row = prod(shape[2:])
+        if strides[1] != row or not _packed(shape[2:], strides[2:]):
+            return False
+        layout += (tensor.data_ptr(), strides[0] * size, row * size)
     heads, slots = keep.shape
-    counts = ctypes.c_int64(heads), ctypes.c_int64(slots)
-    library.millpond_move_rows(_pointer(tensor), *sizes, _pointer(keep), *counts, ctypes.byref(done))
+    library.millpond_move_rows(
+        (ctypes.c_int64 * len(layout))(*layout),
+        ctypes.c_int64(len(tensors)),
+        _pointer(keep),
+        ctypes.c_int64(heads),
+        ctypes.c_int64(slots),
+        ctypes.byref(done),
+    )
+    return True
+
+
+def _packed(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether the elements of one row lie one behind the other."""
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
     return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -37,7 +38,11 @@ class InfiniPotV(Policy):
     thresholds are not published; these are ours.
 
     Attributes:
-        alpha: share of the memory for TaR and the recent frames; the rest is VaN's. Published: 0.5.
+        alpha: share for TaR and the recent frames of what `tar_first` leaves; the rest is VaN's. Published: 0.5.
+        tar_first: frame groups of the memory, |C| / p, that are TaR's and the recent frames' before alpha divides the rest: of a memory
+            of F groups VaN gets (1 - alpha) (1 - tar_first / F), in the limit of large memories the published 1 - alpha. Published: 0,
+            which leaves TaR next to nothing in memories of a few groups, where the recent one has to be paid first. Ours: 1.5, chosen on
+            validation streams (docs/accuracy.md).
         recent_share: share of the frames in memory that are kept whole, from the latest back. Published: a quarter.
         pooling: "adaptive" (by CV), or one kernel (1, 3, 5, 7) for every layer; 1 is no pooling.
         thresholds: CV below the first gives kernel 7, below the second 5, below the third 3, else 1.
@@ -47,12 +52,14 @@ class InfiniPotV(Policy):
     source: ClassVar[str] = "Kim et al., InfiniPot-V, NeurIPS 2025 (arXiv 2506.15745): paper and released code"
 
     alpha: float = 0.5
+    tar_first: float = 1.5
     recent_share: float = 0.25
     pooling: Literal["adaptive", 1, 3, 5, 7] = "adaptive"
     thresholds: tuple[float, float, float] = (0.2, 0.3, 0.4)
 
     def __post_init__(self) -> None:
         check_between(self, 0, 1, "alpha")
+        check_between(self, 0, math.inf, "tar_first")
         if not 0 < self.recent_share <= 1:
             raise PolicyError(f"infinipot-v: recent_share must lie above 0 and at most at 1, not {self.recent_share}")
         if self.pooling not in ("adaptive", 1, 3, 5, 7):
@@ -64,11 +71,19 @@ class InfiniPotV(Policy):
         return max(1, int(self.recent_share * frames))
 
     def keep(self, view: View, slots: int) -> Tensor:
-        by_value = round((1 - self.alpha) * slots)
+        by_redundancy = slots - self.by_value(slots, view.block)
+        kernel = 0 if self.pooling == "adaptive" else self.pooling
+        keep = native.infinipot_v(view, by_redundancy, slots, kernel, self.thresholds, _NORM_FLOOR)
+        return self._keep(view, by_redundancy, slots) if keep is None else keep
+
+    def by_value(self, slots: int, group: int) -> int:
+        """Tokens of each head that VaN chooses, of `slots` in all, with `group` tokens a frame group."""
+        return round((1 - self.alpha) * max(0.0, slots - self.tar_first * group))
+
+    def _keep(self, view: View, by_redundancy: int, slots: int) -> Tensor:
+        """What the compiled selection does, in torch."""
         protected = view.protected.clone()
-        count = int(protected[0].sum())
-        by_redundancy = slots - by_value
-        if by_redundancy > count:
+        if by_redundancy > int(protected[0].sum()):
             scores = temporal_redundancy(view)
             protected.scatter_(1, keep_top(scores, protected, by_redundancy), True)
             # A head with too few placed tokens was filled up with text, which does not compete here.
@@ -98,9 +113,6 @@ class InfiniPotV(Policy):
 
 def value_norms(view: View) -> Tensor:
     """||V|| of every token: float32 [H, n]."""
-    norms = native.norms(view.values)
-    if norms is not None:
-        return norms
     norms = torch.empty(view.heads, view.tokens, dtype=torch.float32, device=view.values.device)
     for head in range(view.heads):
         for first in range(0, view.tokens, view.chunk):
@@ -120,13 +132,12 @@ def temporal_redundancy(view: View) -> Tensor:
     span = max(1, view.block, view.chunk)
     for head in range(view.heads):
         keys, place, recent, out = view.keys[head], view.place[head], view.protected[head], scores[head]
-        if not native.redundancy(keys, place, recent, _NORM_FLOOR, span, out):
-            _redundancy_of_head(keys, place, recent, view.chunk, span, out)
+        _redundancy_of_head(keys, place, recent, view.chunk, span, out)
     return scores
 
 
 def _redundancy_of_head(keys: Tensor, place: Tensor, recent: Tensor, chunk: int, span: int, out: Tensor) -> None:
-    """What the compiled kernel does, in torch; `span` places at a time."""
+    """Of one head; `span` places at a time."""
     visual = place[:, 0] >= 0
     latest = (recent & visual).nonzero()[:, 0]
     height, width = (place.index_select(0, latest).amax(dim=0) + 1).tolist() if len(latest) else (0, 0)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from millpond.errors import PolicyError
 from millpond.policies.base import Policy, View
@@ -17,9 +18,9 @@ __all__ = ["InfiniPotVReleased"]
 # floats at the most), and in another one where the matrix is narrower than a register (16 floats at the most). Pieces that are
 # cut at multiples of the first and never narrower than the second give the same bits as the whole.
 _GROUP, _REGISTER = 64, 16
-# Kernel by quarter of the layers, and whether it runs over the frame's grid or along the stream.
-_GRID_KERNELS = (7, 5)
-_LINE_KERNEL = 3
+# By release: for each quarter of the layers the pooling kernel, and over how many axes it runs: frames, rows and columns; rows and
+# columns; along the stream.
+_POOLING = {"2026-01": ((7, 3), (5, 2), (3, 1), (1, 0)), "2025-11": ((7, 2), (5, 2), (3, 1), (1, 0))}
 
 
 @dataclass(frozen=True)
@@ -28,25 +29,32 @@ class InfiniPotVReleased(Policy):
 
     It differs from the paper (and from `infinipot-v`) from the second pass on: the survivors of each head are laid out as
     (frame, place) again although they no longer lie on a grid. Pooling, when on, goes by quarter of the layers and counts the
-    padding. Its crashes are PolicyErrors here, and recent tokens are protected by a mask instead of by `max + 1`, which
-    changes nothing in float32 and keeps them in half precision. In float32 on a CPU even ties fall as they do there, because
-    every sum is taken in the same order, although no r x f x p x D product is ever held.
+    padding. Its crashes are PolicyErrors here.
+
+    In float32 on a CPU even ties fall as they do there, because every sum is taken in the same order, although no r x f x p x D product
+    is ever held, as long as the value norms that it ranks, pooled or not, are below 2^24. It protects the recent tokens and TaR's by the
+    largest norm + 1, which is no more than that norm from 2^24 on, where norms are infinite or not numbers, and in half precision from
+    256 (bfloat16) or 2,048 (float16) on: then it may drop recent tokens. Here they are protected by a mask and stay.
 
     Attributes:
-        tar_ratio: share of the memory for TaR and the recent frames.
-        query_ratio: share of the frames in memory that are kept whole.
-        adaptive_pooling: pool the value norms, as the released code can.
-        rows: rows of a frame's grid, for pooling.
+        tar_ratio: share of the memory for TaR and the recent frames. Published: 0.5.
+        query_ratio: share of the frames in memory that are kept whole. Published: 0.25.
+        adaptive_pooling: pool the value norms, as the released code can. Published: off.
+        rows: rows of a frame's grid, for pooling. Published: 14 where the program was not told.
+        release: "2026-01" is the head (81a4dbe; the same since 3675109, January 2026): the first quarter of the layers pools over frames,
+            rows and columns, and kernels over a grid shrink to the largest odd number that its frames, rows and columns all have.
+            "2025-11" is the first release (2a3b136): rows and columns only, kernels of one size.
     """
 
     name: ClassVar[str] = "infinipot-v-released"
-    source: ClassVar[str] = "aiha-lab/InfiniPot-V, kvcache_utils.py (code read line by line)"
+    source: ClassVar[str] = "aiha-lab/InfiniPot-V, kvcache_utils.py at 2a3b136 and 81a4dbe (code read line by line)"
     whole_frames: ClassVar[bool] = True
 
     tar_ratio: float = 0.5
     query_ratio: float = 0.25
     adaptive_pooling: bool = False
     rows: int = 14
+    release: Literal["2026-01", "2025-11"] = "2026-01"
 
     def __post_init__(self) -> None:
         for field in ("tar_ratio", "query_ratio"):
@@ -54,6 +62,8 @@ class InfiniPotVReleased(Policy):
                 raise PolicyError(f"{self.name}: {field} must lie above 0 and at most at 1, not {getattr(self, field)}")
         if self.rows < 1:
             raise PolicyError(f"{self.name}: rows must be at least 1, not {self.rows}")
+        if self.release not in _POOLING:
+            raise PolicyError(f"{self.name}: release must be {' or '.join(_POOLING)}, not {self.release!r}")
 
     def least_memory(self, block: int) -> int:
         # One of the frames is recent at least, and TaR's share of the slots holds those that are; see `keep`.
@@ -88,13 +98,13 @@ class InfiniPotVReleased(Policy):
             raise PolicyError(
                 f"{self.name}: {by_redundancy} slots for TaR cannot hold the {latest} recent frames of {frame} tokens"
             )
-        kernel, grid = self._pooling(view)
+        kernel, axes = self._pooling(view)
         keep = torch.empty(view.heads, slots, dtype=torch.int64, device=view.keys.device)
         for head in range(view.heads):
             distinct = self._redundancy(view.keys[head], frame, recent, view.chunk).topk(by_redundancy - recent).indices
             scores = self._norms(view, head)
             if kernel > 1:
-                scores = self._pool(scores, frame, kernel, grid)
+                scores = self._pool(scores, frame, kernel, axes)
             # Neither what is not a number nor what has overflowed may stand above the chosen and the recent.
             scores.nan_to_num_(nan=-torch.inf, posinf=torch.finfo(scores.dtype).max)
             scores[distinct] = torch.inf
@@ -128,24 +138,29 @@ class InfiniPotVReleased(Policy):
             norms[first : first + view.chunk] = view.values[head, first : first + view.chunk].norm(dim=-1)
         return norms
 
-    def _pooling(self, view: View) -> tuple[int, bool]:
+    def _pooling(self, view: View) -> tuple[int, int]:
+        """The layer's kernel, and over how many axes it runs."""
         if not self.adaptive_pooling:
-            return 1, False
-        if view.layers % 4:
+            return 1, 0
+        quarter = view.layers // 4
+        if self.release != "2025-11":
+            quarter = max(1, quarter)
+        if not quarter or (view.layers - 1) // quarter >= len(_POOLING[self.release]):
             raise PolicyError(f"{self.name}: pooling by quarters does not work with {view.layers} layers")
         if view.block % self.rows:
             raise PolicyError(f"{self.name}: {view.block} tokens a frame do not make {self.rows} rows")
-        quarter = view.layer // (view.layers // 4)
-        if quarter < 2:
-            return _GRID_KERNELS[quarter], True
-        return (_LINE_KERNEL, False) if quarter == 2 else (1, False)
+        kernel, axes = _POOLING[self.release][view.layer // quarter]
+        if axes > 1 and self.release != "2025-11":
+            kernel = min(kernel, view.tokens // view.block, self.rows, view.block // self.rows)
+            kernel -= kernel % 2 == 0
+        return kernel, axes
 
-    def _pool(self, scores: Tensor, frame: int, kernel: int, grid: bool) -> Tensor:
-        if not grid:
-            line: Tensor = torch.nn.functional.avg_pool1d(scores[None], kernel, 1, kernel // 2)
-            return line[0]
-        frames = scores.view(-1, self.rows, frame // self.rows)
-        pooled: Tensor = torch.nn.functional.avg_pool2d(frames, kernel, 1, kernel // 2)
+    def _pool(self, scores: Tensor, frame: int, kernel: int, axes: int) -> Tensor:
+        frames = scores.view(1, -1) if axes == 1 else scores.view(-1, self.rows, frame // self.rows)
+        if axes == 3:
+            frames = frames[None]
+        average = (functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d)[axes - 1]
+        pooled: Tensor = average(frames, kernel, 1, kernel // 2)
         return pooled.reshape(-1)
 
     def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:

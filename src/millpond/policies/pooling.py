@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from millpond import native
 from millpond.policies.base import View
 
 __all__ = ["pool_over_grid"]
@@ -24,8 +23,6 @@ def pool_over_grid(values: Tensor, view: View, kernel: int) -> None:
         kernel: odd window size.
     """
     for head in range(view.heads):
-        if native.pool(values[head], view.time_us[head], view.place[head], kernel):
-            continue
         visual = (view.place[head, :, 0] >= 0).nonzero()[:, 0]
         if not len(visual):
             continue
