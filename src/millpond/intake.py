@@ -228,7 +228,7 @@ class Intake:
             with self._flow.timed("compaction"):
                 self._flow.make_room(reopening + self.at.grid.tokens)
 
-    def shown(self) -> tuple[list[int], list[tuple[Shot, ...]]]:
+    def shown(self) -> tuple[list[int], list[Sequence[Shot]]]:
         """What a question sees of the latest frames; nothing is taken in.
 
         Returns:

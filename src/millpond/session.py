@@ -190,7 +190,7 @@ class Session:
         )
         whole = budget if device_memory is None else granted
         if whole is None and stream["policy"].capped:  # type: ignore[union-attr]
-            whole = default_budget(family, frame_size, **stream)
+            whole = default_budget(family, frame_size, **stream)  # type: ignore[arg-type]
         return cls(family, budget=whole, host_budget=host_budget, host_path=host_path, **stream)  # type: ignore[arg-type]
 
     # --- watching -----------------------------------------------------------------------------------------------

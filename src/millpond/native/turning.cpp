@@ -58,7 +58,7 @@ void millpond_turn_f32(float* keys, int64_t head_stride, int64_t heads, int64_t 
 }
 void millpond_turn_bf16(uint16_t* keys, int64_t head_stride, int64_t heads, int64_t tokens, int64_t width, const int64_t* delta,
                         int64_t token_step, int64_t axis_step, int64_t axes, const int64_t* axis, const float* inverse,
-                        int64_t half) {
-    turn(keys, head_stride, heads, tokens, width, delta, token_step, axis_step, axes, axis, inverse, half);
+                        int64_t half, int64_t* done) {
+    turn(keys, head_stride, heads, tokens, width, delta, token_step, axis_step, axes, axis, inverse, half, done);
 }
 }

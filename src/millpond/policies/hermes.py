@@ -159,8 +159,12 @@ def _sum_up(view: View, head: int, keep: Tensor, summary: int) -> None:
         change(
             view,
             head,
-            Steps(partial(tensor[summary].copy_, own) for tensor, own in zip((keys, values), mean, strict=True)),
+            Steps([partial(_put, tensor, summary, own) for tensor, own in zip((keys, values), mean, strict=True)]),
         )
+
+
+def _put(rows: Tensor, at: int, row: Tensor) -> None:
+    rows[at] = row
 
 
 def _mean_scratch(tokens: int, head_dim: int, chunk: int) -> int:
