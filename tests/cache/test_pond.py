@@ -200,6 +200,31 @@ def test_a_policy_that_breaks_its_contract_is_an_error_and_the_memory_stays_unto
     assert all(serials == list(range(stream.serial)) for heads in stream.check() for serials in heads)
 
 
+@dataclass(frozen=True)
+class Unmerged(Newest):
+    """Fails in every merge."""
+
+    name: ClassVar[str] = "unmerged"
+    merges: ClassVar[bool] = True
+
+    def merge(self, view, keep):  # type: ignore[no-untyped-def]
+        raise PolicyError("on purpose")
+
+
+def test_a_policy_that_cannot_merge_is_an_error_and_the_pass_is_finished_without() -> None:
+    target = pond(policy=Unmerged())
+    stream = Stream(target)
+    stream.add(3, 0, prompt=True)
+    while target.overrun(GROUP) <= 0:
+        stream.add(GROUP, stream.serial)
+    with pytest.raises(PolicyError, match="on purpose"):
+        target.admit(GROUP)
+    assert target.compactions == 1
+    kept = list(range(3)) + list(range(stream.serial - target.memory_tokens, stream.serial))
+    assert all(serials == kept for heads in stream.check() for serials in heads)
+    stream.add(GROUP, stream.serial)  # there is room now, and nothing is left to be finished
+
+
 def test_fork_is_a_copy() -> None:
     target = pond()
     stream = Stream(target)
