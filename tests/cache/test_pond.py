@@ -188,21 +188,41 @@ class Breaks(Newest):
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize("how", ["raise", "short", "repeat", "outside", "unprotected"])
-def test_a_policy_that_breaks_its_contract_is_an_error_and_the_memory_stays_whole(layer: int, how: str) -> None:
+def test_a_policy_that_breaks_its_contract_is_an_error_and_the_memory_stays_untouched(layer: int, how: str) -> None:
     target = pond(policy=Breaks(layer=layer, how=how))
     stream = Stream(target)
     stream.add(3, 0, prompt=True)
-
-    def run_until_compaction() -> None:
-        for frame in range(40):
-            stream.add(GROUP, frame)
-
+    while target.overrun(GROUP) <= 0:
+        stream.add(GROUP, stream.serial)
     with pytest.raises(PolicyError):
-        run_until_compaction()
-    assert len({layer.length for layer in target.layers}) == 1
-    kept = stream.check()
-    latest = set(range(stream.serial - GROUP, stream.serial))
-    assert all(latest <= set(serials) for heads in kept for serials in heads)
+        target.admit(GROUP)
+    assert (target.compactions, target.evicted) == (0, 0)
+    assert all(serials == list(range(stream.serial)) for heads in stream.check() for serials in heads)
+
+
+@dataclass(frozen=True)
+class Unmerged(Newest):
+    """Fails in every merge."""
+
+    name: ClassVar[str] = "unmerged"
+    merges: ClassVar[bool] = True
+
+    def merge(self, view, keep):  # type: ignore[no-untyped-def]
+        raise PolicyError("on purpose")
+
+
+def test_a_policy_that_cannot_merge_is_an_error_and_the_pass_is_finished_without() -> None:
+    target = pond(policy=Unmerged())
+    stream = Stream(target)
+    stream.add(3, 0, prompt=True)
+    while target.overrun(GROUP) <= 0:
+        stream.add(GROUP, stream.serial)
+    with pytest.raises(PolicyError, match="on purpose"):
+        target.admit(GROUP)
+    assert target.compactions == 1
+    kept = list(range(3)) + list(range(stream.serial - target.memory_tokens, stream.serial))
+    assert all(serials == kept for heads in stream.check() for serials in heads)
+    stream.add(GROUP, stream.serial)  # there is room now, and nothing is left to be finished
 
 
 def test_fork_is_a_copy() -> None:

@@ -93,6 +93,7 @@ class Compaction(_Pass):
     ) -> None:
         super().__init__(pond)
         self._since, self._text = since, text
+        self._faults: list[str] = []  # of the policy, in merging
         self._arrivals: Arrivals | None = None
         steps = self._layers(chosen)
         if pond.host is not None:
@@ -124,7 +125,7 @@ class Compaction(_Pass):
         keep, start, chunk = chosen.keep.indices(), pond.plan.prompt_tokens, pond.plan.chunk
         steps: list[Callable[[], None]] = []
         if pond.policy.merges:
-            steps.append(_Merging(pond.policy, partial(self._view, index, chosen), keep).run)
+            steps.append(_Merging(pond.policy, partial(self._view, index, chosen), keep, self._faults).run)
         if pond.host is not None and self._arrivals is not None:
             at_most = max(1, chunk // pond.geometry.kv_heads)
             steps.append(pond.host.storing(self._arrivals, index, layer, self._leave(layer, keep[0]), at_most))
@@ -149,23 +150,26 @@ class Compaction(_Pass):
 class _Merging:
     """A layer's merge, head by head: heads that have been changed are left out when it is run again.
 
-    A policy that fails in it twice is not asked again, and what it had not changed by then stays as it was.
+    A policy that fails in it twice is not asked again in this pass, and what it had not changed by then stays as it was.
+
+    Args:
+        faults: what it failed with, in all layers.
     """
 
-    def __init__(self, policy: Policy, view: Callable[[], View], keep: Tensor) -> None:
-        self._policy, self._view, self._keep = policy, view, keep
-        self._heads = self._faults = 0  # heads that have been changed, or need not be
+    def __init__(self, policy: Policy, view: Callable[[], View], keep: Tensor, faults: list[str]) -> None:
+        self._policy, self._view, self._keep, self._faults = policy, view, keep, faults
+        self._heads = 0  # that have been changed, or need not be
         self._change: tuple[int, Move] | None = None
 
     def run(self) -> None:
         self._finish()
-        if self._faults > 1:
+        if len(self._faults) > 1:
             return
         try:
             self._policy.merge(replace(self._view(), change=self._take), self._keep)
-        except Exception:
-            self._faults += 1
-            if self._faults < 2 or self._change is not None:
+        except Exception as error:
+            self._faults.append(str(error))
+            if len(self._faults) < 2 or self._change is not None:
                 raise
 
     def _take(self, head: int, how: Move) -> None:
