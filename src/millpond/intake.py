@@ -118,7 +118,9 @@ class Intake:
             raise SourceError(f"a source must give frames, not {type(frame).__name__}")
         last = self.at.last_us
         if not math.isfinite(frame.seconds) or abs(frame.seconds) > _FARTHEST_SECONDS:
-            raise SourceError(f"a frame's time must lie within {_FARTHEST_SECONDS:.0e} s of 0, not at {frame.seconds:g} s")
+            raise SourceError(
+                f"a frame's time must lie within {_FARTHEST_SECONDS:.0e} s of 0, not at {frame.seconds:g} s"
+            )
         time_us = round(frame.seconds * 1e6)
         if offset is None:
             again = last is not None and time_us <= last
@@ -226,14 +228,14 @@ class Intake:
             with self._flow.timed("compaction"):
                 self._flow.make_room(reopening + self.at.grid.tokens)
 
-    def shown(self) -> tuple[list[int], list[tuple[Shot, ...]]]:
+    def shown(self) -> tuple[list[int], list[Sequence[Shot]]]:
         """What a question sees of the latest frames; nothing is taken in.
 
         Returns:
             The ids that reopen the video, where that is needed; and blocks of frames to `encode`: those to be seen once more, and last
             the waiting ones, which may be none.
         """
-        blocks = [*self._look.blocks(len(self.at.waiting)), self.at.waiting]
+        blocks: list[Sequence[Shot]] = [*self._look.blocks(len(self.at.waiting)), self.at.waiting]
         reopening = self._flow.family.reopening() if any(blocks) and not self.at.video_open else []
         return reopening, blocks
 

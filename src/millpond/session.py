@@ -108,7 +108,9 @@ class Session:
 
     def _make_locks(self) -> None:
         self._turn = Exclusive("an answer is still being streamed: finish it or close() it first")
-        self._feeding = Exclusive("frames are being fed: give this feed's source the frames, or wait until it has ended")
+        self._feeding = Exclusive(
+            "frames are being fed: give this feed's source the frames, or wait until it has ended"
+        )
         self._state = threading.RLock()  # held while anything changes: a frame or a token at a time
 
     @property
@@ -188,7 +190,7 @@ class Session:
         )
         whole = budget if device_memory is None else granted
         if whole is None and stream["policy"].capped:  # type: ignore[union-attr]
-            whole = default_budget(family, frame_size, **stream)
+            whole = default_budget(family, frame_size, **stream)  # type: ignore[arg-type]
         return cls(family, budget=whole, host_budget=host_budget, host_path=host_path, **stream)  # type: ignore[arg-type]
 
     # --- watching -----------------------------------------------------------------------------------------------

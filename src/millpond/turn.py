@@ -77,7 +77,10 @@ class Turn(Step):
             return
         flow, pond = self._flow, self._flow.pond
         self._intake.close_video()
-        first, turn = pond.layers[0], slice(self.start, pond.length)  # a turn is the same in every head until it is compacted
+        first, turn = (
+            pond.layers[0],
+            slice(self.start, pond.length),
+        )  # a turn is the same in every head until it is compacted
         pond.commit(first.time_us[0, turn].cpu(), first.place[0, turn].cpu())
         flow.tokens += pond.length - self.start
         lengths = _lengths(pond)

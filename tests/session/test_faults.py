@@ -29,7 +29,9 @@ def filled(family: Family, policy: str | Policy, frames: int, share: float = 1.6
     probe = Session(family, budget="1MiB", policy=policy, **options)  # type: ignore[arg-type]
     group = probe.plan_for(56, 56)
     slots = group.prompt_tokens + 6 * group.group_tokens + 40
-    session = Session(family, budget=int(slots * group.bytes_per_token * share) + group.waiting_bytes, policy=policy, **options)  # type: ignore[arg-type]
+    session = Session(
+        family, budget=int(slots * group.bytes_per_token * share) + group.waiting_bytes, policy=policy, **options
+    )  # type: ignore[arg-type]
     session.feed(list(moving(frames)))
     assert session.usage.compactions > 0
     return session
@@ -41,7 +43,10 @@ def memory_of(session: Session) -> list[object]:
     admitted = {} if flow._seen is None else vars(flow._seen)
     seen = [part.numpy().tobytes() if isinstance(part, torch.Tensor) else part for part in admitted.values()]
     parts: list[object] = [repr(flow.clock), flow.tokens, seen, list(pond._recent), pond._text, pond.compactions]
-    parts += [list(pond.queries.counts), *(pond.queries.layer(index).numpy().tobytes() for index in range(len(pond.layers)))]
+    parts += [
+        list(pond.queries.counts),
+        *(pond.queries.layer(index).numpy().tobytes() for index in range(len(pond.layers))),
+    ]
     for layer in pond.layers:
         parts.append((layer.length, layer.capacity))
         parts += [live[:, : layer.length].numpy().tobytes() for live in layer.tensors()]

@@ -163,7 +163,11 @@ def _print_plan(split: Plan, title: str, fps: float) -> None:
         ("undo", None, split.undo_bytes, "what a block could have to put back"),
         ("total", split.slots, split.total_bytes, _of_budget(split)),
     ]
-    rows = [row for row in rows if row[2] or row[0] not in ("admission", "queries", "undo", "packed", "desk", "recent frames")]
+    rows = [
+        row
+        for row in rows
+        if row[2] or row[0] not in ("admission", "queries", "undo", "packed", "desk", "recent frames")
+    ]
     table = Table(title=Text(title), title_justify="left")
     for name, justify in (("", "left"), ("tokens", "right"), ("bytes", "right"), ("", "right"), ("what for", "left")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
