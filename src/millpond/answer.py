@@ -18,9 +18,9 @@ class Usage:
         budget_bytes: the cap; None for the uncapped reference.
         live_bytes: what the live tokens take now, metadata included.
         allocated_bytes: storage, and waiting and recent frames held now.
-        peak_bytes: the most ever held at once, scratch included; never above the budget.
+        peak_bytes: the most held at once since the budget was last made smaller than that, scratch included; never above the budget.
         full_cache_bytes: what a plain cache of the same stream would take by now (keys and values alone).
-        frames_seen, frames_dropped: raw frames taken in, and dropped by a live source.
+        frames_seen, frames_dropped: raw frames taken in; dropped by a live source, or because a fault ended their block.
         frames_skipped, frames_reduced: of those taken in, which the admission left out, and which it thinned.
         timestamps_kept: distinct frame times that some head of some layer still remembers.
         memory_tokens: tokens remembered per head, packed ones included, the prompt not counted.

@@ -32,7 +32,9 @@ class Decoded:
     ran: int = 0
 
 
-def decode(flow: Flow, hidden: Tensor, time_us: int, *, limit: int, run_last: bool) -> Generator[str, None, Decoded]:
+def decode(
+    flow: Flow, hidden: Tensor | None, time_us: int, *, limit: int, run_last: bool
+) -> Generator[str, None, Decoded]:
     """Greedy decoding behind what is in the pond; yields pieces of text, returns the whole.
 
     No tensor is held while a piece is out.
@@ -42,9 +44,9 @@ def decode(flow: Flow, hidden: Tensor, time_us: int, *, limit: int, run_last: bo
         limit: most tokens. run_last: also run the last one, so that it can be remembered.
     """
     done, text = Decoded(), TextPieces(flow.family.tokenizer)
-    while len(done.token_ids) < limit:
+    while hidden is not None and len(done.token_ids) < limit:
         token = int(flow.family.logits(hidden[-1]).argmax())
-        del hidden
+        hidden = None
         if token in flow.family.stop_ids:
             done.finish_reason = "stop"
             break
@@ -56,6 +58,7 @@ def decode(flow: Flow, hidden: Tensor, time_us: int, *, limit: int, run_last: bo
             break
         hidden = flow.run(dated(flow.family.embed([token]), time_us))
         done.ran += 1
+    hidden = None
     if rest := text.finish():
         yield rest
     done.text = text.whole

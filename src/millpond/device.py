@@ -166,7 +166,7 @@ def default_budget(
 
     low, high = -(-least // _STEP), max(1, most // _STEP)  # the answer lies in (low, high], or is one of the ends
     if low >= high or not suits(high * _STEP):
-        return max(least, high * _STEP)
+        return max(least, min(most, high * _STEP))
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if suits(middle * _STEP) else (middle + 1, high)

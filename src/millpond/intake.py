@@ -235,7 +235,7 @@ class Intake:
             The ids that reopen the video, where that is needed; and blocks of frames to `encode`: those to be seen once more, and last
             the waiting ones, which may be none.
         """
-        blocks = [*self._look.blocks(len(self.at.waiting)), self.at.waiting]
+        blocks: list[Sequence[Shot]] = [*self._look.blocks(len(self.at.waiting)), self.at.waiting]
         reopening = self._flow.family.reopening() if any(blocks) and not self.at.video_open else []
         return reopening, blocks
 

@@ -39,8 +39,7 @@ def raise_at(line: Line, error: type[BaseException], run: Callable[[], Any]) -> 
     try:
         _traced(run, check)
     except error as caught:
-        assert "injected" in str(caught)
-        return True
+        return "injected" in str(caught)
     return False
 
 

@@ -125,17 +125,19 @@ def storages() -> dict[int, int]:
 
 
 @pytest.mark.parametrize(("policy", "remember"), [("infinipot-v", False), ("streammem", True)])
-def test_between_two_pieces_nothing_is_held_that_is_not_counted(family: Family, policy: str, remember: bool) -> None:
+def test_between_two_pieces_nothing_is_held_that_is_not_counted(policy: str, remember: bool) -> None:
+    family = tiny("qwen2_5_vl", seed=1)
+    family.stop_ids = frozenset()
     session = Session(family, budget="1MiB", policy=policy)
     session.feed(list(moving(9)))  # an odd frame waits, whose features the question is shown
     session.ask(QUESTION, max_new_tokens=2)
     before = storages()
     undo, ledger = [], session._flow.pond.ledger
-    for _ in session.stream(QUESTION, max_new_tokens=6, remember=remember):
+    for _ in session.stream(QUESTION, max_new_tokens=20, remember=remember):
         new = sum(size for at, size in storages().items() if at not in before)
         assert new <= ledger.account("undo") <= session.plan.undo_bytes
         undo.append(new)
-    assert len(undo) > 2
+    assert len(undo) > 1
     assert max(undo) == (session.plan.query_bytes if remember else 0)
 
 
@@ -148,7 +150,7 @@ def test_what_a_block_could_have_to_put_back_is_counted(
 
     def measured(step: Step) -> None:
         ledger = session._flow.pond.ledger
-        copies.append(held_bytes(session, step) - held_bytes(session))
+        copies.append(held_bytes(session, step._queries, step._sums) - held_bytes(session))
         assert copies[-1] <= ledger.account("undo") == session.plan.undo_bytes
         assert held_bytes(session, step) <= ledger.held <= session.plan.budget
         commit(step)
