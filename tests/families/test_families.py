@@ -334,6 +334,13 @@ def test_text_after_video_goes_on_at_maximum_plus_one_where_transformers_does_no
     )
     assert torch.equal(own[:, 0, 5:-2], placed)
     assert own[0, 0, -2] == 7  # the library's own counter forgets how long the video was
+    pixels, grid = family.patches(frames)
+    inputs = {"input_ids": ids, "pixel_values_videos": pixels, "video_grid_thw": grid, "mm_token_type_ids": kinds}
+    where = torch.cat([own[:, 0, :5], placed, torch.tensor([[82, 83]] * 3)], dim=1)
+    with torch.no_grad():
+        here = family.model(**inputs, position_ids=where[:, None], past_key_values=DynamicCache()).logits[0, -1]
+        there = family.model(**inputs, position_ids=own, past_key_values=DynamicCache()).logits[0, -1]
+    assert (here - there).abs().max() > 1e-3
 
 
 def test_qwen3_positions_equal_the_models_own() -> None:

@@ -85,8 +85,8 @@ def check(session: Session) -> None:
 @pytest.mark.parametrize(
     ("name", "policy", "mode", "budget", "limit", "count", "least"),
     [
-        ("qwen2_5_vl", "infinipot-v", "contiguous", 130, 280, 300, 2),
-        ("qwen2_5_vl", MiKV(full_share=0.6), "contiguous", 320, 400, 240, 1),
+        ("qwen2_5_vl", "infinipot-v", "contiguous", 110, 200, 200, 2),
+        ("qwen3_vl", MiKV(full_share=0.6), "contiguous", 400, 800, 100, 1),
         ("qwen3_vl", "infinipot-v", "contiguous", 160, 400, 110, 2),
         ("qwen3_vl", "infinipot-v", "absolute", 200, 400, 60, 2),
         ("llava_onevision", "infinipot-v", "contiguous", 80, 300, 60, 2),

@@ -1,7 +1,9 @@
 """Folders from strangers: nothing in them runs, nobody is asked, nothing outside them is read, and each gets one clear line."""
 
+import ast
 import json
 import pickle
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import millpond
 from millpond import ModelError
 from millpond.cli.precision import _load as load_to_quantize
 from millpond.families import adapt, load
@@ -89,6 +92,19 @@ def test_code_in_a_folder_never_runs(qwen: Path, tmp_path: Path) -> None:
         load_to_quantize(str(alien))
     assert load(known).opening() == load(qwen).opening()
     assert not any((folder / "ran").exists() for folder in (alien, known))
+
+
+def test_whatever_loads_a_checkpoint_does_so_safely() -> None:
+    """Every call of `from_pretrained` of transformers takes the arguments that keep a stranger's code out."""
+    calls = [
+        ast.unparse(node)
+        for file in Path(millpond.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call)
+        and re.search(r"^(transformers\.|auto)\S*from_pretrained$", ast.unparse(node.func))
+    ]
+    assert len(calls) >= 6
+    assert [call for call in calls if "**safely(" not in call] == []
 
 
 def test_pickled_weights_are_refused(qwen: Path, tmp_path: Path) -> None:
