@@ -106,8 +106,8 @@ def hermes_score(view: View, head: int, deeper: torch.Tensor) -> torch.Tensor:
         own, share = attention, 0.4
     else:
         progress = (view.layer - first) / (last - first)
-        weight = 1 - 0.9 * progress
-        own = (1 - weight) * attention + weight * scaled(torch.exp(-(20 - 19.5 * progress) * distance))
+        weight = 0.75 - 0.6 * progress
+        own = (1 - weight) * attention + weight * scaled(torch.exp(-(20 - 12 * progress) * distance))
         share = 0.3
     return torch.where(deeper.isnan(), own, (1 - share) * own + share * deeper.double())
 
@@ -135,7 +135,7 @@ def test_hermes_goes_from_recency_to_attention(layer: int) -> None:
 
 def test_a_small_model_has_no_shallow_layer() -> None:
     """Minnow: a tenth of four layers is none, and the first begins the mix."""
-    assert policies.get("hermes").mix(0, 4) == (1.0, 20.0, 0.3)  # type: ignore[attr-defined]
+    assert policies.get("hermes").mix(0, 4) == (0.75, 20.0, 0.3)  # type: ignore[attr-defined]
     assert policies.get("hermes", shallow=0.3).mix(0, 4) == (1.0, 20.0, 0.1)  # type: ignore[attr-defined]
 
 
@@ -224,7 +224,7 @@ def test_parameters_are_checked() -> None:
         ("h2o", {"recent_share": 1.5}),
         ("hermes", {"deep": -0.1}),
         ("hermes", {"shallow": 0.8}),
-        ("hermes", {"recency": 0.5, "fade": 0.9}),
+        ("hermes", {"fade": 0.9}),
     ]:
         with pytest.raises(PolicyError, match=name):
             policies.get(name, **bad)

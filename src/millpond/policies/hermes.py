@@ -26,7 +26,7 @@ class HERMES(Policy):
         score(i) = (1 - a) * attention(i) + a * recency(i),    recency(i) = exp(-k * d_i),
 
     d_i from 0 (latest) to 1 (oldest). The first `shallow` share of the layers takes a = 1, the last `deep` share a = 0; between,
-    with p running from 0 to 1, a = 1 - 0.9 p and k = 20 - 19.5 p. From the deepest layer up, each one's scores are blended with
+    with p running from 0 to 1, a = 0.75 - 0.6 p and k = 20 - 12 p. From the deepest layer up, each one's scores are blended with
     what this gave for the same tokens in the next deeper one:
 
         blended_l(i) = (1 - g) * score_l(i) + g * blended_l+1(i),
@@ -38,9 +38,10 @@ class HERMES(Policy):
     tokens, and of their keys, turned to one position before they are averaged. In the next compaction that token is one like any
     other: it competes by the attention that it gets, and counts as one in the next mean.
 
-    Published: what the authors' program runs (haowei-freesky/HERMES, b505d95; `load_model` in llavaov_online_official.py). It sets a
-    `shallow` share of 0.1 where its class has 0.3. A share is rounded down to whole layers, so that a model of fewer than ten layers,
-    such as Minnow with four, has no shallow layer at 0.1; its first layer begins the mix, with a = 1.
+    Published: what the authors' programs run. `load_model` of each sets a `shallow` share of 0.1 where the class has 0.3 (LLaVA-OneVision:
+    haowei-freesky/HERMES, b505d95; Qwen2.5-VL: as copies of the repository have it). The mix is that of the paper's equation 3 and
+    the Qwen program; b505d95 has a = 1 - 0.9 p and k = 20 - 19.5 p. A share is rounded down to whole layers, so that a model of fewer
+    than ten layers, such as Minnow with four, has no shallow layer at 0.1: its first one begins the mix.
 
     Ours: theirs appends the summary behind everything that it keeps, one position further; here no token can be added, so the summary
     takes the slot of the latest token that is forgotten, with its position, time and place. A token is blended with itself, in the
@@ -53,20 +54,20 @@ class HERMES(Policy):
     Attributes:
         shallow: share of the layers whose own score is recency alone. Published: 0.1.
         deep: share of the layers whose own score is attention alone. Published: 0.3.
-        recency: weight a where the mix begins. Published: 1.
-        fade: by how much a falls over the mix. Published: 0.9.
+        recency: weight a where the mix begins. Published: 0.75.
+        fade: by how much a falls over the mix. Published: 0.6.
     """
 
     name: ClassVar[str] = "hermes"
-    source: ClassVar[str] = "Zhang et al., HERMES, 2026 (arXiv 2601.14724): code, commit b505d95"
+    source: ClassVar[str] = "Zhang et al., HERMES, 2026 (arXiv 2601.14724): code"
     proxy: ClassVar[Literal["prompt"]] = "prompt"
     merges: ClassVar[bool] = True
     deepest_first: ClassVar[bool] = True
 
     shallow: float = 0.1
     deep: float = 0.3
-    recency: float = 1.0
-    fade: float = 0.9
+    recency: float = 0.75
+    fade: float = 0.6
 
     def __post_init__(self) -> None:
         check_between(self, 0, 1, "shallow", "deep", "recency", "fade")
@@ -126,7 +127,7 @@ class HERMES(Policy):
         if layer >= last:
             return 0.0, 0.0, 0.4
         progress = (layer - first) / (last - first)
-        return self.recency - self.fade * progress, 20 - 19.5 * progress, 0.3
+        return self.recency - self.fade * progress, 20 - 12 * progress, 0.3
 
     def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
         choice = super().scratch(heads, tokens, head_dim, block, chunk) + attention_scratch(chunk, head_dim, chunk)
