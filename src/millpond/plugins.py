@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from dataclasses import fields
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
@@ -72,6 +73,11 @@ class Plugins(Generic[T]):
         known = [field.name for field in fields(chosen)]  # type: ignore[arg-type]
         if unknown := sorted(set(parameters) - set(known)):
             raise PolicyError(f"{name} has no parameter {unknown[0]!r}; it has: {', '.join(known) or 'none'}")
+        for field in fields(chosen):  # type: ignore[arg-type]
+            value = parameters.get(field.name)
+            numeric = isinstance(field.default, int | float) and not isinstance(field.default, bool)
+            if (numeric and isinstance(value, str)) or (isinstance(value, float) and not math.isfinite(value)):
+                raise PolicyError(f"{name}: {field.name} must be a finite number, not {value}")
         try:
             return chosen(**parameters)
         except (TypeError, ValueError) as error:

@@ -204,5 +204,12 @@ def test_every_command_explains_itself(verb: str) -> None:
     assert result.stdout.startswith(f"Usage: {app.info.name} {verb} ") or f" {verb} " in result.stdout.splitlines()[0]
 
 
+def test_a_sequence_whose_plan_would_take_minutes_is_refused() -> None:
+    sizes = ("--hidden-bytes", "1KiB", "--internal-bytes", "1KiB", "--budget", "1MiB")
+    result = millpond("recompute", "plan", "--length", 1_000_000_000, *sizes)
+    assert result.exit_code == 2
+    assert "1000000" in result.stderr
+
+
 def test_shell_completion_is_offered() -> None:
     assert "--install-completion" in millpond("--help").stdout

@@ -266,3 +266,9 @@ def test_no_package_can_take_the_name_of_a_built_in_policy(monkeypatch: pytest.M
     monkeypatch.setattr("millpond.plugins.entry_points", lambda group: both[::order])
     fresh = Plugins(registry.POLICIES.group, Policy, "policy")
     assert fresh.found["recent"].module == "millpond.policies.recent"
+
+
+@pytest.mark.parametrize("value", ["nan", "1e999", "x"])
+def test_a_parameter_that_is_no_number_is_told(value: str) -> None:
+    with pytest.raises(PolicyError, match=r"infinipot-v: alpha must be a finite number, not \w+"):
+        policies.read(f"infinipot-v:alpha={value}")

@@ -27,7 +27,7 @@ def recompute() -> None:
 
 @app.command("plan")
 def plan_command(
-    length: Annotated[int, typer.Option(help="Steps of the sequence.")],
+    length: Annotated[int, typer.Option(max=1_000_000, help="Steps of the sequence; more take minutes to plan.")],
     hidden_bytes: Annotated[str, typer.Option(help="Bytes of one hidden state, for example 64KiB.")],
     internal_bytes: Annotated[str, typer.Option(help="Bytes that backpropagating through one step needs.")],
     budget: Annotated[str | None, typer.Option(help="Most bytes of stored activations, for example 64MiB.")] = None,
