@@ -94,7 +94,7 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Te
             for name in entries if names is None else names:
                 entry = entries[name]
                 found[name] = torch.empty(entry.shape, dtype=entry.dtype)
-                view = memoryview(found[name].reshape(-1).view(torch.uint8).numpy())
+                view = found[name].reshape(-1).view(torch.uint8).numpy().data
                 file.seek(entry.first)
                 while len(view):  # one call of the system reads 2 GiB at most
                     count = file.readinto(view)
