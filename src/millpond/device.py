@@ -26,6 +26,8 @@ DEFAULT_FRAME = (480, 640)
 _LIMITS = 24
 _DEFAULT_SECONDS, _DEFAULT_FPS = 60, 2.0
 _STEP = 1 << 20
+_HEAP = 2 << 20
+"""Resident bytes that no tensor has: Python's objects, and pages that the C heap cannot return. `tests/precision/test_resident.py` measures them."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def _limited(
         block_tokens=max(plan.block_tokens, plan.turn_tokens, plan.prompt_tokens),
         patches=plan.block_groups * plan.frames_per_group * (grid.height // patch) * (grid.width // patch),
     )
+    workspace = replace(workspace, fixed=workspace.fixed + _HEAP)
     split = split_device(memory, weights, family.geometry, workspace, kv_least=least)
     kv = min(split.kv, limit)
     return replace(split, kv=kv, workspace=memory - split.weights - kv, slots=kv // family.geometry.bytes_per_token)

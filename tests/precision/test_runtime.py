@@ -350,7 +350,7 @@ def test_gradients_reach_the_input_of_a_packed_model(stored: Path) -> None:
 
 def test_a_packed_model_is_neither_copied_nor_saved_nor_cast_wrongly(stored: Path, tmp_path: Path) -> None:
     model = precision.load(stored, width=4)
-    with pytest.raises(PrecisionError, match="load .* again"):
+    with pytest.raises(PrecisionError, match=r"load .* again"):
         copy.deepcopy(model)
     with pytest.raises(PrecisionError, match="cannot be saved: copy"):
         model.save_pretrained(tmp_path / "saved")

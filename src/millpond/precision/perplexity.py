@@ -11,20 +11,24 @@ from torch.nn import functional
 
 from millpond.precision.selection import every_token
 
-__all__ = ["perplexity"]
+__all__ = ["losses", "perplexity"]
+
+
+def perplexity(model: Any, samples: Tensor) -> float:
+    """exp of the mean loss over runs of text, int64 [S, T]; see `losses`."""
+    return math.exp(float(losses(model, samples).mean()))
 
 
 @torch.no_grad()
-def perplexity(model: Any, samples: Tensor) -> float:
-    """exp of the mean loss over runs of text, int64 [S, T].
+def losses(model: Any, samples: Tensor) -> Tensor:
+    """Mean loss of each run, nats a token: float64 [S] for int64 [S, T].
 
     A decision depends only on its own token's inputs, so running the tokens together gives each what it would have had in a
-    step by itself (tests/precision/test_selection.py compares the two).
+    step by itself (tests/precision/test_runtime.py compares the two).
     """
-    loss, count = 0.0, 0
+    found = []
     with every_token(model):
         for ids in samples:
             logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
-            loss += float(functional.cross_entropy(logits, ids[1:], reduction="sum"))
-            count += len(ids) - 1
-    return math.exp(loss / count)
+            found.append(float(functional.cross_entropy(logits, ids[1:])))
+    return torch.tensor(found, dtype=torch.float64)
