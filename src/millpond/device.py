@@ -24,7 +24,7 @@ DEFAULT_FRAME = (480, 640)
 """Height and width of a frame where nobody says."""
 _LIMITS = 24
 _HEAP = 2 << 20
-"""Resident bytes that no tensor has: Python's objects, and pages that the C heap cannot return. `tests/precision/test_resident.py` measures them."""
+"""Allowance for resident bytes that no tensor has: Python's objects, pages that the C heap cannot return. Not enough at the least budget: docs/precision.md."""
 
 
 @dataclass(frozen=True)
