@@ -141,7 +141,7 @@ def test_between_two_pieces_nothing_is_held_that_is_not_counted(policy: str, rem
     assert max(undo) == (session.plan.query_bytes if remember else 0)
 
 
-@pytest.mark.parametrize("policy", ["snapkv", "h2o", "mikv:group=8:full_share=0.4:base=h2o"])
+@pytest.mark.parametrize("policy", ["h2o", "mikv:group=8:full_share=0.4:base=h2o"])
 def test_what_a_block_could_have_to_put_back_is_counted(
     family: Family, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
