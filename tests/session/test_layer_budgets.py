@@ -11,6 +11,7 @@ from torch import Tensor
 from millpond import BudgetError, PolicyError, PondCache, Session, policies
 from millpond.cache.pond import Pond
 from millpond.families.base import Family
+from millpond.families.transformers_insides import cache_argument
 from millpond.policies.allocation import Allocator, Layered
 from millpond.policies.base import View
 from tests.families.tiny import FAMILIES, tiny
@@ -106,10 +107,11 @@ def test_an_uneven_cache_is_a_full_one_with_the_dropped_tokens_masked(
     monkeypatch.setattr(family, "forward", lambda *args: (seen.append(forward(*args)), seen[-1])[1])
 
     def masked(attention: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if kwargs["past_key_values"] is not whole._flow.pond:
+        cache = kwargs[cache_argument(type(attention))]
+        if cache is not whole._flow.pond:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        past, new = kwargs["past_key_values"].layers[attention.layer_idx].length, hidden.shape[1]
+        past, new = cache.layers[attention.layer_idx].length, hidden.shape[1]
         see = torch.ones(new, past + new, dtype=torch.bool).tril(past)
         gone = torch.nn.functional.pad(holes[attention.layer_idx], (0, past + new - holes.shape[2]))
         heads = attention.num_heads if hasattr(attention, "num_heads") else attention.config.num_attention_heads
@@ -119,7 +121,7 @@ def test_an_uneven_cache_is_a_full_one_with_the_dropped_tokens_masked(
         return args, {**kwargs, "attention_mask": see}
 
     hooks = [
-        layer.self_attn.register_forward_pre_hook(masked, with_kwargs=True)  # behind millpond's own
+        layer.self_attn.register_forward_pre_hook(masked, with_kwargs=True)
         for layer in family.decoder.layers  # type: ignore[attr-defined]
     ]
     for one in (session, whole):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from threading import Lock
 from typing import Any
 
@@ -12,8 +12,12 @@ from torch import Tensor
 from millpond.errors import ModelError
 from millpond.families.base import Family, Tokens
 from millpond.families.chat import Chat
-from millpond.families.masks import give_layers_their_masks
 from millpond.families.queries import QueryTap, See
+from millpond.families.transformers_insides import (
+    cache_argument,
+    layers_of_different_lengths,
+    warn_above_last_tested,
+)
 from millpond.geometry import Geometry
 from millpond.positions import Rope
 
@@ -41,13 +45,14 @@ class DecoderFamily(Family):
     """
 
     def __init__(self, model: Any, tokenizer: Any, image: dict[str, Any] | None = None) -> None:
+        warn_above_last_tested()
         super().__init__(model, getattr(tokenizer, "tokenizer", tokenizer))
         text = model.config.get_text_config()
         kind = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
         if kind in _LENGTH_DEPENDENT:
             raise ModelError(f"rotary embeddings of type {kind!r} depend on the length and are not supported")
         self.decoder = model.model.language_model
-        give_layers_their_masks(self.decoder)
+        self._cache_argument = cache_argument(type(self.decoder))
         self.hidden = text.hidden_size
         inv_freq = self.decoder.rotary_emb.inv_freq.detach().to(torch.float32)
         axis = self._rope_axis(inv_freq.shape[0], text)
@@ -82,15 +87,16 @@ class DecoderFamily(Family):
     @torch.no_grad()
     def forward(self, tokens: Tokens, positions: Tensor, cache: Any) -> Tensor:
         # No mask: at batch 1 the cache's own sizes give the causal one, and a 2-D mask could hide the newest keys.
-        out = self.decoder(
-            inputs_embeds=tokens.embeds[None],
-            position_ids=positions[0][None].to(self.device)
-            if len(positions) == 1
-            else positions[:, None].to(self.device),
-            past_key_values=cache,
-            use_cache=True,
-            **self._beside(tokens),
-        )
+        with layers_of_different_lengths(self.decoder) if getattr(cache, "uneven", False) else nullcontext():
+            out = self.decoder(
+                inputs_embeds=tokens.embeds[None],
+                position_ids=positions[0][None].to(self.device)
+                if len(positions) == 1
+                else positions[:, None].to(self.device),
+                use_cache=True,
+                **{self._cache_argument: cache},
+                **self._beside(tokens),
+            )
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 

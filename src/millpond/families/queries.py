@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from millpond.families.transformers_insides import attention, queries_source
 
 __all__ = ["QueryTap", "See"]
 
@@ -34,10 +37,10 @@ _looking: ContextVar[_Look | None] = ContextVar("millpond_looking", default=None
 
 
 class QueryTap:
-    """Hooks on every `self_attn` of a decoder; they are gone when the tap is.
+    """Hooks on the attention of every layer of a decoder; they are gone when the tap is.
 
     Args:
-        decoder: with `layers[i].self_attn.q_proj`.
+        decoder: with `layers`, see `millpond.families.transformers_insides`.
         head_dim: D.
     """
 
@@ -45,11 +48,10 @@ class QueryTap:
         key = self._key = object()  # the hooks must not keep the tap alive
         handles = []
         for index, layer in enumerate(decoder.layers):
-            attention = layer.self_attn
-            source = attention.q_norm if hasattr(attention, "q_norm") else attention.q_proj
-            handles.append(source.register_forward_hook(_catch(key, index, head_dim)))
-            handles.append(attention.register_forward_hook(_show(key, index)))
-        weakref.finalize(self, lambda: [handle.remove() for handle in handles])
+            block = attention(layer)
+            handles.append(queries_source(block).register_forward_hook(_catch(key, index, head_dim)))
+            handles.append(block.register_forward_hook(_show(key, index)))
+        weakref.finalize(self, _remove, handles)
 
     @contextmanager
     def showing(self, see: See, *, before: bool = False) -> Iterator[None]:
@@ -60,6 +62,11 @@ class QueryTap:
             yield
         finally:
             _looking.reset(token)
+
+
+def _remove(hooks: list[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
 
 
 def _catch(key: object, index: int, head_dim: int) -> Callable[..., None]:
