@@ -227,7 +227,7 @@ MOVES = {
 CASES = [(move, kind, True) for move, (_, kinds) in MOVES.items() for kind in kinds]
 # Without the compiled kernels the moves go piece by piece.
 CASES += [("compact", "a layer each", False), ("compact", "merging", False), ("close gaps", "low bits", False)]
-SHARE = 4  # each case tries every fourth place, beginning with another one: most code is that of several cases
+SHARE = 6  # each case tries every sixth place, beginning with another one: most code is that of several cases
 
 
 @pytest.fixture(autouse=True)
