@@ -37,6 +37,7 @@ class Steps:
         while self._at < len(self._steps):
             self._steps[self._at]()
             self._at += 1
+        self._steps = []  # they may hold whoever holds this, and tensors with them
 
 
 class Lazy:
