@@ -66,6 +66,7 @@ def scene(kind: str, above: int = 12) -> Scene:
     torch.manual_seed(0)
     policy = POLICIES[kind]()
     pond = Pond(GEOMETRY, plan_for(policy, above), policy, torch.device("cpu"))
+    pond.rope = ROPE
     pond.queries.rows.normal_()
     pond.queries.counts = [pond.plan.query_bytes // GEOMETRY.query_bytes] * GEOMETRY.layers
     if policy.recalls:
