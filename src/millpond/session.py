@@ -62,6 +62,7 @@ class Session:
         BudgetError: the budget cannot even hold the prompt and one turn; names the least that works. Or it is more than the memory that
             there is.
         PolicyError: no such policy or admission, or the two do not go together; host memory that is missing or not used.
+        MillpondError: `positions` or `recent_frames` is none of what they may be.
     """
 
     def __init__(
@@ -209,6 +210,7 @@ class Session:
                 What had been seen before stays remembered, and the stream goes on with the next frame.
             ModelError: the model was cast or moved after the session began.
             BudgetError: frames of this size cannot fit the budget; names the least that works. Nothing is lost.
+            MillpondError: this thread is streaming an answer, or feeding already.
         """
         self._turn.check()
         self._flow.check_model()
@@ -224,6 +226,8 @@ class Session:
 
         Raises:
             BudgetError: the question does not fit into the turn's reserve; names a budget that would do.
+            ModelError: the model was cast or moved after the session began, or its tokenizer cannot take the question as mere text.
+            MillpondError: the question is empty, `max_new_tokens` below 1, or an answer is being streamed in this thread.
         """
         pieces = self.stream(question, max_new_tokens=max_new_tokens, remember=remember)
         while True:

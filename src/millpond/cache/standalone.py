@@ -1,4 +1,6 @@
-"""A pond for `model.generate(..., past_key_values=PondCache(...))`: the cap without a session.
+"""A pond for `model.generate(..., cache=PondCache(...))`: the cap without a session.
+
+Before transformers 5.24 the argument is called `past_key_values`.
 
 Knows no frames: every token is plain text to the policy, unless the caller announces more. For video, positions and
 questions beside a stream, use `millpond.Session`.

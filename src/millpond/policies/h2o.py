@@ -23,8 +23,7 @@ class H2O(Policy):
 
     each softmax over what was in memory when t came. The cache keeps the sums beside the keys (4 bytes a head and slot). They are
     never divided by age, as published: an old token has had more queries than a young one. Queries of questions and answers do
-    not count, remembered or not. Published for multi-head attention; the sum over a KV head's group is ours. A block that the
-    model could not finish may have paid its attention already.
+    not count, remembered or not. Published for multi-head attention; the sum over a KV head's group is ours.
 
     Attributes:
         recent_share: share of the memory for the latest tokens. Published: a half.

@@ -1,4 +1,4 @@
-"""HERMES: recency in shallow layers, attention in deep ones, a mix between. Knows neither time nor place."""
+"""HERMES: recency in shallow layers, attention in deep ones, a mix between. Knows a token by its time and place, scores by neither."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ class InfiniPotV(Policy):
 
         s(t, i, j) = -1/r * sum over the r recent frames t' of cos(K[t, i, j], K[t', i, j]),
 
-    computed as one dot product with the mean unit key of its place. A share `alpha` of the memory, less the recent frames
-    (kept whole), goes to the best of these. VaN scores every token by ||V||, average-pooled over its frame's grid, and
+    computed as one dot product with the mean unit key of its place. `tar_first` frame groups and a share `alpha` of what is left of
+    the memory, less the recent frames (kept whole), go to the best of these. VaN scores every token by ||V||, average-pooled over its frame's grid, and
     fills what is left. The pooling kernel follows the layer's coefficient of variation CV = std / mean of the value norms:
     even norms (low CV) mean strong locality and a large kernel.
 
