@@ -226,8 +226,9 @@ class Session:
 
         Raises:
             BudgetError: the question does not fit into the turn's reserve; names a budget that would do.
-            ModelError: the model was cast or moved after the session began, or its tokenizer cannot take the question as mere text.
-            MillpondError: the question is empty, `max_new_tokens` below 1, or an answer is being streamed in this thread.
+            ModelError: the model was cast or moved after the session began.
+            MillpondError: the question is empty, or spells control tokens that the model's tokenizer cannot take as mere text;
+                `max_new_tokens` is below 1; or this thread is streaming an answer.
         """
         pieces = self.stream(question, max_new_tokens=max_new_tokens, remember=remember)
         while True:
