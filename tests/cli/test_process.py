@@ -75,6 +75,12 @@ def test_results_that_have_nowhere_to_go_are_one_line(
     assert done.stderr.count("\n") == 1
 
 
+def test_a_reader_that_has_read_enough_is_no_error(environment: dict[str, str]) -> None:
+    command = f"'{sys.executable}' -m millpond models | true"
+    done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
 def test_a_plain_ascii_terminal_gets_everything(spawn) -> None:
     done = spawn("policies", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
     assert done.returncode == 0, done.stderr

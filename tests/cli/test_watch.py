@@ -357,7 +357,8 @@ def test_a_question_that_can_never_be_asked_is_refused_before_the_stream(
 
 
 def test_a_moment_behind_the_end_is_told(clip: Path, model: str) -> None:
-    result = watch(clip, model, "--ask-at", "9.5", "there", "--ask-at", "12", "later")
+    # The last picture of ten seconds stands at 9.5 s, until 10 s.
+    result = watch(clip, model, "--ask-at", "9.5", "there", "--ask-at", "10", "at the end", "--ask-at", "12", "later")
     assert result.stderr.count("the stream ended at") == 1
     assert "the stream ended at 00:09.5, before 12 s" in result.stderr
 

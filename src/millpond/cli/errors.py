@@ -40,17 +40,17 @@ class OutputError(MillpondError):
 
 def say(text: str) -> None:
     """Write to stdout at once; raises OutputError where that is not possible."""
-    fault = "it is closed"
+    fault, cause = "it is closed", None
     if sys.stdout is not None:
         try:
             sys.stdout.write(text)
             sys.stdout.flush()
             return
         except OSError as error:
-            fault = error.strerror or type(error).__name__
+            fault, cause = error.strerror or type(error).__name__, error
         except ValueError:
             pass
-    raise OutputError(f"cannot write to stdout: {fault}")
+    raise OutputError(f"cannot write to stdout: {fault}") from cause
 
 
 def note(text: str) -> None:
@@ -81,7 +81,8 @@ class Commands(TyperGroup):
             finally:
                 say("")  # what is still in its buffer
         except (OutputError, OSError) as error:
-            note(f"error: {one_line(_told(error))}")
+            if not _has_read_enough(error):
+                note(f"error: {one_line(_told(error))}")
             _give_up_stdout()
             sys.exit(FAILED)
 
@@ -95,7 +96,7 @@ class Commands(TyperGroup):
             if ctx.meta.get(_JSON):
                 with suppress(OutputError):
                     say(json.dumps({"error": line}) + "\n")
-            if not ctx.meta.get(_QUIET):
+            if not (ctx.meta.get(_QUIET) or _has_read_enough(error)):
                 note(f"error: {line}")
             try:
                 say("")
@@ -113,6 +114,11 @@ def _expected(error: Exception) -> bool:
     safetensors = sys.modules.get("safetensors")
     ours = (MillpondError, OSError) if safetensors is None else (MillpondError, OSError, safetensors.SafetensorError)
     return isinstance(error, ours)
+
+
+def _has_read_enough(error: BaseException) -> bool:
+    """Whether the reader of stdout went away, as `head` does: nothing to complain of."""
+    return isinstance(error, BrokenPipeError) or isinstance(error.__cause__, BrokenPipeError)
 
 
 def _told(error: Exception) -> Exception:

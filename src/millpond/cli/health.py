@@ -129,7 +129,9 @@ def _watching() -> Check:
         import numpy as np
 
         from millpond import Session, frames
+        from millpond.cli.watch import silence
 
+        silence()
         with tempfile.TemporaryDirectory(prefix="millpond-") as folder:
             path = Path(folder) / "film.mp4"
             pixels = np.zeros((64, 64, 3), np.uint8)

@@ -38,6 +38,7 @@ class Tap:
     Attributes:
         dropped: frames the source has dropped, as of the last stretch; a session adds up the differences.
         seconds: stream time of the last frame handed out; None before the first.
+        until_seconds: until when that frame stands: as long as the one before it did.
         ended: the source has no more frames.
         stopped: `stop` was called.
     """
@@ -59,6 +60,7 @@ class Tap:
         self._lock = threading.Lock()
         self.dropped = 0
         self.seconds: float | None = None
+        self.until_seconds = 0.0
         self.ended = False
         self.stopped = False
         self.reached = False
@@ -94,6 +96,7 @@ class Tap:
                 return
             self._next = None
             self._count()
+            self.until_seconds = frame.seconds + (0.0 if self.seconds is None else frame.seconds - self.seconds)
             self.seconds = frame.seconds
             self._look(frame)
             yield frame

@@ -152,7 +152,7 @@ class Watch:
 
         for moment in sorted(moments, key=lambda moment: moment.seconds):
             self._feed(moment.seconds)
-            if self._tap.ended and (self._tap.seconds or 0.0) < moment.seconds and not self._tap.reached:
+            if self._tap.ended and self._tap.until_seconds < moment.seconds and not self._tap.reached:
                 last = clock(self._tap.seconds or 0.0)
                 self._note(f"the stream ended at {last}, before {moment.seconds:g} s: asked of what there was")
             if self.error is None or self._session.usage.frames_seen:
