@@ -224,8 +224,11 @@ class Flow:
         try:
             positions = self.family.place(proxy, self.clock)
             self._forward(proxy, positions, text=True, see=self._sight(positions))
-        finally:
+            self.roll_back(mark, replace(clock))
+        except BaseException:
+            # Also when it was the taking back that was interrupted: what stays would be taken for the stream's.
             self.roll_back(mark, clock)
+            raise
 
     def _stay_in_range(self, tokens: int) -> None:
         """Re-anchor when the next block or turn would pass the positions that the weights were trained on."""

@@ -13,6 +13,7 @@ from millpond.families.base import Family
 from millpond.policies.base import Policy, View, keep_top
 from millpond.step import Step
 from tests.families.tiny import tiny
+from tests.session import faults
 from tests.session.faults import lines_of, raise_at
 from tests.session.frames import moving
 
@@ -141,6 +142,21 @@ def test_a_fault_at_any_line_of_a_block(family: Family, policy: str, error: type
             assert session._intake.at.frames == at.frames + 2
     assert len(lines) > 80
     assert len(points) >= 5, "the turn's end, the reopening and the block"
+
+
+def test_a_fault_at_any_line_of_the_proxy(family: Family, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """The template's tokens, run before a compaction for their queries alone, are gone again wherever that is interrupted."""
+    for name in ("cache/pond", "resumable"):
+        monkeypatch.setattr(faults, "FILES", faults.FILES | {str(faults.FOLDER / f"{name}.py")})
+    session = filled(family, "streammem", 30)
+
+    def stored() -> list[object]:
+        return [repr(session._flow.clock), *(layer.time_us[:, : layer.length].tolist() for layer in session._flow.pond.layers)]
+
+    before = stored()
+    for line in lines_of(session._flow.ask_proxy):
+        assert raise_at(line, KeyboardInterrupt, session._flow.ask_proxy), line
+        assert stored() == before, line
 
 
 @dataclass(frozen=True)
