@@ -5,7 +5,6 @@ import warnings
 
 import pytest
 import torch
-import transformers
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -82,7 +81,7 @@ def test_nothing_that_millpond_calls_is_announced_to_go(name: str) -> None:
 
 
 def test_a_newer_transformers_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "5.99.0.dev0")
+    monkeypatch.setattr(insides.transformers, "__version__", "5.99.0.dev0")
     insides.warn_above_last_tested.cache_clear()
     with pytest.warns(UserWarning, match=r"transformers 5.99.0.dev0 is newer than 5\.\d+, the last version"):
         insides.warn_above_last_tested()
