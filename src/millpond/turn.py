@@ -89,8 +89,8 @@ class Turn(Step):
                 pond.admit(0)  # the turn used the reserve: give it back
             super().commit()
         except BaseException:
-            if _lengths(pond) != lengths:
-                super().commit()  # the memory has moved on, with the turn in it
+            if pond.moving or _lengths(pond) != lengths:
+                super().commit()  # the memory has moved on, or is about to, with the turn in it
             raise
 
     def _ask(self, question: str, after_video: bool) -> Tensor:
