@@ -151,7 +151,10 @@ def test_a_fault_at_any_line_of_the_proxy(family: Family, monkeypatch) -> None: 
     session = filled(family, "streammem", 30)
 
     def stored() -> list[object]:
-        return [repr(session._flow.clock), *(layer.time_us[:, : layer.length].tolist() for layer in session._flow.pond.layers)]
+        return [
+            repr(session._flow.clock),
+            *(layer.time_us[:, : layer.length].tolist() for layer in session._flow.pond.layers),
+        ]
 
     before = stored()
     for line in lines_of(session._flow.ask_proxy):
