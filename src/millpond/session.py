@@ -318,6 +318,7 @@ class Session:
         """Bytes, tokens, frames and seconds so far; from any thread, also within one's own streaming loop."""
         with self._changing():  # before the first frame this makes the memory
             flow, at, pond = self._flow, self._intake.at, self._flow.pond
+            pond.finish()
             seconds: dict[str, Any] = {f"seconds_{stage}": spent for stage, spent in flow.seconds.items()}
             return Usage(
                 budget_bytes=pond.plan.budget,

@@ -54,8 +54,9 @@ class Turn(Step):
         most = len(reopening) + len(flow.family.question(question, after_video=after_video)) + 1
         pond.admit_turn(recalled + most + self._most_tokens([*again, waiting]))
         if reopening:
-            first = next(block for block in (*again, waiting) if block)[0]
-            flow.run(dated(flow.family.embed(reopening), first[0]))
+            # Frames seen again may be older than the turn in front, and are cut out; what is kept follows that turn.
+            time_us = waiting[0][0] if waiting else self.time_us
+            flow.run(dated(flow.family.embed(reopening), time_us))
         before = pond.length
         for block in again:
             flow.run(intake.encode(block))
@@ -89,8 +90,8 @@ class Turn(Step):
                 pond.admit(0)  # the turn used the reserve: give it back
             super().commit()
         except BaseException:
-            if _lengths(pond) != lengths:
-                super().commit()  # the memory has moved on, with the turn in it
+            if pond.moving or _lengths(pond) != lengths:
+                super().commit()  # the memory has moved on, or is about to, with the turn in it
             raise
 
     def _ask(self, question: str, after_video: bool) -> Tensor:

@@ -151,7 +151,10 @@ def test_a_fault_at_any_line_of_the_proxy(family: Family, monkeypatch) -> None: 
     session = filled(family, "streammem", 30)
 
     def stored() -> list[object]:
-        return [repr(session._flow.clock), *(layer.time_us[:, : layer.length].tolist() for layer in session._flow.pond.layers)]
+        return [
+            repr(session._flow.clock),
+            *(layer.time_us[:, : layer.length].tolist() for layer in session._flow.pond.layers),
+        ]
 
     before = stored()
     for line in lines_of(session._flow.ask_proxy):
@@ -191,3 +194,35 @@ def test_a_policy_that_fails_behind_a_remembered_turn(family: Family, layer: int
     monkeypatch.setattr(Failing, "armed", False)
     session.feed(list(moving(4, start=40)))
     assert session.ask(QUESTION, max_new_tokens=2) is not None
+
+
+@dataclass(frozen=True)
+class Starved(Policy):
+    """Recency that merges, for which there is no memory a few times."""
+
+    name: ClassVar[str] = "starved"
+    source: ClassVar[str] = "tests"
+    merges: ClassVar[bool] = True
+    refusals: ClassVar[int] = 0
+
+    def keep(self, view: View, slots: int) -> torch.Tensor:
+        return keep_top(torch.arange(view.tokens).float().repeat(view.heads, 1), view.protected, slots)
+
+    def merge(self, view: View, keep: torch.Tensor) -> None:
+        if Starved.refusals:
+            Starved.refusals -= 1
+            raise MemoryError("injected")
+
+
+def test_a_compaction_behind_a_remembered_turn_that_is_finished_later(family: Family, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """What is pending when the turn is given up will be finished with the turn in it: the clock stays behind it."""
+    session = filled(family, Starved(), 31)
+    compactions = session.usage.compactions
+    monkeypatch.setattr(Starved, "refusals", 2)  # the move and its second try; then there is memory again
+    with pytest.raises(MemoryError, match="injected"):
+        session.ask(QUESTION, max_new_tokens=4, remember=True)
+    assert session.usage.compactions == compactions + 1
+    assert not session._intake.at.video_open
+    flow = session._flow
+    assert max(int(one.positions[:, : one.length].max()) for one in flow.pond.layers) == flow.clock.next - 1
+    check_books(session)

@@ -357,3 +357,12 @@ def test_frames_far_apart_in_time_stand_behind_the_beginning_of_their_video(
     assert bool((along[1:] >= along[:-1]).all())
     assert base is not None
     assert int(along[0]) >= base
+
+
+def test_a_second_remembered_turn_stands_behind_the_first_in_time_too() -> None:
+    session = Session(tiny("llava_onevision"), budget="1MiB", recent_frames=2)
+    session.feed(list(moving(8)))
+    for _ in range(2):  # the second opens the video again, only to show frames from before the first
+        session.ask("which one", max_new_tokens=2, remember=True)
+    for layer in session.memory():
+        assert bool((layer.seconds[0][1:] >= layer.seconds[0][:-1]).all())

@@ -128,6 +128,11 @@ class Pond(Cache):
         return first.shelf.tokens if isinstance(first, TieredLayer) else 0
 
     @property
+    def moving(self) -> bool:
+        """Whether a move has begun and is still to be finished."""
+        return self._move is not None
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated by all layers, metadata included."""
         return self.arena.nbytes if self.arena else sum(layer.nbytes for layer in self.layers)

@@ -154,6 +154,7 @@ class PondCache(Pond):
 
     def reset(self) -> None:
         """Forget everything; the storage stays."""
+        self.finish()
         for layer in self.layers:
             layer.reset()
         self._seen, self._newest, self._text = 0, 0, None
