@@ -14,7 +14,7 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 
 from millpond.budget import format_bytes, parse_bytes
-from millpond.errors import BudgetError, ModelError, PrecisionError
+from millpond.errors import BudgetError, MillpondError, ModelError, PrecisionError
 from millpond.heap import give_back
 from millpond.model_folder import check, safely
 from millpond.precision.calibration import Calibration
@@ -109,8 +109,10 @@ def _empty(path: Path) -> Any:
     try:
         check(path)
         config = transformers.AutoConfig.from_pretrained(path, **safely(path))
-    except (OSError, ValueError) as error:
-        raise PrecisionError(f"{path} has no readable config: {str(error).splitlines()[0]}") from error
+    except MillpondError:
+        raise
+    except Exception as error:  # a stranger's file: what it makes the library do wrong has no end
+        raise PrecisionError(f"{path} has no readable config: {' '.join(str(error).split())}") from error
     kind = type(config)
     for auto in (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM):
         if kind in auto._model_mapping:
