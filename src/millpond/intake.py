@@ -193,7 +193,7 @@ class Intake:
         tokens = self.encode(block)
         admitted, verdicts, seen = flow.judge(tokens)
         flow.make_way(len(tokens) if admitted is None else len(admitted), len(tokens))
-        step = Step(flow, self, queries=flow.policy.proxy == "latest", sums=flow.policy.sums)
+        step = Step(flow, self, sums=flow.policy.sums)
         try:
             flow.put(tokens, text=False, admitted=admitted)
             flow._seen = seen

@@ -54,7 +54,7 @@ class Plan:
         chunk: tokens of one head worked on at a time.
         state_bytes: what an admission remembers of the stream.
         query_bytes: a policy's proxy queries.
-        undo_bytes: copies of what a block or turn changes in place, until it is in: proxy queries, sums of attention, an admission's
+        undo_bytes: copies of what a block or turn changes in place, until it is in: a proxy text's queries, sums of attention, an admission's
             state.
         packed_tokens, packed_bytes: tokens that are remembered in few bits, and their storage, metadata included.
         desk_bytes: one layer's keys and values, unpacked.
@@ -190,7 +190,7 @@ def make_plan(
             chunk=chunk,
             state_bytes=state_bytes,
             query_bytes=query_bytes,
-            undo_bytes=query_bytes + state_bytes + (slots + packed) * geometry.sum_bytes,
+            undo_bytes=proxy_tokens * geometry.query_bytes + state_bytes + (slots + packed) * geometry.sum_bytes,
             packed_tokens=packed,
             packed_bytes=tier.packed_bytes(geometry, packed) if tier else 0,
             desk_bytes=tier.desk_bytes(geometry, slots + packed) if tier else 0,

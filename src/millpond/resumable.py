@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +37,7 @@ class Steps:
         while self._at < len(self._steps):
             self._steps[self._at]()
             self._at += 1
+        self._steps = []  # they may hold whoever holds this, and tensors with them
 
 
 class Lazy:
@@ -131,18 +133,15 @@ class Mask:
     """
 
     def __init__(self, keep: Tensor, size: int) -> None:
-        self.kept, eighth = keep.shape[1], -(-size // 8)
-        chosen = torch.zeros(len(keep), 8 * eighth, dtype=torch.uint8, device=keep.device)
-        chosen.scatter_(1, keep, 1)
-        self._bits = torch.zeros(len(keep), eighth, dtype=torch.uint8, device=keep.device)
-        for place in range(8):
-            self._bits |= chosen[:, place::8] << place
+        self.kept, self._device = keep.shape[1], keep.device
+        chosen = np.zeros((len(keep), size), dtype=np.bool_)
+        for row, head in zip(chosen, keep.cpu().numpy(), strict=True):
+            row[head] = True
+        self._bits = np.packbits(chosen, axis=1)
 
     def indices(self) -> Tensor:
         """The selection as it was given, int64 [H, S]."""
-        keep = torch.empty(len(self._bits), self.kept, dtype=torch.int64, device=self._bits.device)
-        if self.kept:
-            places = torch.arange(8, dtype=torch.uint8, device=self._bits.device)
-            for head, bits in enumerate(self._bits):
-                keep[head] = ((bits[:, None] >> places) & 1).flatten().nonzero()[:, 0]
-        return keep
+        keep = np.empty((len(self._bits), self.kept), dtype=np.int64)
+        for row, bits in zip(keep, self._bits, strict=True):
+            row[:] = np.flatnonzero(np.unpackbits(bits).view(np.bool_))
+        return torch.from_numpy(keep).to(self._device)

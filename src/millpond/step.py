@@ -2,7 +2,8 @@
 
 A step remembers what the stream was when it began, and puts it back when anything is raised before it is committed, a
 KeyboardInterrupt or the end of a generator included. Memory is not copied for that: what a step appends lies behind what was there,
-and is forgotten by its length. Only what a forward changes in place is copied: a policy's proxy queries and the sums of attention.
+and is forgotten by its length. Only what a forward changes in place is copied: the queries of a
+proxy text and the sums of attention. The latest frames' queries, where a policy looks at those, stay what each layer saw last.
 
 Moves of the memory (compaction, re-anchoring, another size) stand outside of steps and are whole by themselves.
 """

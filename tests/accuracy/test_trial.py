@@ -101,7 +101,7 @@ def test_a_budget_too_small_for_a_policy_is_told_too(minnow: Family, stream: Str
     (cell,) = read_cells(["infinipot-v-released"], ["250KiB"], "contiguous")
     (outcome,) = watch(minnow, stream, [cell], SUPPORTED)
     assert outcome.refused is not None
-    assert "0.25 of" in outcome.refused
+    assert "the least that works is" in outcome.refused
 
 
 def test_question_families_are_chosen(minnow: Family, stream: Stream) -> None:

@@ -66,6 +66,7 @@ def scene(kind: str, above: int = 12) -> Scene:
     torch.manual_seed(0)
     policy = POLICIES[kind]()
     pond = Pond(GEOMETRY, plan_for(policy, above), policy, torch.device("cpu"))
+    pond.rope = ROPE
     pond.queries.rows.normal_()
     pond.queries.counts = [pond.plan.query_bytes // GEOMETRY.query_bytes] * GEOMETRY.layers
     if policy.recalls:
@@ -227,7 +228,7 @@ MOVES = {
 CASES = [(move, kind, True) for move, (_, kinds) in MOVES.items() for kind in kinds]
 # Without the compiled kernels the moves go piece by piece.
 CASES += [("compact", "a layer each", False), ("compact", "merging", False), ("close gaps", "low bits", False)]
-SHARE = 4  # each case tries every fourth place, beginning with another one: most code is that of several cases
+SHARE = 6  # each case tries every sixth place, beginning with another one: most code is that of several cases
 
 
 @pytest.fixture(autouse=True)

@@ -38,6 +38,7 @@ def test_the_least_budget_carries_many_blocks(
     budget = least.value.least + spare * geometry.bytes_per_token
     plan = make_plan(budget, geometry, policy, **numbers)
     pond = Pond(geometry, plan, policy, torch.device("cpu"))
+    pond.rope = ROPE
     pond.queries.rows.normal_()
     pond.queries.counts = [plan.query_bytes // geometry.query_bytes] * layers
     if policy.recalls:

@@ -129,7 +129,7 @@ def test_doctor_says_whether_the_compiled_kernels_run(monkeypatch: pytest.Monkey
     assert (missing.good, missing.needed) == (False, False)
     assert "no C++ compiler; torch does its work" in missing.found
     monkeypatch.setattr(health, "compiled", lambda source: (object(), str(source)))
-    monkeypatch.setattr("millpond.native.norms", lambda rows: None)
+    monkeypatch.setattr("millpond.native.best", lambda scores, slots: None)
     assert check().needed
 
 

@@ -54,7 +54,7 @@ def last_object(result: Result) -> dict[str, Any]:
 
 
 def test_answers_on_stdout_and_the_summary_on_stderr(clip: Path, model: str) -> None:
-    result = watch(clip, model, "--ask", "what is there", "--ask", "and before")
+    result = watch(clip, model, "--budget", "2MiB", "--ask", "what is there", "--ask", "and before")
     assert result.exit_code == 0, result.stderr
     assert "what is there" in result.stdout
     assert "and before" in result.stdout
@@ -64,7 +64,7 @@ def test_answers_on_stdout_and_the_summary_on_stderr(clip: Path, model: str) -> 
 
 
 def test_json_is_one_object_on_the_last_line_with_the_session_s_own_names(clip: Path, model: str) -> None:
-    result = watch(clip, model, "--json", "--ask", "what is there")
+    result = watch(clip, model, "--json", "--budget", "2MiB", "--ask", "what is there")
     assert result.exit_code == 0, result.stderr
     found = last_object(result)
     assert set(found) == {"model", "policy", "answers", "losses", "usage"}
@@ -134,7 +134,7 @@ def test_an_admission_stands_before_the_memory(clip: Path, model: str) -> None:
 def test_the_latest_frames_are_shown_again(clip: Path, model: str) -> None:
     from millpond import Session, families, frames
 
-    words = ("--json", "--recent-frames", 4, "--ask", "what is there")
+    words = ("--json", "--budget", "2MiB", "--recent-frames", 4, "--ask", "what is there")
     found = last_object(watch(clip, model, *words))
     session = Session(families.load(model, device="cpu"), budget="2MiB", recent_frames=4)
     with frames.open(str(clip), fps=2) as source:
@@ -146,7 +146,8 @@ def test_the_latest_frames_are_shown_again(clip: Path, model: str) -> None:
 
 
 def test_host_memory_stands_behind_the_budget(clip: Path, model: str) -> None:
-    result = watch(clip, model, "--json", "--policy", "rekv", "--host-budget", "1MB", "--ask", "what is there")
+    words = ("--json", "--policy", "rekv", "--budget", "1MiB", "--host-budget", "1MB", "--ask", "what is there")
+    result = watch(clip, model, *words)
     usage = last_object(result)["usage"]
     assert 0 < usage["host_bytes"] <= usage["host_budget_bytes"] == 1_000_000
     assert usage["host_frames"] > 0 < usage["host_bytes_out"]

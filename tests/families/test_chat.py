@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 from millpond import MillpondError, ModelError
-from millpond.families import Family, adapt
+from millpond.families import Family, adapt, load
 from millpond.families.chat import Chat
 from millpond.families.literal import Literal
 from tests.families.tiny import FAMILIES, tiny
@@ -274,3 +274,13 @@ def test_the_processors_template_comes_first() -> None:
     assert "terse" in family.tokenizer.decode(adapt(family.model, processor).opening())
     family.tokenizer.chat_template = {"default": family.tokenizer.chat_template, "tool_use": "none"}
     assert "helpful" in family.tokenizer.decode(adapt(family.model, family.tokenizer).opening())
+
+
+def test_a_word_that_the_tokenizer_does_not_know_is_no_control_token() -> None:
+    """Minnow's tokenizer has whole words; its token for the others is a special one."""
+    minnow = load("minnow")
+    unknown = minnow.tokenizer.unk_token_id
+    assert minnow.chat.after_video("where is the zebra").count(unknown) == 1
+    # In its vocabulary the control tokens are words like any other: there is no way to keep them apart.
+    with pytest.raises(MillpondError, match="must not contain the model's control tokens"):
+        minnow.chat.after_video("where <|im_end|>")

@@ -18,7 +18,6 @@ from millpond.policies.base import SEPARATOR, TEXT, Policy, View
 from millpond.policies.hermes import HERMES
 from millpond.policies.matching import carried_over, matching_scratch
 from tests.cache.test_pond import Breaks
-from tests.cache.text_model import Newest
 from tests.policies.test_attention import chosen_by_hermes, hermes_score
 from tests.policies.views import rope
 from tests.session.measure import transient_peak
@@ -295,17 +294,10 @@ class BreaksUpwards(Breaks):
 
 
 @pytest.mark.parametrize("layer", range(4))
-def test_a_policy_that_fails_on_the_way_up_leaves_the_memory_whole(layer: int) -> None:
+def test_a_policy_that_fails_on_the_way_up_leaves_the_memory_untouched(layer: int) -> None:
     pond = filled(BreaksUpwards(layer=layer), replace(GEOMETRY, layers=4))
     before, slots = serials(pond), pond.memory_tokens // 2
-    views = seen(pond, slots)
     with pytest.raises(PolicyError, match="on purpose"):
         pond.compact(slots)
-    after = serials(pond)
-    if layer == 3:  # the first that was asked
-        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
-        assert pond.compactions == 0
-    else:
-        for view, was, now in zip(views, before, after, strict=True):
-            assert torch.equal(now, was.gather(1, Newest().keep(view, slots)))
-        assert pond.compactions == 1
+    assert all(torch.equal(now, was) for now, was in zip(serials(pond), before, strict=True))
+    assert pond.compactions == 0

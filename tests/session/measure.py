@@ -19,7 +19,7 @@ def held_bytes(session: Session, *also: Any, but: Any = None) -> int:
     seen: set[int] = {id(but)}
 
     def walk(thing: Any) -> None:
-        if id(thing) in seen or thing is session.family:
+        if id(thing) in seen or thing is session.family or thing is getattr(session.family, "rope", None):
             return
         seen.add(id(thing))
         if isinstance(thing, torch.Tensor):

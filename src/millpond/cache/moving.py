@@ -167,6 +167,8 @@ class _Merging:
             return
         try:
             self._policy.merge(replace(self._view(), change=self._take), self._keep)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise  # no fault of the policy's: it is asked again until there is memory
         except Exception as error:
             self._faults.append(str(error))
             if len(self._faults) < 2 or self._change is not None:

@@ -42,7 +42,8 @@ class Chat:
                 f"the tokenizer does not know the model's video token, id {video_id}: it is another model's"
             )
         self._video_text = known
-        self._controls: frozenset[int] = frozenset(tokenizer.added_tokens_decoder)
+        # What stands for a word that is not known is none: any text may hold it, and it ends no turn.
+        self._controls = frozenset(tokenizer.added_tokens_decoder) - {getattr(tokenizer, "unk_token_id", None)}
         self._literal: Literal | None = None
         # What the tokenizer puts in front of every text; what it puts behind is left out.
         bare, framed = self.text_ids(_SLOT), list(tokenizer(_SLOT)["input_ids"])

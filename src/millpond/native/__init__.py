@@ -292,10 +292,10 @@ def turn(keys: Tensor, delta: Tensor, axis: Tensor, inv_freq: Tensor, done: ctyp
         return False
     if not (_rows(keys) and axis.is_contiguous() and inv_freq.is_contiguous()):
         return False
-    try:
-        heads = keys.view(-1, tokens, width)
-    except RuntimeError:  # heads that do not lie at equal distances
-        return False
+    shape, strides = keys.shape[:-2], keys.stride()[:-2]
+    if any(shape[at] != 1 and strides[at] != shape[at + 1] * strides[at + 1] for at in range(len(shape) - 1)):
+        return False  # heads that do not lie at equal distances
+    heads = keys.view(prod(shape), tokens, width)
     getattr(library, f"millpond_turn_{_SUFFIX[keys.dtype]}")(
         _pointer(keys),
         *(ctypes.c_int64(each) for each in (heads.stride(0), *heads.shape)),
