@@ -287,6 +287,9 @@ def main() -> None:
         for order, name in ((0, "static, first order"), (1, "static, second order")):
             bits = max(target, own["bits"])  # never fewer than what it is compared with
             results.measure(f"{name} {target}", lambda bits=bits, order=order: measured(static(folder, bits, order)))
+    result = _compared(options, results, samples, tests)
+    if options.out:  # what follows may take as long again
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
     for width in (3, 4, 5):
         fixed = {name: Choice(width, width) for name, _ in linears(model)}
         results.measure(f"uniform {width}", lambda fixed=fixed: measured(fixed))
@@ -301,7 +304,24 @@ def main() -> None:
     results.measure(f"exact {middle}", exact)
     _unhook(model)
     quality = results.measure(f"estimators {middle}", lambda: estimators(model, choices, shares, tests[:4]))
-    result = {
+    result |= {
+        "process_memory_mib": results.measure("memory", lambda: process_memory(folder)),
+        "selector": results.measure("selector", lambda: overhead(model, choices, tests)),
+        "estimators": quality,
+        "results": _shown(results),
+    }
+    print(json.dumps(result, indent=1))
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    if options.png:
+        draw(results.rows, options.png)
+
+
+def _compared(
+    options: argparse.Namespace, results: Results, samples: torch.Tensor, tests: torch.Tensor
+) -> dict[str, Any]:
+    """What was run on what, and DP-LLM beside its baselines."""
+    return {
         "what": "perplexity of SmolLM2-135M-Instruct on held-out prose, each token decided as in decoding",
         "command": f"python bench/precision.py --samples {options.samples} --length {options.length} --tests {options.tests} "
         f"--targets {' '.join(map(str, options.targets))}",
@@ -311,9 +331,6 @@ def main() -> None:
         "test_text": options.text.name if options.text else f"gensim {version('gensim')}, lee_background.cor",
         "calibration_tokens": samples.numel(),
         "test_tokens": tests.numel(),
-        "process_memory_mib": results.measure("memory", lambda: process_memory(folder)),
-        "selector": results.measure("selector", lambda: overhead(model, choices, tests)),
-        "estimators": quality,
         "gain_of_dp_llm_in_nats": {
             f"over {baseline}, {target}": paired(
                 results.rows[f"{baseline} {target}"]["runs"], results.rows[f"dp-llm {target}"]["runs"]
@@ -321,17 +338,16 @@ def main() -> None:
             for target in options.targets
             for baseline in ("random", "static, second order", "static, first order")
         },
-        "results": {
-            name: {key: value for key, value in row.items() if key not in ("shares", "runs")}
-            for name, row in results.rows.items()
-            if name.partition(" ")[0] not in ("selector", "memory", "estimators")
-        },
+        "results": _shown(results),
     }
-    print(json.dumps(result, indent=1))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    if options.png:
-        draw(results.rows, options.png)
+
+
+def _shown(results: Results) -> dict[str, Any]:
+    return {
+        name: {key: value for key, value in row.items() if key not in ("shares", "runs")}
+        for name, row in results.rows.items()
+        if name.partition(" ")[0] not in ("selector", "memory", "estimators")
+    }
 
 
 def _prepared(options: argparse.Namespace, folder: Path) -> tuple[torch.Tensor, Results]:

@@ -28,7 +28,7 @@ _LIMITS = 24
 _DEFAULT_SECONDS, _DEFAULT_FPS = 60, 2.0
 _STEP = 1 << 20
 _HEAP = 2 << 20
-"""Allowance for resident bytes that no tensor has: Python's objects, pages that the C heap cannot return. Not enough at the least budget: docs/precision.md."""
+"""Allowance for resident bytes that no tensor has: Python's objects, heap pages that something in use shares."""
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,6 @@ def test_a_process_stays_within_the_device_budget(tmp_path: Path, monkeypatch: p
     assert least is not None
     budgets = [least, 2 * least]
     for budget, (peak, rest, held) in zip(budgets, resident(folder, small, budgets), strict=True):
-        print(budget, peak, rest, held)
         assert peak <= budget
         # 2 MiB: Python's objects, and pages of the heap that something in use shares.
         assert held / 2 < rest <= held + (2 << 20)
