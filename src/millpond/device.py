@@ -15,6 +15,7 @@ from millpond.budget import Budget
 from millpond.errors import BudgetError
 from millpond.families.base import Family, Grid
 from millpond.flow import Flow
+from millpond.heap import hold_nothing
 from millpond.plan import Plan
 from millpond.precision.device_budget import DeviceSplit, Workspace, split_device, weight_bytes
 from millpond.precision.folder import is_quantized
@@ -27,7 +28,7 @@ _LIMITS = 24
 _DEFAULT_SECONDS, _DEFAULT_FPS = 60, 2.0
 _STEP = 1 << 20
 _HEAP = 2 << 20
-"""Allowance for resident bytes that no tensor has: Python's objects, pages that the C heap cannot return. Not enough at the least budget: docs/precision.md."""
+"""Allowance for resident bytes that no tensor has: Python's objects, heap pages that something in use shares."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,9 @@ def load_within(
         model: as in `millpond.Session.from_pretrained`. frame, stream: as in `plan_device`.
         target_bits, load: the arguments of `millpond.families.load`; not for a loaded model.
     """
+
+    if device_memory is not None:
+        hold_nothing()
 
     def planned(family: Family, folder: str | Path | None) -> DeviceSplit | None:
         return None if device_memory is None else plan_device(family, folder, device_memory, frame, **stream).split

@@ -157,7 +157,8 @@ class Session:
             model: a folder (also one that `millpond quantize` wrote), a hub id, or a loaded `(model, processor or tokenizer)`.
             budget: by default `millpond.device.default_budget`: a minute of video in full detail, at most half of the free memory.
             device_memory: in place of a budget: bytes for weights, stream and workspace together, split by
-                `millpond.device.plan_device`. A quantized model is read at the width that fits.
+                `millpond.device.plan_device`. A quantized model is read at the width that fits. Sets glibc's malloc for the whole
+                process (`millpond.heap.hold_nothing`).
             dtype: for example "bfloat16"; the checkpoint's own by default.
             device: "cpu", "cuda", ...; CUDA where there is one by default.
             attn_implementation: "sdpa" (default), "eager" or "flash_attention_2".

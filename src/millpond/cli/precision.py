@@ -94,9 +94,10 @@ def _load(name: str) -> tuple[Any, Any, Any]:
     """A float32 model, its tokenizer, and the dtype of its checkpoint."""
     import torch
     import transformers
+    from accelerate import init_empty_weights
 
-    from millpond.errors import ModelError
-    from millpond.model_folder import check, safely
+    from millpond.errors import MillpondError, ModelError
+    from millpond.model_folder import check, check_size, safely
 
     path = Path(name)
     gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
@@ -106,10 +107,23 @@ def _load(name: str) -> tuple[Any, Any, Any]:
         config = transformers.AutoConfig.from_pretrained(source, **safely(source), **gguf)
         image = type(config) in transformers.AutoModelForImageTextToText._model_mapping
         auto = transformers.AutoModelForImageTextToText if image else transformers.AutoModelForCausalLM
-        model = auto.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **safely(source), **gguf)
+        if not gguf:
+            with init_empty_weights(include_buffers=False):
+                empty = auto.from_config(config, trust_remote_code=False)
+            check_size(source, sum(weight.numel() for weight in empty.parameters()))
+        model, report = auto.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **safely(source), **gguf
+        )
+        # transformers fills gaps with random numbers. LLaVA's towers may lack the layers behind the one whose features are used.
+        if missing := sorted(key for key in report["missing_keys"] if "vision_tower" not in key):
+            raise ModelError(
+                f"cannot load the model at {name!r}: the weights are incomplete: {len(missing)} are missing, first {missing[0]}"
+            )
         return model.eval(), _tokenizer(source, **gguf), getattr(config, "dtype", None)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"cannot load the model at {name!r}: {str(error).strip().splitlines()[0]}") from error
+    except MillpondError:
+        raise
+    except Exception as error:  # a stranger's file: what it makes the library do wrong has no end
+        raise ModelError(f"cannot load the model at {name!r}: {_first_line(error)}") from error
 
 
 def _copy_pixels(name: str, out: Path) -> None:
@@ -132,8 +146,12 @@ def _tokenizer(source: str, **gguf: str) -> Any:
 
     try:
         return transformers.AutoTokenizer.from_pretrained(source, **safely(source), **gguf)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"no tokenizer at {source!r}: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # as above
+        raise ModelError(f"no tokenizer at {source!r}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _runs(tokenizer: Any, file: Path, samples: int, length: int) -> Tensor:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -16,7 +14,8 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 
 from millpond.budget import format_bytes, parse_bytes
-from millpond.errors import BudgetError, ModelError, PrecisionError
+from millpond.errors import BudgetError, MillpondError, ModelError, PrecisionError
+from millpond.heap import give_back
 from millpond.model_folder import check, safely
 from millpond.precision.calibration import Calibration
 from millpond.precision.decoder import effective_bits, linears, replace
@@ -94,14 +93,8 @@ def assemble(path: Path, description: Description, keep: Callable[[str, NestedWe
         for name, weight, bias, _ in read_linears(path, description, index):
             replace(model, name, NestedLinear(keep(name, weight), bias))
     model.tie_weights()
-    _give_back()
+    give_back()  # the holes that dropped planes leave are resident otherwise
     return model.eval()
-
-
-def _give_back() -> None:
-    """Return what was freed to the system: the holes that dropped planes leave in the C heap are resident otherwise."""
-    with suppress(OSError, AttributeError):  # only glibc has it, and only it needs it
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def stored_bytes(model: Any) -> int:
@@ -116,8 +109,10 @@ def _empty(path: Path) -> Any:
     try:
         check(path)
         config = transformers.AutoConfig.from_pretrained(path, **safely(path))
-    except (OSError, ValueError) as error:
-        raise PrecisionError(f"{path} has no readable config: {str(error).splitlines()[0]}") from error
+    except MillpondError:
+        raise
+    except Exception as error:  # a stranger's file: what it makes the library do wrong has no end
+        raise PrecisionError(f"{path} has no readable config: {' '.join(str(error).split())}") from error
     kind = type(config)
     for auto in (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM):
         if kind in auto._model_mapping:

@@ -8,7 +8,7 @@ A width b reads planes 0 ... b-1 only, so one stored model serves every width. K
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -190,9 +190,8 @@ def product(weight: NestedWeight, width: int, x: Tensor) -> Tensor:
         _few_products(library, weight, width, vectors, out)
     else:
         vectors = vectors.detach()
-        for first in range(0, weight.rows, _ROWS_AT_ONCE):
-            last = min(first + _ROWS_AT_ONCE, weight.rows)
-            torch.matmul(vectors, _some_rows(library, weight, width, first, last).T, out=out[:, first:last])
+        for first, last, rows in _some_rows(library, weight, width):
+            torch.matmul(vectors, rows.T, out=out[:, first:last])
     return out if x.dtype == torch.float32 else out.to(x.dtype)
 
 
@@ -209,9 +208,8 @@ class _Product(torch.autograd.Function):
         (weight, width), rows = ctx.read, above[0].float()
         library = compiled(_KERNELS)[0] if rows.device.type == "cpu" else None
         found = rows.new_zeros(len(rows), weight.columns)
-        for first in range(0, weight.rows, _ROWS_AT_ONCE):
-            last = min(first + _ROWS_AT_ONCE, weight.rows)
-            found += rows[:, first:last] @ _some_rows(library, weight, width, first, last)
+        for first, last, part in _some_rows(library, weight, width):
+            found += rows[:, first:last] @ part
         return found.to(above[0].dtype), None, None
 
 
@@ -254,13 +252,18 @@ def _declared(library: ctypes.CDLL) -> Any:
     return run
 
 
-def _some_rows(library: ctypes.CDLL | None, weight: NestedWeight, width: int, first: int, last: int) -> Tensor:
-    if library is None:
-        part = NestedWeight(weight.planes[first:last], {width: weight.tables[width][first:last]}, weight.columns)
-        return part.dense(width)
-    out = torch.empty(last - first, weight.columns, dtype=torch.float32)
-    library.millpond_nested_rows(*_sizes(weight, width), *_longs(first, last, weight.columns), _pointer(out))
-    return out
+def _some_rows(library: ctypes.CDLL | None, weight: NestedWeight, width: int) -> Iterator[tuple[int, int, Tensor]]:
+    """The matrix as numbers, some rows at a time: first, last and W[first:last] in float32, which the next ones overwrite."""
+    most = min(_ROWS_AT_ONCE, weight.rows)
+    out = torch.empty(most if library is not None else 0, weight.columns, dtype=torch.float32)
+    for first in range(0, weight.rows, _ROWS_AT_ONCE):
+        last = min(first + _ROWS_AT_ONCE, weight.rows)
+        if library is None:
+            part = NestedWeight(weight.planes[first:last], {width: weight.tables[width][first:last]}, weight.columns)
+            yield first, last, part.dense(width)
+            continue
+        library.millpond_nested_rows(*_sizes(weight, width), *_longs(first, last, weight.columns), _pointer(out))
+        yield first, last, out[: last - first]
 
 
 @cache
