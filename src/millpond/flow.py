@@ -262,6 +262,10 @@ class Flow:
 
     def plan_for(self, grid: Grid | None, budget: int | None = None) -> Plan:
         """How the budget, or another one, would be split for frames of that size; None: for text alone."""
+        if grid is not None and self.policy.whole_frames and grid.tokens != grid.rows * grid.cols:
+            raise PolicyError(
+                f"the policy {self.policy.name!r} knows frames only: this model's separators or timestamps between them are none"
+            )
         if grid is not None and self._host_budget is not None:
             HostTier.check(self.family.geometry, self._host_budget, grid.tokens)
         what = "this model's prompt and one turn" if grid is None else f"frames of {grid.width} x {grid.height}"
@@ -312,8 +316,8 @@ class Flow:
                     self.ask_proxy()
                     pond.resize(plan)
         except BaseException:
-            # A move is whole by itself: it has been made, or it has not begun.
-            if pond is None or pond.plan is old:
+            # A move is whole by itself: it has been made, or it has not begun, or it will be finished before anything else.
+            if pond is None or (pond.plan is old and not pond.moving):
                 self._budget, self.grid = before
             raise
 

@@ -251,6 +251,8 @@ class Session:
             raise MillpondError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         if not question.strip():
             raise MillpondError("the question is empty")
+        if remember and self.policy.whole_frames:
+            raise PolicyError(f"the policy {self.policy.name!r} knows frames only: no turn can be remembered beside them")
         with self._turn.held():
             began = perf_counter()
             turn: Turn | None = None

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from millpond import BudgetError, MillpondError, Session, SourceError
+from millpond import BudgetError, MillpondError, PolicyError, Session, SourceError
 from millpond.families.base import Family
 from millpond.frames import Frame
 from millpond.positions import Clock
@@ -362,3 +362,14 @@ def test_bad_arguments_are_one_clear_line(qwen: Family, arguments: dict, error: 
 def test_bad_questions(qwen: Family, bad: dict) -> None:
     with pytest.raises(MillpondError):
         Session(qwen, budget="1MiB").ask(**bad)
+
+
+def test_a_policy_that_knows_frames_only_refuses_what_is_none_before_it_is_in() -> None:
+    session = Session(tiny("qwen2_vl"), budget="2MiB", policy="infinipot-v-released")
+    session.feed(list(moving(16)))
+    before = state(session)
+    with pytest.raises(PolicyError, match="knows frames only: no turn can be remembered"):
+        session.ask("what is there", remember=True)
+    assert state(session) == before
+    with pytest.raises(PolicyError, match="knows frames only: this model's separators"):
+        Session(tiny("qwen3_vl"), budget="2MiB", policy="infinipot-v-released").feed(list(moving(4)))
