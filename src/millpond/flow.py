@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from millpond.families.queries import See
 from millpond.plan import Plan, make_plan
 from millpond.policies.base import SEPARATOR, Policy
 from millpond.positions import Clock
+
+if TYPE_CHECKING:
+    from millpond.step import Step
 
 __all__ = ["Flow", "Positions", "dated", "places"]
 
@@ -84,6 +87,7 @@ class Flow:
         self.grid: Grid | None = None
         self.tokens = self.reanchorings = 0
         self.seconds = dict.fromkeys(("source", "vision", "decoder", "compaction", "answers", "total"), 0.0)
+        self.open_step: Step | None = None
         self._budget = budget
         self._reserve = reserve_tokens
         self._host_budget, self._host_path = host_budget, host_path
@@ -252,6 +256,11 @@ class Flow:
         """Forget everything from slot `mark` on and put the clock back."""
         self.pond.truncate(mark)
         self.clock = clock
+
+    def settle(self) -> None:
+        """Put back a step whose taking back was interrupted."""
+        if self.open_step is not None:
+            self.open_step.roll_back()
 
     # --- the budget ---------------------------------------------------------------------------------------------
 

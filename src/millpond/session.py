@@ -258,6 +258,7 @@ class Session:
             turn: Turn | None = None
             try:
                 with self._changing():
+                    self._flow.settle()
                     self._flow.check_model()
                     turn = Turn(self._flow, self._intake, remember=remember)
                     pieces = turn.run(question, max_new_tokens)
@@ -373,6 +374,7 @@ class Session:
     def _exclusive(self) -> Iterator[None]:
         """Nobody else's turn, and nobody reads meanwhile."""
         with self._turn.held(), self._changing():
+            self._flow.settle()
             yield
 
     @contextmanager

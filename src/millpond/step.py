@@ -26,7 +26,8 @@ __all__ = ["Step"]
 
 
 class Step:
-    """Begun when made; then `commit`, or `roll_back`.
+    """Begun when made; then `commit`, or `roll_back`. Until then it is the flow's `open_step`: where rolling back is interrupted too, the
+    session's next call goes on with it.
 
     Args:
         flow, intake: the stream.
@@ -45,6 +46,7 @@ class Step:
         self._queries: Tensor | None = None
         self._sums: list[Tensor] = []
         self._open = True
+        flow.open_step = self
         try:
             pond.ledger.hold("undo", pond.plan.undo_bytes)
             if queries and pond.plan.query_bytes:
@@ -80,6 +82,7 @@ class Step:
         self._queries, self._sums = None, []
         self._flow.pond.ledger.hold("undo", 0)
         self._intake.book()
+        self._flow.open_step = None
 
 
 def _live_sums(pond: Pond, start: int) -> list[Tensor]:
