@@ -252,7 +252,9 @@ class Session:
         if not question.strip():
             raise MillpondError("the question is empty")
         if remember and self.policy.whole_frames:
-            raise PolicyError(f"the policy {self.policy.name!r} knows frames only: no turn can be remembered beside them")
+            raise PolicyError(
+                f"the policy {self.policy.name!r} knows frames only: no turn can be remembered beside them"
+            )
         with self._turn.held():
             began = perf_counter()
             turn: Turn | None = None

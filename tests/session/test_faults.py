@@ -226,3 +226,27 @@ def test_a_compaction_behind_a_remembered_turn_that_is_finished_later(family: Fa
     flow = session._flow
     assert max(int(one.positions[:, : one.length].max()) for one in flow.pond.layers) == flow.clock.next - 1
     check_books(session)
+
+
+def test_a_step_whose_taking_back_is_interrupted_is_taken_back_by_the_next_call(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two Ctrl-C: the second while the first one's turn is put back."""
+    session, twin = filled(family, "infinipot-v", 30), filled(family, "infinipot-v", 30)
+    pond = session._flow.pond
+    truncate = pond.truncate
+
+    def interrupted(length: int) -> None:
+        monkeypatch.setattr(pond, "truncate", truncate)
+        raise KeyboardInterrupt
+
+    pieces = session.stream(QUESTION, max_new_tokens=8, remember=True)
+    next(pieces)
+    monkeypatch.setattr(pond, "truncate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pieces.throw(KeyboardInterrupt())
+    assert pond.length > twin._flow.pond.length
+    for one in (session, twin):
+        one.feed(list(moving(6, start=200)))
+    assert memory_of(session) == memory_of(twin)
+    assert session.ask(QUESTION, max_new_tokens=4).text == twin.ask(QUESTION, max_new_tokens=4).text
