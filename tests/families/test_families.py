@@ -214,6 +214,23 @@ def test_a_cache_can_be_written_in_place_afterwards(name: str) -> None:
         assert not layer.keys.requires_grad
 
 
+class Copying(DynamicCache):
+    """Says that it copies what it is given; that it does not shows what the forward ran in."""
+
+    copies = True
+
+
+def test_only_a_cache_that_copies_is_given_tensors_of_inference_mode_and_what_comes_out_never_is_one() -> None:
+    family, cache = tiny("qwen2_5_vl"), Copying()
+    tokens = family.encode([family.prepare(frame) for frame in video(2)], times(2))
+    hidden = family.forward(tokens, family.place(tokens, Clock()), cache)
+    want = family.forward(tokens, family.place(tokens, Clock()), DynamicCache())
+    assert cache.layers[0].keys.is_inference()
+    assert torch.equal(hidden, want)
+    assert not hidden.is_inference()
+    assert not want.is_inference()
+
+
 def roped(family: Family, raw: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """[n, D] keys roped by the model's own rotary embedding at [axes, n] positions."""
     own = positions if len(positions) == 1 else positions[:, None]
@@ -277,6 +294,14 @@ def test_qwen2_5_counts_in_real_time_at_any_rate() -> None:
     assert positions[1].unique().tolist() == [5, 6, 7, 8]
     assert positions[2].unique().tolist() == [5, 6, 7, 8, 9]
     assert clock.next == 26
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_positions_beyond_16_bits(name: str) -> None:
+    family = tiny(name)
+    tokens = family.encode([family.prepare(frame) for frame in video(4)], times(4))
+    near, far = (family.place(tokens, Clock(next=first)) for first in (7, 2**31))
+    assert torch.equal(far - near, torch.full_like(near, 2**31 - 7))
 
 
 def test_qwen2_counts_groups() -> None:

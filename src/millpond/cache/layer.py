@@ -69,7 +69,7 @@ class PondLayer(CacheLayerMixin):
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Every tensor of the layer as [H, capacity, ...] views of its storage."""
-        every = self.keys[0], self.values[0], self.time_us, self.place, self.positions
+        every = self.keys.select(0, 0), self.values.select(0, 0), self.time_us, self.place, self.positions
         return every if self.sums is None else (*every, self.sums)
 
     @property

@@ -114,7 +114,8 @@ class Compaction(_Pass):
             "compactions": pond.compactions + 1,
             # What was not protected is no longer whole in every head, and can never be protected again.
             "_recent": deque(group for group in pond._recent if group[0] >= since),
-            "_text": text,
+            # None where there was no text, so that nobody looks for any.
+            "_text": None if pond._text is None else text,
         }
         steps += [partial(pond.__dict__.update, books), self._count]
         self._steps = Steps(steps)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -57,6 +58,9 @@ class Pond(Cache):
         compactions: passes so far.
         evicted: tokens forgotten so far (per head; all heads forget equally many).
     """
+
+    copies = True
+    """What a forward gives it is copied into its own storage, so a decoder may run in inference mode."""
 
     def __init__(
         self, geometry: Geometry, plan: Plan, policy: Policy, device: torch.device, ledger: Ledger | None = None
@@ -215,12 +219,13 @@ class Pond(Cache):
             time_us: int64 [n]. place: int16 [n, 2]. On the CPU; as announced.
         """
         recent, said = self._recent.copy(), self._text
-        text = int((place[:, 0] == TEXT).sum())
+        shown = place[:, 0] != TEXT
+        text = int(len(shown) - shown.sum())
         if text:
             said = (said or 0) + text
-            time_us = time_us[place[:, 0] != TEXT]
-        times, counts = time_us.unique_consecutive(return_counts=True)
-        for time, count in zip(times.tolist(), counts.tolist(), strict=True):
+            time_us = time_us[shown]
+        for time, run in groupby(time_us.tolist()):
+            count = sum(1 for _ in run)
             if recent and recent[-1][0] == time:
                 count += recent.pop()[1]
             recent.append((time, count))

@@ -31,8 +31,9 @@ _TAPPING = Lock()
 class DecoderFamily(Family):
     """A family whose decoder is `model.model.language_model` and whose head is `model.lm_head`.
 
-    Everything runs under `no_grad`, not in inference mode: a cache keeps what it is given and is written in place later, outside
-    of these calls, which tensors made in inference mode would refuse.
+    The decoder runs in inference mode where the cache says that it copies what it is given (`copies`). Any other cache keeps the tensors
+    themselves and may be written in place later, outside of these calls, which tensors made in inference mode would refuse: there,
+    and everywhere else, `no_grad` has to do.
 
     Attributes:
         decoder: the language model without its head.
@@ -73,6 +74,11 @@ class DecoderFamily(Family):
         self.stop_ids = _stop_ids(model, self.tokenizer)
         self._tap: QueryTap | None = None
 
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.decoder.embed_tokens.weight.device
+        return device
+
     def _rope_axis(self, frequencies: int, text: Any) -> Tensor:
         """One axis for every frequency: 1-D RoPE."""
         return torch.zeros(frequencies, dtype=torch.long)
@@ -93,18 +99,20 @@ class DecoderFamily(Family):
     @torch.no_grad()
     def forward(self, tokens: Tokens, positions: Tensor, cache: Any) -> Tensor:
         # No mask: at batch 1 the cache's own sizes give the causal one, and a 2-D mask could hide the newest keys.
-        with layers_of_different_lengths(self.decoder) if getattr(cache, "uneven", False) else nullcontext():
+        uneven, copies = getattr(cache, "uneven", False), getattr(cache, "copies", False)
+        with (
+            layers_of_different_lengths(self.decoder) if uneven else nullcontext(),
+            torch.inference_mode() if copies else nullcontext(),
+        ):
             out = self.decoder(
                 inputs_embeds=tokens.embeds[None],
-                position_ids=positions[0][None].to(self.device)
-                if len(positions) == 1
-                else positions[:, None].to(self.device),
+                position_ids=(positions[:1] if len(positions) == 1 else positions[:, None]).to(self.device),
                 use_cache=True,
                 **{self._cache_argument: cache},
                 **self._beside(tokens),
             )
         hidden: Tensor = out.last_hidden_state[0]
-        return hidden
+        return hidden.clone() if copies else hidden  # the copy is an ordinary tensor
 
     def _beside(self, tokens: Tokens) -> dict[str, Any]:
         """More arguments of the decoder, for families that have them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor
+import numpy as np
 
 from millpond.families.qwen2_vl import Qwen2VL
 from millpond.positions import Clock
@@ -25,6 +25,6 @@ class Qwen25VL(Qwen2VL):
         super().__init__(model, tokenizer, image)
         self.tokens_per_second = float(model.config.vision_config.tokens_per_second)
 
-    def _temporal(self, times_us: Tensor, clock: Clock) -> Tensor:
-        passed = (times_us - clock.start_us).double() * self.tokens_per_second / 1_000_000
-        return passed.floor().long()
+    def _temporal(self, times_us: np.ndarray, clock: Clock) -> np.ndarray:
+        passed = (times_us - clock.start_us).astype(np.float64) * self.tokens_per_second / 1_000_000
+        return np.floor(passed).astype(np.int64)

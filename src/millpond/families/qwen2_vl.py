@@ -129,14 +129,17 @@ class Qwen2VL(DecoderFamily):
     @torch.no_grad()
     def encode(self, frames: list[np.ndarray], times_us: list[int]) -> Tokens:
         flat, grid = self.patches(frames)
-        out = self.model.model.visual(flat.to(self.device, self.vision_dtype), grid_thw=grid.to(self.device))
-        groups, rows, cols = (grid[0] // torch.tensor([1, self.merge, self.merge])).tolist()
-        place = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij"), dim=-1).view(-1, 2)
-        times = torch.tensor(times_us[:: self.frames_per_group], dtype=torch.long)
+        device = self.device
+        out = self.model.model.visual(flat.to(device, self.vision_dtype), grid_thw=grid.to(device))
+        groups, high, wide = grid[0].tolist()
+        rows, cols = high // self.merge, wide // self.merge
+        place = np.empty((groups, rows, cols, 2), dtype=np.int16)
+        place[..., 0], place[..., 1] = np.arange(rows)[:, None], np.arange(cols)
+        times = np.array(times_us[:: self.frames_per_group], dtype=np.int64)
         return Tokens(
             embeds=out.pooler_output.to(self.geometry.dtype),
-            place=place.repeat(groups, 1).to(torch.int16),
-            time_us=times.repeat_interleave(rows * cols),
+            place=torch.from_numpy(place.reshape(-1, 2)),
+            time_us=torch.from_numpy(times.repeat(rows * cols)),
             visual=torch.ones(groups * rows * cols, dtype=torch.bool),
             deepstack=tuple(getattr(out, "deepstack_features", None) or ()),
         )
@@ -144,21 +147,25 @@ class Qwen2VL(DecoderFamily):
     # --- positions ----------------------------------------------------------------------------------------------
 
     def place(self, tokens: Tokens, clock: Clock) -> Tensor:
-        if not bool(tokens.visual.any()):
+        # In numpy: for the few numbers of a block, a torch call costs more than what it does.
+        if not tokens.visual.numpy().any():
             return clock.text(len(tokens)).expand(3, -1)
-        base = clock.open_segment(int(tokens.time_us[0]))
+        place, times_us = tokens.place.numpy(), tokens.time_us.numpy()
+        base = clock.open_segment(int(times_us[0]))
         # A group begins where its grid does; two groups may well carry the same time.
-        begins = (tokens.place == 0).all(dim=1)
+        begins = (place == 0).all(axis=1)
         # Frames shown again stand where they stood; where gaps were closed since, that may lie in front of the segment.
-        temporal = (clock.origin + self._temporal(tokens.time_us[begins], clock)).clamp_(min=base)
+        temporal = np.maximum(clock.origin + self._temporal(times_us[begins], clock), base)
         if len(temporal) > 1:
             clock.step = max(1, int(temporal[-1] - temporal[-2]))
         clock.groups += len(temporal)
-        spatial = base + tokens.place.T.to(torch.long)
-        positions = torch.cat([temporal[begins.cumsum(0) - 1][None], spatial])
+        positions = np.empty((3, len(place)), dtype=np.int64)
+        positions[0] = temporal[begins.cumsum() - 1]
+        positions[1:] = place.T  # wide before the base is added: places have 16 bits
+        positions[1:] += base
         clock.next = max(clock.next, int(positions.max()) + 1)
-        return positions
+        return torch.from_numpy(positions)
 
-    def _temporal(self, times_us: Tensor, clock: Clock) -> Tensor:
-        """Temporal positions of the next groups, counted from the segment's origin: one a group, whatever the time."""
-        return clock.groups + torch.arange(len(times_us))
+    def _temporal(self, times_us: np.ndarray, clock: Clock) -> np.ndarray:
+        """Temporal positions of the next groups, int64, counted from the segment's origin: one a group, whatever the time."""
+        return clock.groups + np.arange(len(times_us))
