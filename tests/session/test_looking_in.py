@@ -151,9 +151,9 @@ def test_what_a_block_could_have_to_put_back_is_counted(
 
     def measured(step: Step) -> None:
         ledger = session._flow.pond.ledger
-        copies.append(held_bytes(session, step._queries, step._sums) - held_bytes(session))
+        copies.append(held_bytes(session) - held_bytes(session, but=step))
         assert copies[-1] <= ledger.account("undo") == session.plan.undo_bytes
-        assert held_bytes(session, step) <= ledger.held <= session.plan.budget
+        assert held_bytes(session) <= ledger.held <= session.plan.budget
         commit(step)
 
     monkeypatch.setattr(Step, "commit", measured)
