@@ -78,7 +78,8 @@ def stream(first: int, count: int) -> Iterator[Frame]:
 
 def tensor_bytes(family: Family) -> int:
     """Bytes of all tensors alive in the process but the model's and the adapter's own, each storage once."""
-    own = [*family.model.parameters(), *family.model.buffers(), *vars(family.rope).values()]
+    layouts = [tensor for layout in getattr(family, "_layouts", {}).values() for tensor in layout.values()]
+    own = [*family.model.parameters(), *family.model.buffers(), *vars(family.rope).values(), *layouts]
     known = {tensor.untyped_storage().data_ptr() for tensor in own if isinstance(tensor, torch.Tensor)}
     found = {}
     for thing in gc.get_objects():

@@ -95,3 +95,14 @@ def test_the_installed_version_is_tested() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         insides.warn_above_last_tested()
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_a_vision_tower_takes_its_layout_ready_made(name: str) -> None:
+    family = tiny(name)
+    tower = family.model.model.visual
+    for frames in (2, 6):
+        flat, grid = family.patches([frame.pixels for frame in moving(frames)])
+        with torch.no_grad():
+            own, given = tower(flat, grid_thw=grid), tower(flat, grid_thw=grid, **insides.vision_layout(tower, grid))
+        assert torch.equal(own.pooler_output, given.pooler_output)

@@ -19,6 +19,7 @@ from millpond.errors import ModelError, SourceError
 from millpond.families.base import Grid, Tokens
 from millpond.families.decoder import DecoderFamily
 from millpond.families.pixels import by_colour, normalise, resize
+from millpond.families.transformers_insides import vision_layout
 from millpond.positions import Clock
 
 __all__ = ["Qwen2VL"]
@@ -26,6 +27,8 @@ __all__ = ["Qwen2VL"]
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _MOST_ASPECT = 200
+_LAYOUTS = 8
+"""Sizes of blocks whose layout is kept: a stream has a few (its block, the waiting group, the last one)."""
 
 
 class Qwen2VL(DecoderFamily):
@@ -52,6 +55,7 @@ class Qwen2VL(DecoderFamily):
         self.patch = int(vision.patch_size)
         self.merge = int(vision.spatial_merge_size)
         self.frames_per_group = int(vision.temporal_patch_size)
+        self._layouts: dict[tuple[int, ...], dict[str, Tensor]] = {}
         self.vision_dtype = next(model.model.visual.parameters()).dtype
         self.mean = by_colour(image, "image_mean", self.mean)
         self.std = by_colour(image, "image_std", self.std)
@@ -129,9 +133,14 @@ class Qwen2VL(DecoderFamily):
     @torch.no_grad()
     def encode(self, frames: list[np.ndarray], times_us: list[int]) -> Tokens:
         flat, grid = self.patches(frames)
-        device = self.device
-        out = self.model.model.visual(flat.to(device, self.vision_dtype), grid_thw=grid.to(device))
-        groups, high, wide = grid[0].tolist()
+        device, shape = self.device, tuple(grid[0].tolist())
+        grid = grid.to(device)
+        layout = self._layouts.get(shape)
+        if layout is None:
+            layout = vision_layout(self.model.model.visual, grid)
+            self._layouts = {**dict(list(self._layouts.items())[1 - _LAYOUTS :]), shape: layout}
+        out = self.model.model.visual(flat.to(device, self.vision_dtype), grid_thw=grid, **layout)
+        groups, high, wide = shape
         rows, cols = high // self.merge, wide // self.merge
         place = np.empty((groups, rows, cols, 2), dtype=np.int16)
         place[..., 0], place[..., 1] = np.arange(rows)[:, None], np.arange(cols)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from millpond.errors import ModelError
 
@@ -30,6 +31,7 @@ __all__ = [
     "cache_argument",
     "layers_of_different_lengths",
     "queries_source",
+    "vision_layout",
     "warn_above_last_tested",
 ]
 
@@ -64,6 +66,23 @@ def queries_source(attention: Any) -> nn.Module:
     """The module whose output is a block's queries [1, n, query heads * D] or [1, n, query heads, D], before their rotation."""
     module: nn.Module = attention.q_norm if hasattr(attention, "q_norm") else attention.q_proj
     return module
+
+
+def vision_layout(tower: Any, grid: Tensor) -> dict[str, Tensor]:
+    """What a Qwen vision tower works out from the grid alone, under the names by which it takes it ready-made.
+
+    Args:
+        tower: of Qwen2-VL, Qwen2.5-VL or Qwen3-VL. grid: int64 [1, 3], groups, rows and columns of patches, on the tower's device.
+    """
+    layout = {
+        "position_ids": get_vision_position_ids(grid, tower.spatial_merge_size),
+        "cu_seqlens": get_vision_cu_seqlens(grid),
+    }
+    if hasattr(tower, "window_size"):
+        layout["window_index"], layout["cu_window_seqlens"] = get_vision_window_index(
+            grid, tower.spatial_merge_size, tower.window_size, tower.patch_size
+        )
+    return layout
 
 
 # --- layers that hold different numbers of tokens -----------------------------------------------------------------
