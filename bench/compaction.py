@@ -28,9 +28,9 @@ import torch
 
 from millpond import native, policies
 from millpond.cache import Pond
-from millpond.geometry import Geometry
-from millpond.machine import describe
-from millpond.plan import make_plan
+from millpond.eval.hardware import write_metadata
+from millpond.memory.geometry import Geometry
+from millpond.memory.plan import make_plan
 from millpond.policies.base import Policy
 
 LAYERS, HEADS, GROUP, WIDTH = 28, 4, 7, 128
@@ -46,10 +46,10 @@ def fill(pond: Pond) -> None:
     """Fresh random tokens on full grids, as in a first pass."""
     grid = torch.stack(torch.meshgrid(torch.arange(ROWS), torch.arange(COLS), indexing="ij"), -1).view(-1, 2)
     times = (torch.arange(FRAMES) * 500_000).repeat_interleave(FRAME)
-    places = grid.repeat(FRAMES, 1).to(torch.int16)
+    grid_positions = grid.repeat(FRAMES, 1).to(torch.int16)
     pond.truncate(0)
-    pond.announce(times, places, times.expand(3, -1))
-    pond.commit(times, places)
+    pond.write_metadata(times, grid_positions, times.expand(3, -1))
+    pond.commit(times, grid_positions)
     for layer in pond.layers:
         layer.keys.normal_()
         layer.values.normal_()
@@ -68,12 +68,12 @@ def scatter(pond: Pond) -> None:
         at = cell % FRAME
         for layer in pond.layers:
             layer.time_us[head, :past] = (cell // FRAME - 2_000) * 500_000
-            layer.place[head, :past, 0] = at // COLS
-            layer.place[head, :past, 1] = at % COLS
+            layer.grid_position[head, :past, 0] = at // COLS
+            layer.grid_position[head, :past, 1] = at % COLS
 
 
 def new_pond(dtype: torch.dtype, policy: Policy) -> Pond:
-    geometry = Geometry(LAYERS, HEADS, WIDTH, dtype, axes=3, group=GROUP)
+    geometry = Geometry(LAYERS, HEADS, WIDTH, dtype, axes=3, kv_groups=GROUP)
     budget = TOKENS * geometry.bytes_per_token * 11 // 10
     plan = make_plan(
         budget, geometry, policy, prompt_tokens=0, group_tokens=FRAME, reserve_tokens=0, proxy_tokens=PROXY
@@ -173,7 +173,7 @@ def main() -> None:
     torch.manual_seed(0)
     result = {
         "what": "one compaction pass at Qwen2-VL-7B's shapes, 6,048 -> 4,536 tokens",
-        "machine": describe(),
+        "machine": write_metadata(),
         "noise": "a shared machine with other jobs running; compare the ratios, not the milliseconds",
         "kernels": "compiled" if native.status().endswith(".so") else native.status(),
         "aim": {"released_over_pass": ">= 20", "pass_over_copy": "<= 2", "scratch_share_of_cache": "<= 0.05"},

@@ -23,7 +23,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from millpond.machine import describe
+from millpond.eval.hardware import describe
 
 RATE, PATTERN = 25, 50
 FILMS = {  # width, height, seconds, frames taken a second

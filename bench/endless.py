@@ -34,9 +34,9 @@ from models import qwen2_5_vl
 from tqdm import tqdm
 
 from millpond import Session
-from millpond.families import Family
+from millpond.eval.hardware import describe
 from millpond.frames import Frame
-from millpond.machine import describe
+from millpond.models import Family
 
 FPS, EDGE = 2.0, 56
 STAGES = ("source", "vision", "decoder", "compaction")

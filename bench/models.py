@@ -9,7 +9,7 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from millpond.families import Family, adapt
+from millpond.models import Family, adapt
 
 __all__ = ["qwen2_5_vl", "qwen2_vl"]
 

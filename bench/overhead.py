@@ -33,11 +33,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from millpond import Session, native
-from millpond import flow as flow_module
 from millpond import session as session_module
-from millpond.families import Family, Tokens
+from millpond.eval.hardware import describe
 from millpond.frames import Frame
-from millpond.machine import describe
+from millpond.models import Family, Tokens
+from millpond.stream import runner as runner_module
 
 FPS = 2.0
 AIM = 0.005
@@ -132,7 +132,7 @@ def measure(shape: Shape, layers: int, dtype: torch.dtype, tokens: int, blocks: 
     return {
         "budget_bytes": plan.budget,
         "memory_tokens": plan.memory_tokens,
-        "room_tokens": plan.room_tokens,
+        "headroom_tokens": plan.headroom_tokens,
         "frame_tokens": plan.group_tokens,
         "block_tokens": plan.block_tokens,
         "blocks": blocks,
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="toy layers, to see in seconds that the bench runs")
     options = parser.parse_args()
     session_module.perf_counter = process_time
-    flow_module.perf_counter = process_time
+    runner_module.perf_counter = process_time
     shape = SMALL if options.small else Shape()
     result = {
         "what": "share of ingest spent in selection and compaction, infinipot-v, decoder layers of "

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from millpond import native, policies
 from millpond.cache import Pond
-from millpond.machine import describe
+from millpond.eval.hardware import describe
 from millpond.policies.base import Policy
 
 
@@ -84,7 +84,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     kept = [policies.get(kind.name) for kind in policies.available() if kind.capped]
-    names = options.policies or [policy.name for policy in kept if not policy.tier and not policy.recalls]
+    names = options.policies or [policy.name for policy in kept if not policy.tier and not policy.retrieved_frames]
     kinds = {
         str(dtype).split(".")[1]: measure(names, dtype, options.repetitions)
         for dtype in (torch.float32, torch.bfloat16)

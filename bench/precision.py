@@ -30,8 +30,8 @@ from precision_texts import calibration_text, smollm2, test_text
 from scipy import stats
 
 from millpond import precision
-from millpond.machine import describe
-from millpond.model_folder import safely
+from millpond.eval.hardware import describe
+from millpond.models.model_folder import safely
 from millpond.precision.allocate import allocate
 from millpond.precision.calibration import Calibration, Choice
 from millpond.precision.decoder import effective_bits, linears

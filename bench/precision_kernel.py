@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from millpond.budget import parse_bytes
-from millpond.machine import describe
+from millpond.eval.hardware import describe
+from millpond.memory.budget import parse_bytes
 from millpond.precision.nested import NestedWeight, product, status
 
 WIDTHS = (3, 4, 5, 6)

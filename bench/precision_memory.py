@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from millpond.machine import describe
+from millpond.eval.hardware import describe
 
 LAYERS = (4, 16)
 CHILD = """

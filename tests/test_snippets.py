@@ -13,8 +13,9 @@ import torch
 from typer.testing import CliRunner
 
 import millpond
-from millpond import families, frames, precision, streams
+from millpond import frames, models, precision
 from millpond.cli import app
+from millpond.eval import streams
 from tests.frames.media import gray
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +76,7 @@ def test_readme(run: Any, film: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 
 def test_sources(run: Any, film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     camera(film, monkeypatch)
-    session = millpond.Session(families.load("minnow"), budget="1MiB")
+    session = millpond.Session(models.load("minnow"), budget="1MiB")
     run("sources.md", session=session, pixels=[gray(index) for index in range(100)])
     assert session.usage.frames_seen == 130
     assert sum(1 for _ in frames.open("out.mp4")) == 100
@@ -111,6 +112,6 @@ def test_precision(run: Any, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(text)
     words = ["quantize", "minnow", "OUT", "--calibration", "text.txt", "-q", "--samples", "2", "--length", "32"]
     assert CliRunner().invoke(app, words).exit_code == 0
-    samples = precision.samples_of(families.load("OUT", weights=False).tokenizer, text, samples=2, length=32)
+    samples = precision.samples_of(models.load("OUT", weights=False).tokenizer, text, samples=2, length=32)
     precision.calibrate("OUT", samples, [3.5, 4.0], quiet=True)
     assert run("precision.md")["session"].plan.slots > 0

@@ -31,14 +31,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from millpond import Session, families, streams
-from millpond.accuracy.cell import read_budget
-from millpond.accuracy.intervals import sign_flips, wilson
-from millpond.families.base import Tokens
-from millpond.families.qwen2_vl import Qwen2VL
-from millpond.machine import describe
+from millpond import Session, models
+from millpond.eval import streams
+from millpond.eval.accuracy.cell import read_budget
+from millpond.eval.accuracy.intervals import sign_flips, wilson
+from millpond.eval.hardware import describe
 from millpond.minnow import checkpoint
 from millpond.minnow.evaluate import SUPPORTED
+from millpond.models.base import Tokens
+from millpond.models.qwen2_vl import Qwen2VL
 
 FORMS = ("corrected", "released")
 
@@ -126,7 +127,7 @@ def ours(family: Qwen2VL, watched: Watched, budget: int) -> tuple[Session, float
 def equal_groups(session: Session) -> tuple[int, int]:
     """Groups that theirs holds before and after a compression, where ours holds memory and room."""
     plan = session.plan
-    block = -(-(plan.memory_tokens + plan.room_tokens) // plan.group_tokens)
+    block = -(-(plan.memory_tokens + plan.headroom_tokens) // plan.group_tokens)
     return block, block - plan.block_groups
 
 
@@ -240,7 +241,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    family = families.load("minnow")
+    family = models.load("minnow")
     assert isinstance(family, Qwen2VL)
     theirs = Theirs(args.their_python, args.checkout)
     result: dict[str, Any] = {"machine": describe(), "their_environment": theirs.machine}

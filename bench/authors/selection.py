@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from millpond import policies
-from millpond.machine import describe
+from millpond.eval.hardware import describe
 from millpond.policies.base import View
 
 RELEASES = {"2026-01": ("81a4dbe", "infinipot-v"), "2025-11": ("2a3b136", "tar_val")}
@@ -68,8 +68,8 @@ def view_of(keys: Tensor, values: Tensor, layer: int, layers: int, size: int, re
     protected = torch.zeros(heads, tokens, dtype=torch.bool)
     protected[:, tokens - recent :] = True
     time = (torch.arange(tokens) // size).expand(heads, -1)
-    place = torch.zeros(heads, tokens, 2, dtype=torch.int16)
-    return View(keys, values, time, place, protected, layer, layers, size, 512)
+    grid_position = torch.zeros(heads, tokens, 2, dtype=torch.int16)
+    return View(keys, values, time, grid_position, protected, layer, layers, size, 512)
 
 
 def run(compress: Callable[..., Any], release: str, draw: random.Random) -> tuple[int, int, dict[str, Any]]:

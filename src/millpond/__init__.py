@@ -13,9 +13,9 @@ from millpond.errors import BudgetError, MillpondError, ModelError, PolicyError,
 
 if TYPE_CHECKING:
     from millpond.answer import Answer, LayerMemory, Usage
-    from millpond.budget import Budget
     from millpond.cache import PondCache
-    from millpond.plan import Plan
+    from millpond.memory.budget import Budget
+    from millpond.memory.plan import Plan
     from millpond.session import Session
 
 __version__ = "0.1.0"
@@ -40,9 +40,9 @@ __all__ = [
 # Loaded on first use: importing torch and transformers takes seconds, and `millpond --help` needs neither.
 _LATER = {
     "Answer": "millpond.answer",
-    "Budget": "millpond.budget",
+    "Budget": "millpond.memory.budget",
     "LayerMemory": "millpond.answer",
-    "Plan": "millpond.plan",
+    "Plan": "millpond.memory.plan",
     "PondCache": "millpond.cache",
     "Session": "millpond.session",
     "Usage": "millpond.answer",

@@ -110,4 +110,4 @@ class LayerMemory:
     seconds: np.ndarray
     row: np.ndarray
     column: np.ndarray
-    packed: int = 0
+    quantized: int = 0

@@ -1,6 +1,6 @@
 """One budget for a whole device: weights, the stream's memory and the workspace of a forward pass, planned together.
 
-Joins a family, `millpond.flow`'s plan of a stream and `millpond.precision`'s split; allocates nothing.
+Joins a family, `millpond.stream.runner`'s plan of a stream and `millpond.precision`'s split; allocates nothing.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from millpond import families
-from millpond.available import available_memory, check_memory
-from millpond.budget import Budget
+from millpond import models
 from millpond.errors import BudgetError
-from millpond.families.base import Family, Grid
-from millpond.flow import Flow
-from millpond.heap import hold_nothing
-from millpond.plan import Plan
+from millpond.memory.available import available_memory, check_memory
+from millpond.memory.budget import Budget
+from millpond.memory.heap import hold_nothing
+from millpond.memory.plan import Plan
+from millpond.models.base import Family, Grid
 from millpond.precision.device_budget import DeviceSplit, Workspace, split_device, weight_bytes
 from millpond.precision.folder import is_quantized
+from millpond.stream.runner import Runner
 
 __all__ = ["DEFAULT_FRAME", "DevicePlan", "default_budget", "least_budget", "load_within", "plan_device"]
 
@@ -49,7 +49,7 @@ def plan_device(
         folder: where the model lies; its quantized weights, if it has any, are read at a width that fits. None for a loaded model.
         device_memory: all bytes of the device that millpond may use.
         frame: height and width of the largest frame, in pixels.
-        stream: the other arguments of `millpond.flow.Flow`.
+        stream: the other arguments of `millpond.stream.runner.Runner`.
 
     Raises:
         BudgetError: not even the least of everything fits; names it, or the policy has no cap.
@@ -61,18 +61,18 @@ def plan_device(
     if folder is not None and is_quantized(folder):
         weights = weight_bytes(Path(folder))
     lightest = weights if isinstance(weights, int) else min(weights.values())
-    least = least_budget(family, grid, **stream)
+    minimum = least_budget(family, grid, **stream)
     # A larger stream runs in larger blocks, which take more workspace: the workspace is planned for a stream of at most so many
     # bytes, for a few such limits, and the one that leaves the stream most is taken.
-    ratio = max(1.0, (memory - lightest) / least)
-    split = _limited(family, grid, least, weights, memory, least, stream)
+    ratio = max(1.0, (memory - lightest) / minimum)
+    split = _limited(family, grid, minimum, weights, memory, minimum, stream)
     for step in range(1, _LIMITS + 1):
         try:
-            other = _limited(family, grid, int(least * ratio ** (step / _LIMITS)), weights, memory, least, stream)
+            other = _limited(family, grid, int(minimum * ratio ** (step / _LIMITS)), weights, memory, minimum, stream)
         except BudgetError:  # blocks of that size have no room beside the rest
             break
         split = max(split, other, key=lambda one: one.kv)
-    return DevicePlan(split, Flow(family, budget=split.kv, **stream).plan_for(grid))
+    return DevicePlan(split, Runner(family, budget=split.kv, **stream).plan_for(grid))
 
 
 def _limited(
@@ -81,11 +81,11 @@ def _limited(
     limit: int,
     weights: int | dict[int, int],
     memory: int,
-    least: int,
+    minimum: int,
     stream: dict[str, Any],
 ) -> DeviceSplit:
     """The split with a stream of at most `limit` bytes."""
-    plan = Flow(family, budget=limit, **stream).plan_for(grid)
+    plan = Runner(family, budget=limit, **stream).plan_for(grid)
     patch = family.model.config.vision_config.patch_size
     workspace = Workspace.of(
         family.model.config,
@@ -94,7 +94,7 @@ def _limited(
         patches=plan.block_groups * plan.frames_per_group * (grid.height // patch) * (grid.width // patch),
     )
     workspace = replace(workspace, fixed=workspace.fixed + _HEAP)
-    split = split_device(memory, weights, family.geometry, workspace, kv_least=least)
+    split = split_device(memory, weights, family.geometry, workspace, kv_least=minimum)
     kv = min(split.kv, limit)
     return replace(split, kv=kv, workspace=memory - split.weights - kv, slots=kv // family.geometry.bytes_per_token)
 
@@ -112,7 +112,7 @@ def load_within(
 
     Args:
         model: as in `millpond.Session.from_pretrained`. frame, stream: as in `plan_device`.
-        target_bits, load: the arguments of `millpond.families.load`; not for a loaded model.
+        target_bits, load: the arguments of `millpond.models.load`; not for a loaded model.
     """
 
     if device_memory is not None:
@@ -122,29 +122,29 @@ def load_within(
         return None if device_memory is None else plan_device(family, folder, device_memory, frame, **stream).split
 
     if isinstance(model, tuple):
-        family = families.adapt(*model)
+        family = models.adapt(*model)
         split = planned(family, None)
     elif device_memory is None:
-        family, split = families.load(model, target_bits=target_bits, **load), None
+        family, split = models.load(model, target_bits=target_bits, **load), None
     else:
         # Planned before any weight is read.
-        bare = families.load(model, dtype=load["dtype"], max_pixels=load["max_pixels"], weights=False)
+        bare = models.load(model, dtype=load["dtype"], max_pixels=load["max_pixels"], weights=False)
         split = planned(bare, model)
-        family = families.load(model, width=None if split is None else split.width, target_bits=target_bits, **load)
+        family = models.load(model, width=None if split is None else split.width, target_bits=target_bits, **load)
     return family, None if split is None else split.kv
 
 
 def least_budget(family: Family, grid: Grid, **stream: Any) -> int:
-    """The least budget in bytes with which a stream of such frames works."""
-    least = 1
+    """The minimum budget in bytes with which a stream of such frames works."""
+    minimum = 1
     for _ in range(2):  # for the prompt alone, then for frames
         try:
-            Flow(family, budget=least, **stream).plan_for(grid)
+            Runner(family, budget=minimum, **stream).plan_for(grid)
         except BudgetError as error:
-            if error.least is None:
+            if error.minimum is None:
                 raise
-            least = error.least
-    return least
+            minimum = error.minimum
+    return minimum
 
 
 def default_budget(
@@ -157,23 +157,23 @@ def default_budget(
     Args:
         family: with or without its weights.
         frame: height and width of the largest frame, in pixels. fps: frames a second.
-        stream: the other arguments of `millpond.flow.Flow`.
+        stream: the other arguments of `millpond.stream.runner.Runner`.
 
     Raises:
-        BudgetError: not even the least that works would be free.
+        BudgetError: not even the minimum that works would be free.
     """
     grid = family.grid(*frame)
-    least = least_budget(family, grid, **stream)
-    check_memory(least, family.device)
+    minimum = least_budget(family, grid, **stream)
+    check_memory(minimum, family.device)
     there = available_memory(family.device)
-    most = max(least, there // 2 if there is not None else least * 1024)
+    most = max(minimum, there // 2 if there is not None else minimum * 1024)
 
     def suits(budget: int) -> bool:
-        return Flow(family, budget=budget, **stream).plan_for(grid).seconds_in_full(fps) >= _DEFAULT_SECONDS
+        return Runner(family, budget=budget, **stream).plan_for(grid).seconds_in_full(fps) >= _DEFAULT_SECONDS
 
-    low, high = -(-least // _STEP), max(1, most // _STEP)  # the answer lies in (low, high], or is one of the ends
+    low, high = -(-minimum // _STEP), max(1, most // _STEP)  # the answer lies in (low, high], or is one of the ends
     if low >= high or not suits(high * _STEP):
-        return max(least, min(most, high * _STEP))
+        return max(minimum, min(most, high * _STEP))
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if suits(middle * _STEP) else (middle + 1, high)

@@ -1,7 +1,7 @@
 """What can go wrong, as one tree; every message says what to do.
 
 MillpondError
-├── BudgetError     the byte budget cannot hold what was asked (names the least that works)
+├── BudgetError     the byte budget cannot hold what was asked (names the minimum that works)
 ├── SourceError     a file, camera, stream or codec
 ├── ModelError      a model family that is not supported (lists those that are)
 ├── PolicyError     a policy that does not exist, or whose parameters cannot work here
@@ -28,12 +28,12 @@ class MillpondError(Exception):
 class BudgetError(MillpondError):
     """The byte budget cannot hold what was asked.
 
-    `least` is the smallest budget in bytes that works, where one exists.
+    `minimum` is the smallest budget in bytes that works, where one exists.
     """
 
-    def __init__(self, message: str, *, least: int | None = None) -> None:
+    def __init__(self, message: str, *, minimum: int | None = None) -> None:
         super().__init__(message)
-        self.least = least
+        self.minimum = minimum
 
 
 class SourceError(MillpondError):

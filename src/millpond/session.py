@@ -19,18 +19,18 @@ from millpond import admission as admissions
 from millpond import policies
 from millpond.admission.base import Admission
 from millpond.answer import Answer, LayerMemory, Usage
-from millpond.available import check_memory
-from millpond.budget import Budget
 from millpond.device import DEFAULT_FRAME, default_budget, load_within
 from millpond.errors import BudgetError, MillpondError, PolicyError
-from millpond.exclusive import Exclusive
-from millpond.families.base import Family
-from millpond.flow import Flow, Positions
 from millpond.frames import Frame
-from millpond.intake import Intake
-from millpond.plan import Plan
+from millpond.memory.available import check_memory
+from millpond.memory.budget import Budget
+from millpond.memory.plan import Plan
+from millpond.models.base import Family
 from millpond.policies.base import Policy
-from millpond.turn import Turn
+from millpond.stream.exclusive import Exclusive
+from millpond.stream.ingest import Ingest
+from millpond.stream.runner import Positions, Runner
+from millpond.stream.turn import Turn
 
 __all__ = ["Session"]
 
@@ -42,7 +42,7 @@ class Session:
     """Watch frames, answer questions, never hold a byte more than the budget.
 
     Args:
-        family: an adapted model (`millpond.families.load` or `adapt`), shared freely between sessions.
+        family: an adapted model (`millpond.models.load` or `adapt`), shared freely between sessions.
         budget: bytes for everything the stream remembers: `"64MiB"`, `"2GB"` or an int. None only with the policy "full".
         policy: a name (`millpond policies` lists them) or a `Policy`.
         positions: what happens to rotary positions near the trained limit. "contiguous" closes the gaps that evictions left, so
@@ -59,7 +59,7 @@ class Session:
         host_path: a folder; host memory is then a mapped file in it, without a name, gone with the session.
 
     Raises:
-        BudgetError: the budget cannot even hold the prompt and one turn; names the least that works. Or it is more than the memory that
+        BudgetError: the budget cannot even hold the prompt and one turn; names the minimum that works. Or it is more than the memory that
             there is.
         PolicyError: no such policy or admission, or the two do not go together; host memory that is missing or not used.
         MillpondError: `positions` or `recent_frames` is none of what they may be.
@@ -82,13 +82,13 @@ class Session:
         if positions not in ("absolute", "contiguous"):
             raise MillpondError(f"positions must be 'absolute' or 'contiguous', not {positions!r}")
         chosen = policies.read(policy) if isinstance(policy, str) else policy
-        if chosen.recalls and host_budget is None:
+        if chosen.retrieved_frames and host_budget is None:
             raise PolicyError(f"the policy {chosen.name!r} recalls frames from host memory: give it a host_budget")
-        if not chosen.recalls and (host_budget is not None or host_path is not None):
+        if not chosen.retrieved_frames and (host_budget is not None or host_path is not None):
             raise PolicyError(
                 f"the policy {chosen.name!r} moves nothing to host memory: leave out host_budget and host_path"
             )
-        self._flow = Flow(
+        self._runner = Runner(
             family,
             budget=None if budget is None else int(Budget(budget)),
             policy=chosen,
@@ -101,10 +101,10 @@ class Session:
             host_path=host_path,
         )
         if budget is not None:
-            check_memory(self._flow.plan.total_bytes, family.device)
+            check_memory(self._runner.plan.total_bytes, family.device)
         if host_budget is not None and host_path is None:
             check_memory(int(Budget(host_budget)))
-        self._intake = Intake(self._flow)
+        self._ingest = Ingest(self._runner)
         self._make_locks()
 
     def _make_locks(self) -> None:
@@ -117,17 +117,17 @@ class Session:
     @property
     def family(self) -> Family:
         """The adapted model."""
-        return self._flow.family
+        return self._runner.family
 
     @property
     def policy(self) -> Policy:
         """What chooses which tokens survive."""
-        return self._flow.policy
+        return self._runner.policy
 
     @property
     def positions(self) -> Positions:
         """What happens to rotary positions near the trained limit."""
-        return self._flow.positions
+        return self._runner.positions
 
     @classmethod
     def from_pretrained(
@@ -158,7 +158,7 @@ class Session:
             budget: by default `millpond.device.default_budget`: a minute of video in full detail, at most half of the free memory.
             device_memory: in place of a budget: bytes for weights, stream and workspace together, split by
                 `millpond.device.plan_device`. A quantized model is read at the width that fits. Sets glibc's malloc for the whole
-                process (`millpond.heap.hold_nothing`).
+                process (`millpond.memory.heap.hold_nothing`).
             dtype: for example "bfloat16"; the checkpoint's own by default.
             device: "cpu", "cuda", ...; CUDA where there is one by default.
             attn_implementation: "sdpa" (default), "eager" or "flash_attention_2".
@@ -210,13 +210,13 @@ class Session:
             SourceError: the source broke, or a frame is not one, or its time is out of reach: more than a year after the one before it.
                 What had been seen before stays remembered, and the stream goes on with the next frame.
             ModelError: the model was cast or moved after the session began.
-            BudgetError: frames of this size cannot fit the budget; names the least that works. Nothing is lost.
+            BudgetError: frames of this size cannot fit the budget; names the minimum that works. Nothing is lost.
             MillpondError: this thread is streaming an answer, or feeding already.
         """
         self._turn.check()
-        self._flow.check_model()
-        with self._feeding.held(), self._flow.timed("total"):
-            return self._intake.feed(source, self._exclusive)
+        self._runner.check_model()
+        with self._feeding.held(), self._runner.timed("total"):
+            return self._ingest.feed(source, self._exclusive)
 
     # --- asking -------------------------------------------------------------------------------------------------
 
@@ -260,9 +260,9 @@ class Session:
             turn: Turn | None = None
             try:
                 with self._changing():
-                    self._flow.settle()
-                    self._flow.check_model()
-                    turn = Turn(self._flow, self._intake, remember=remember)
+                    self._runner.settle()
+                    self._runner.check_model()
+                    turn = Turn(self._runner, self._ingest, remember=remember)
                     pieces = turn.run(question, max_new_tokens)
                 while True:
                     # Not around the yield: what the caller does in between is not ours to hold up or to run without gradients.
@@ -278,8 +278,8 @@ class Session:
                         turn.roll_back()
                 raise
             finally:
-                self._flow.seconds["answers"] += perf_counter() - began
-                self._flow.seconds["total"] += perf_counter() - began
+                self._runner.seconds["answers"] += perf_counter() - began
+                self._runner.seconds["total"] += perf_counter() - began
             done = turn.done
             return Answer(
                 question=question,
@@ -297,25 +297,25 @@ class Session:
     def plan(self) -> Plan:
         """How the budget is split now: for the largest frames so far, or for text alone before the first."""
         with self._state:
-            return self._flow.plan
+            return self._runner.plan
 
     def plan_for(self, height: int, width: int) -> Plan:
         """How the budget would be split for frames of `height` x `width` pixels.
 
         Raises:
-            BudgetError: too small for such frames; names the least that works.
+            BudgetError: too small for such frames; names the minimum that works.
         """
         with self._state:
-            return self._flow.plan_for(self.family.grid(height, width))
+            return self._runner.plan_for(self.family.grid(height, width))
 
     def resize(self, budget: str | int) -> None:
         """Change the budget while the stream runs; a smaller one compacts at once.
 
         Raises:
-            BudgetError: too small for this model and frame size; names the least that works. Nothing changes.
+            BudgetError: too small for this model and frame size; names the minimum that works. Nothing changes.
         """
         with self._exclusive():
-            self._flow.resize(budget)
+            self._runner.resize(budget)
 
     # --- looking in ---------------------------------------------------------------------------------------------
 
@@ -323,25 +323,25 @@ class Session:
     def usage(self) -> Usage:
         """Bytes, tokens, frames and seconds so far; from any thread, also within one's own streaming loop."""
         with self._changing():  # before the first frame this makes the memory
-            flow, at, pond = self._flow, self._intake.at, self._flow.pond
+            runner, at, pond = self._runner, self._ingest.at, self._runner.pond
             pond.finish()
-            seconds: dict[str, Any] = {f"seconds_{stage}": spent for stage, spent in flow.seconds.items()}
+            seconds: dict[str, Any] = {f"seconds_{stage}": spent for stage, spent in runner.seconds.items()}
             return Usage(
                 budget_bytes=pond.plan.budget,
                 live_bytes=pond.live_bytes,
                 allocated_bytes=pond.ledger.held,
                 peak_bytes=pond.ledger.peak,
-                full_cache_bytes=flow.tokens * self.family.geometry.kv_bytes_per_token,
+                full_cache_bytes=runner.tokens * self.family.geometry.kv_bytes_per_token,
                 frames_seen=at.frames,
                 frames_dropped=at.dropped,
                 frames_skipped=at.skipped,
                 frames_reduced=at.reduced,
                 timestamps_kept=pond.timestamps(),
                 memory_tokens=pond.memory_tokens,
-                stream_tokens=flow.tokens,
+                stream_tokens=runner.tokens,
                 evicted_tokens=pond.evicted,
                 compactions=pond.compactions,
-                reanchorings=flow.reanchorings,
+                reanchorings=runner.reanchorings,
                 stream_seconds=(at.last_us or 0) / 1e6,
                 **seconds,
                 **({} if pond.host is None else pond.host.usage()),
@@ -353,11 +353,11 @@ class Session:
             return tuple(
                 LayerMemory(
                     seconds=times.cpu().numpy() / 1e6,
-                    row=place[:, :, 0].cpu().numpy().copy(),
-                    column=place[:, :, 1].cpu().numpy().copy(),
-                    packed=self._flow.pond.packed_tokens,
+                    row=grid_position[:, :, 0].cpu().numpy().copy(),
+                    column=grid_position[:, :, 1].cpu().numpy().copy(),
+                    quantized=self._runner.pond.quantized_tokens,
                 )
-                for times, place in self._flow.pond.kept()
+                for times, grid_position in self._runner.pond.kept()
             )
 
     def fork(self) -> Session:
@@ -365,8 +365,8 @@ class Session:
         with self._exclusive():
             other = object.__new__(Session)
             other.__dict__.update(self.__dict__)
-            other._flow = self._flow.fork()
-            other._intake = self._intake.fork(other._flow)
+            other._runner = self._runner.fork()
+            other._ingest = self._ingest.fork(other._runner)
             other._make_locks()
             return other
 
@@ -376,7 +376,7 @@ class Session:
     def _exclusive(self) -> Iterator[None]:
         """Nobody else's turn, and nobody reads meanwhile."""
         with self._turn.held(), self._changing():
-            self._flow.settle()
+            self._runner.settle()
             yield
 
     @contextmanager

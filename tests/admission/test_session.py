@@ -10,9 +10,9 @@ from torch import Tensor
 
 from millpond import PolicyError, Session
 from millpond.admission import Admission, Verdict
-from millpond.admission.gate import sift
-from millpond.families.base import Family
-from tests.families.tiny import FAMILIES, tiny
+from millpond.admission.gate import filter_groups
+from millpond.models.base import Family
+from tests.models.tiny import FAMILIES, tiny
 from tests.session.frames import moving
 from tests.session.measure import held_bytes
 from tests.session.test_session import state, tight
@@ -56,25 +56,25 @@ def test_what_is_let_in_lies_where_it_would_have_lain(name: str) -> None:
     whole, gated = Session(family, budget="64MiB"), Session(family, budget="64MiB", admission=Scripted(says=says))
     for session in (whole, gated):
         session.feed(list(moving(28)))
-    sources = [session._flow.pond for session in (whole, gated)]
+    sources = [session._runner.pond for session in (whole, gated)]
     start = sources[0].plan.prompt_tokens
     groups = 28 // family.frames_per_group
     live = slice(start, sources[0].length)
     _, group_of = sources[0].layers[0].time_us[0, live].unique_consecutive(return_inverse=True)
     expected = []
     for slot, group in enumerate(group_of.tolist(), start):
-        row, column = sources[0].layers[0].place[0, slot].tolist()
+        row, column = sources[0].layers[0].grid_position[0, slot].tolist()
         verdict = says[group % len(says)]
         if verdict == "clear" or (verdict == "reduced" and (row < 0 or (row + column) % 2 == 0)):
             expected.append(slot)
     assert sources[1].length == start + len(expected)
     for mine, theirs in zip(sources[1].layers, sources[0].layers, strict=True):
-        for field in ("time_us", "place", "positions"):
+        for field in ("time_us", "grid_position", "positions"):
             assert torch.equal(getattr(mine, field)[:, start : sources[1].length], getattr(theirs, field)[:, expected])
     # The first group saw the same past, so its keys are the same bits; the clock went on for what was left out.
     first = slice(start, start + int((group_of == 0).sum()))
     assert torch.equal(sources[1].layers[-1].keys[:, :, first], sources[0].layers[-1].keys[:, :, first])
-    assert gated._flow.clock == whole._flow.clock
+    assert gated._runner.clock == whole._runner.clock
     usage = gated.usage
     span = family.frames_per_group
     counted = [says[group % len(says)] for group in range(groups)]
@@ -91,14 +91,14 @@ def test_a_reduced_frame_is_half_of_every_row_and_column(monkeypatch: pytest.Mon
     family = tiny("qwen3_vl")
     block = [family.prepare(frame.pixels) for frame in moving(4)]
     tokens = family.encode(block, [0, 500_000, 1_000_000, 1_500_000])
-    admitted, verdicts, _ = sift(Scripted(says=("reduced",)), tokens, None)
+    admitted, verdicts, _ = filter_groups(Scripted(says=("reduced",)), tokens, None)
     assert verdicts == ("reduced", "reduced")
     taken = tokens.pick(admitted)
     grid = family.grid(56, 56)
     assert int(taken.visual.sum()) == grid.rows * grid.cols  # two groups, half of each
     assert int((~taken.visual).sum()) == int((~tokens.visual).sum())
     for axis in (0, 1):
-        assert (taken.place[taken.visual][:, axis].unique(return_counts=True)[1] == grid.cols).all()
+        assert (taken.grid_position[taken.visual][:, axis].unique(return_counts=True)[1] == grid.cols).all()
     for whole, part in zip(tokens.deepstack, taken.deepstack, strict=True):
         assert torch.equal(part, whole[torch.isin(tokens.visual.nonzero()[:, 0], admitted)])
 
@@ -112,7 +112,7 @@ def test_the_cap_holds_with_any_policy(name: str, policy: str, monkeypatch: pyte
     forward = family.forward
 
     def watched(*args: Any) -> Tensor:
-        assert held_bytes(session) <= session._flow.pond.ledger.held <= budget
+        assert held_bytes(session) <= session._runner.pond.ledger.held <= budget
         return forward(*args)
 
     monkeypatch.setattr(family, "forward", watched)
@@ -149,18 +149,18 @@ def test_a_fork_goes_on_by_itself(qwen: Family) -> None:
     fork.feed(list(moving(30, start=15, seed=3)))
     assert state(fork) == state(session)
     assert fork.usage.frames_reduced == session.usage.frames_reduced
-    assert fork._flow.pond.ledger.held == session._flow.pond.ledger.held
+    assert fork._runner.pond.ledger.held == session._runner.pond.ledger.held
 
 
 def test_a_block_that_fails_leaves_the_admission_as_it_was(qwen: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     session = tight(qwen, admission="curvestream")
     session.feed(list(moving(20)))
-    before, seen = session._flow._seen, session.usage
+    before, seen = session._runner._seen, session.usage
     with monkeypatch.context() as patch:
         patch.setattr(qwen, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("no")))
         with pytest.raises(RuntimeError):
             session.feed(list(moving(8, start=10)))
-    assert session._flow._seen is before
+    assert session._runner._seen is before
     assert session.usage.frames_reduced == seen.frames_reduced
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from millpond.cache.arena import Arena
 from millpond.cache.layer import PondLayer
-from millpond.geometry import Geometry
-from millpond.resumable import Steps
+from millpond.memory.geometry import Geometry
+from millpond.memory.resumable import Steps
 from tests.session.measure import transient_peak
 
 GEOMETRY = Geometry(layers=4, kv_heads=2, head_dim=8, dtype=torch.float32, axes=3)

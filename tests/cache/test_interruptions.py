@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import millpond
 from millpond import native, policies
 from millpond.cache import Pond
-from millpond.cache.host import HostTier
-from millpond.cache.reanchor import close_gaps, shift_uniformly
+from millpond.cache.host import HostCache
+from millpond.cache.rerotation import close_gaps, shift_uniformly
 from millpond.errors import BudgetError, MillpondError
-from millpond.geometry import Geometry
-from millpond.plan import Plan, make_plan
+from millpond.memory.geometry import Geometry
+from millpond.memory.plan import Plan, make_plan
 from millpond.policies.base import TEXT, Policy
 from millpond.policies.mikv import MiKV
 from millpond.positions import Clock, Rope
@@ -38,7 +38,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "arena": lambda: layered("random", 0.6, 1.4),
     "low bits": lambda: MiKV(bits=4, group=4, full_share=0.5, base=Scattered()),
     "host": lambda: policies.get("rekv", frames=2),
-    "sums": lambda: policies.get("h2o"),
+    "accumulated_attention": lambda: policies.get("h2o"),
     "merging": lambda: policies.get("kvmerger", window=4),
     "deepest first": lambda: policies.get("hermes"),
 }
@@ -54,11 +54,11 @@ class Scene:
 
 
 def plan_for(policy: Policy, above: int) -> Plan:
-    """Of the least budget, and so many tokens above it."""
+    """Of the minimum budget, and so many tokens above it."""
     numbers = {"prompt_tokens": 3, "group_tokens": ROWS * COLS, "reserve_tokens": 5, "proxy_tokens": 3}
-    with pytest.raises(BudgetError) as least:
+    with pytest.raises(BudgetError) as minimum:
         make_plan(1, GEOMETRY, policy, **numbers)
-    budget = least.value.least + above * GEOMETRY.bytes_per_token
+    budget = minimum.value.minimum + above * GEOMETRY.bytes_per_token
     return replace(make_plan(budget, GEOMETRY, policy, **numbers), chunk=3)
 
 
@@ -69,22 +69,22 @@ def scene(kind: str, above: int = 12) -> Scene:
     pond.rope = ROPE
     pond.queries.rows.normal_()
     pond.queries.counts = [pond.plan.query_bytes // GEOMETRY.query_bytes] * GEOMETRY.layers
-    if policy.recalls:
-        pond.host = HostTier(GEOMETRY, ROPE, 60 * HostTier.token_bytes(GEOMETRY))
+    if policy.retrieved_frames:
+        pond.host = HostCache(GEOMETRY, ROPE, 60 * HostCache.token_bytes(GEOMETRY))
     clock = Clock(step=STEP)
     grid = torch.cartesian_prod(torch.arange(ROWS), torch.arange(COLS))
 
-    def append(positions: torch.Tensor, place: torch.Tensor, time: int, *, prompt: bool = False) -> None:
-        count = len(place)
+    def append(positions: torch.Tensor, grid_position: torch.Tensor, time: int, *, prompt: bool = False) -> None:
+        count = len(grid_position)
         times = torch.full((count,), time)
-        pond.announce(times, place.to(torch.int16), positions)
+        pond.write_metadata(times, grid_position.to(torch.int16), positions)
         for layer in range(GEOMETRY.layers):
             pond.update(torch.randn(1, 2, count, WIDTH), torch.randn(1, 2, count, WIDTH), layer)
         for layer in pond.layers:
-            if layer.sums is not None:
-                layer.sums[:, : layer.length].uniform_()
+            if layer.accumulated_attention is not None:
+                layer.accumulated_attention[:, : layer.length].uniform_()
         if not prompt:
-            pond.commit(times, place.to(torch.int16))
+            pond.commit(times, grid_position.to(torch.int16))
 
     append(clock.text(3).expand(3, -1), torch.full((3, 2), TEXT), 0, prompt=True)
     time = 0
@@ -92,7 +92,7 @@ def scene(kind: str, above: int = 12) -> Scene:
         time += 1
         if pond.overrun(ROWS * COLS) > 0 and pond.compactions >= 3:
             return Scene(pond, clock)
-        pond.admit(ROWS * COLS)
+        pond.ensure_capacity(ROWS * COLS)
         base = clock.open_segment(0)
         first = clock.origin + clock.groups * 3 * STEP  # gaps to close
         clock.groups += 1
@@ -102,7 +102,7 @@ def scene(kind: str, above: int = 12) -> Scene:
 
 
 def compact(one: Scene) -> None:
-    one.pond.compact(one.pond.full_tokens - 6)
+    one.pond.compact(one.pond.full_precision_tokens - 6)
 
 
 def smaller(one: Scene) -> None:
@@ -133,14 +133,20 @@ def state(one: Scene) -> list[Any]:
     """Everything that lives in a pond, and its books."""
     pond = one.pond
     out: list[Any] = [vars(one.clock).copy(), pond.plan, pond.ledger.limit, pond._ahead, list(pond._recent), pond._text]
-    out += [pond.compactions, pond.evicted, pond.nbytes, pond.ledger.account("storage"), pond.ledger.account("desk")]
+    out += [
+        pond.compactions,
+        pond.evicted,
+        pond.nbytes,
+        pond.ledger.account("storage"),
+        pond.ledger.account("dequantization_buffer"),
+    ]
     tensors = [pond.queries.rows]
     for layer in pond.layers:
         out += [layer.length, layer.capacity, {tensor.shape[1] for tensor in layer.tensors()}]
         tensors += [tensor[:, : layer.length] for tensor in layer.tensors()]
-        if pond.desk:
-            out += [layer.shelf.groups, layer.shelf.capacity]
-            tensors += [tensor[:, : layer.shelf.groups] for tensor in layer.shelf.tensors()]
+        if pond.dequantization_buffer:
+            out += [layer.quantized_store.groups, layer.quantized_store.capacity]
+            tensors += [tensor[:, : layer.quantized_store.groups] for tensor in layer.quantized_store.tensors()]
     if pond.host is not None:
         host = pond.host
         out += [host.first, host.end, host.forgotten, host.bytes_in, host.span, host._next, host._moved.tolist()]

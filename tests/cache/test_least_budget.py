@@ -1,4 +1,4 @@
-"""The least budget that a plan accepts carries a stream, whatever the policy."""
+"""The minimum budget that a plan accepts carries a stream, whatever the policy."""
 
 import pytest
 import torch
@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from millpond import policies
 from millpond.cache import Pond
-from millpond.cache.host import HostTier
+from millpond.cache.host import HostCache
 from millpond.errors import BudgetError
-from millpond.geometry import Geometry
-from millpond.plan import make_plan
+from millpond.memory.geometry import Geometry
+from millpond.memory.plan import make_plan
 from millpond.policies.registry import POLICIES
 from millpond.positions import Rope
 
@@ -33,27 +33,27 @@ def test_the_least_budget_carries_many_blocks(
     policy = policies.read(name)
     geometry = Geometry(layers, 2, WIDTH, torch.float32, axes=3)
     numbers = {"prompt_tokens": prompt, "group_tokens": grid[0] * grid[1], "reserve_tokens": 4, "proxy_tokens": 3}
-    with pytest.raises(BudgetError) as least:
+    with pytest.raises(BudgetError) as minimum:
         make_plan(1, geometry, policy, **numbers)
-    budget = least.value.least + spare * geometry.bytes_per_token
+    budget = minimum.value.minimum + spare * geometry.bytes_per_token
     plan = make_plan(budget, geometry, policy, **numbers)
     pond = Pond(geometry, plan, policy, torch.device("cpu"))
     pond.rope = ROPE
     pond.queries.rows.normal_()
     pond.queries.counts = [plan.query_bytes // geometry.query_bytes] * layers
-    if policy.recalls:
-        pond.host = HostTier(geometry, ROPE, 1 << 20)
+    if policy.retrieved_frames:
+        pond.host = HostCache(geometry, ROPE, 1 << 20)
     cells = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])).view(-1, 2).to(torch.int16)
-    place = cells.repeat(plan.block_groups, 1)
+    grid_position = cells.repeat(plan.block_groups, 1)
     pond_prompt = torch.zeros(prompt, dtype=torch.int64)
     for block in range(-1, 40):
         times = (
             (torch.arange(plan.block_groups) + 4 * block).repeat_interleave(len(cells)) if block >= 0 else pond_prompt
         )
-        at = place if block >= 0 else torch.full((prompt, 2), -1, dtype=torch.int16)
+        at = grid_position if block >= 0 else torch.full((prompt, 2), -1, dtype=torch.int16)
         if block >= 0:
-            pond.admit(len(times))
-        pond.announce(times, at, times.expand(3, -1))
+            pond.ensure_capacity(len(times))
+        pond.write_metadata(times, at, times.expand(3, -1))
         for layer in range(layers):
             pond.update(torch.randn(1, 2, len(times), WIDTH), torch.randn(1, 2, len(times), WIDTH), layer)
         if block >= 0:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from millpond.cache import Ledger, Pond
 from millpond.errors import BudgetError, ModelError, PolicyError
-from millpond.geometry import Geometry
-from millpond.plan import make_plan
+from millpond.memory.geometry import Geometry
+from millpond.memory.plan import make_plan
 from millpond.policies.base import TEXT, Policy
 from tests.cache.text_model import Newest, Scattered
 
@@ -38,15 +38,15 @@ class Stream:
         self.record: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.serial = 0
 
-    def add(self, count: int, time_us: int, place: torch.Tensor | None = None, *, prompt: bool = False) -> None:
+    def add(self, count: int, time_us: int, grid_position: torch.Tensor | None = None, *, prompt: bool = False) -> None:
         geometry = self.pond.geometry
-        self.pond.admit(count)
-        if place is None:
-            place = torch.stack([torch.zeros(count), torch.arange(count)], dim=1).to(torch.int16)
+        self.pond.ensure_capacity(count)
+        if grid_position is None:
+            grid_position = torch.stack([torch.zeros(count), torch.arange(count)], dim=1).to(torch.int16)
         times = torch.full((count,), time_us, dtype=torch.int64)
         # The serial number rides in the positions, so that a survivor says which token it is.
         serials = torch.arange(self.serial, self.serial + count)
-        self.pond.announce(times, place, serials.expand(geometry.axes, -1))
+        self.pond.write_metadata(times, grid_position, serials.expand(geometry.axes, -1))
         for layer in range(geometry.layers):
             shape = (1, geometry.kv_heads, count, geometry.head_dim)
             keys, values = (torch.randn(shape, generator=self.random).to(geometry.dtype) for _ in range(2))
@@ -57,7 +57,7 @@ class Stream:
             assert torch.equal(got_keys[:, :, -count:], keys)
             assert got_keys.shape[2] == got_values.shape[2] == self.pond.layers[layer].get_seq_length()
         if not prompt:
-            self.pond.commit(times, place)
+            self.pond.commit(times, grid_position)
         self.serial += count
 
     def check(self) -> list[list[list[int]]]:
@@ -105,7 +105,7 @@ def test_the_protected_frames_are_the_policys_quarter() -> None:
         stream.add(GROUP, frame)
         if target.compactions > compactions:
             compactions = target.compactions
-            frames = (target.plan.memory_tokens + target.plan.room_tokens) // GROUP
+            frames = (target.plan.memory_tokens + target.plan.headroom_tokens) // GROUP
             recent = max(1, int(0.25 * (frames - 1)))
             newest = set(range(stream.serial - GROUP * (recent + 1), stream.serial))
             for heads in stream.check():
@@ -141,12 +141,12 @@ def test_a_block_that_cannot_fit_is_refused_and_nothing_is_forgotten() -> None:
     stream.add(GROUP, 1)
     before = stream.check()
     with pytest.raises(BudgetError) as caught:
-        target.admit(10_000)
-    assert caught.value.least is not None
-    assert caught.value.least > target.plan.budget
+        target.ensure_capacity(10_000)
+    assert caught.value.minimum is not None
+    assert caught.value.minimum > target.plan.budget
     assert stream.check() == before
     with pytest.raises(BudgetError):
-        target.admit_turn(10_000)
+        target.ensure_turn_capacity(10_000)
     assert stream.check() == before
 
 
@@ -195,7 +195,7 @@ def test_a_policy_that_breaks_its_contract_is_an_error_and_the_memory_stays_unto
     while target.overrun(GROUP) <= 0:
         stream.add(GROUP, stream.serial)
     with pytest.raises(PolicyError):
-        target.admit(GROUP)
+        target.ensure_capacity(GROUP)
     assert (target.compactions, target.evicted) == (0, 0)
     assert all(serials == list(range(stream.serial)) for heads in stream.check() for serials in heads)
 
@@ -218,7 +218,7 @@ def test_a_policy_that_cannot_merge_is_an_error_and_the_pass_is_finished_without
     while target.overrun(GROUP) <= 0:
         stream.add(GROUP, stream.serial)
     with pytest.raises(PolicyError, match="on purpose"):
-        target.admit(GROUP)
+        target.ensure_capacity(GROUP)
     assert target.compactions == 1
     kept = list(range(3)) + list(range(stream.serial - target.memory_tokens, stream.serial))
     assert all(serials == kept for heads in stream.check() for serials in heads)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from millpond.cache import Pond
 from millpond.errors import BudgetError
-from millpond.geometry import Geometry
-from millpond.plan import Plan, make_plan
+from millpond.memory.geometry import Geometry
+from millpond.memory.plan import Plan, make_plan
 from millpond.policies.base import Policy
 from millpond.policies.mikv import MiKV
 from tests.cache.test_pond import Stream
@@ -27,9 +27,9 @@ POLICIES: dict[str, Policy] = {
 
 def plan_for(policy: Policy, geometry: Geometry, group: int, above: int) -> Plan:
     numbers = {"prompt_tokens": 3, "group_tokens": group, "reserve_tokens": 5, "frame_bytes": 4 * group}
-    with pytest.raises(BudgetError) as least:
+    with pytest.raises(BudgetError) as minimum:
         make_plan(1, geometry, policy, **numbers)
-    return make_plan(least.value.least + above * geometry.bytes_per_token, geometry, policy, **numbers)
+    return make_plan(minimum.value.minimum + above * geometry.bytes_per_token, geometry, policy, **numbers)
 
 
 @pytest.mark.parametrize("kind", POLICIES)

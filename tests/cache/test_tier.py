@@ -9,16 +9,16 @@ from torch import Tensor
 
 from millpond import native
 from millpond.cache import Pond
-from millpond.cache.codec import Codec
-from millpond.cache.reanchor import close_gaps, shift_uniformly
+from millpond.cache.kv_quantizer import KVQuantizer
+from millpond.cache.rerotation import close_gaps, shift_uniformly
 from millpond.cache.tier import Tier, stream_order
 from millpond.errors import PolicyError
-from millpond.geometry import Geometry
-from millpond.plan import Plan, make_plan
+from millpond.memory.geometry import Geometry
+from millpond.memory.plan import Plan, make_plan
 from millpond.policies.base import TEXT, Policy, View
 from millpond.policies.mikv import MiKV
 from millpond.positions import Clock
-from tests.cache.test_reanchor import ROPE, Stream, roped
+from tests.cache.test_rerotation import ROPE, Stream, roped
 from tests.cache.text_model import Scattered
 from tests.session.measure import transient_peak
 
@@ -48,12 +48,12 @@ class TieredStream(Stream):
         worst = super().worst()
         values, raw = self.values()
         for layer in self.pond.layers:
-            shelf = layer.shelf
+            quantized_store = layer.quantized_store
             for head in range(2):
-                got = torch.empty(2, shelf.tokens, 16)
-                shelf.read(head, 0, shelf.tokens, got[0], got[1])
+                got = torch.empty(2, quantized_store.tokens, 16)
+                quantized_store.read(head, 0, quantized_store.tokens, got[0], got[1])
                 nearest = torch.cdist(got[1], values).argmin(dim=1)
-                want = roped(raw[nearest], shelf.live("positions")[head])
+                want = roped(raw[nearest], quantized_store.live("positions")[head])
                 worst = max(worst, float((got[0].double() - want).abs().max()))
         return worst
 
@@ -67,7 +67,7 @@ def state(pond: Pond) -> list[Tensor]:
     out = []
     for layer in pond.layers:
         out += [tensor[:, : layer.length].clone() for tensor in layer.tensors()]
-        out += [tensor[:, : layer.shelf.groups].clone() for tensor in layer.shelf.tensors()]
+        out += [tensor[:, : layer.quantized_store.groups].clone() for tensor in layer.quantized_store.tensors()]
     return out
 
 
@@ -82,17 +82,20 @@ def test_a_token_is_in_full_then_packed_then_gone_and_every_number_is_its_own() 
         stream.frame()
         pond = stream.pond
         assert pond.ledger.held <= pond.plan.budget
-        assert pond.memory_tokens == pond.full_tokens + pond.packed_tokens
+        assert pond.memory_tokens == pond.full_precision_tokens + pond.quantized_tokens
         assert pond.memory_tokens + pond.evicted == 6 * (frame + 1)  # packing forgets nothing
         for layer in pond.layers:
             for head in range(2):
-                full, packed = layer.positions[head, : layer.length, :], layer.shelf.live("positions")[head]
-                both = [tuple(row) for row in torch.cat([full, packed]).tolist()]
+                full, quantized = (
+                    layer.positions[head, : layer.length, :],
+                    layer.quantized_store.live("positions")[head],
+                )
+                both = [tuple(row) for row in torch.cat([full, quantized]).tolist()]
                 assert len(set(both)) == len(both), "a token is in one tier only"
                 latest = {tuple(row) for row in full[-6:].tolist()}
                 assert {t for t, *_ in latest} == {max(t for t, *_ in both)}, "the latest frame is in full"
-                seen_packed |= set(packed[:, 0].tolist())
-    assert pond.packed_tokens == pond.plan.packed_tokens
+                seen_packed |= set(quantized[:, 0].tolist())
+    assert pond.quantized_tokens == pond.plan.quantized_tokens
     assert pond.evicted > 100
     assert len(seen_packed) > 40
     assert stream.worst() <= 0.03  # 8 bits of keys up to 4
@@ -106,11 +109,13 @@ def test_a_group_is_written_once() -> None:
     for _ in range(60):
         stream.frame()
         for index, layer in enumerate(stream.pond.layers):
-            shelf = layer.shelf
+            quantized_store = layer.quantized_store
             for head in range(2):
-                for group in range(shelf.groups):
-                    name = index, head, tuple(shelf.positions[head, group].flatten().tolist())
-                    codes = torch.cat([shelf.key_codes[head, group], shelf.value_codes[head, group]])
+                for group in range(quantized_store.groups):
+                    name = index, head, tuple(quantized_store.positions[head, group].flatten().tolist())
+                    codes = torch.cat(
+                        [quantized_store.key_codes[head, group], quantized_store.value_codes[head, group]]
+                    )
                     lived += name in first
                     assert torch.equal(first.setdefault(name, codes.clone()), codes)
     assert lived > 100
@@ -121,24 +126,26 @@ def test_transformers_sees_packed_tokens_in_front_of_full_ones() -> None:
     for _ in range(30):
         stream.frame()
     pond = stream.pond
-    packed, length = pond.packed_tokens, pond.length
-    assert packed > 0
-    assert pond.get_seq_length() == packed + length
-    assert pond.get_mask_sizes(2, 0) == (packed + length + 2, 0)
-    pond.announce(torch.zeros(2, dtype=torch.int64), torch.full((2, 2), TEXT, dtype=torch.int16), torch.zeros(3, 2))
+    quantized, length = pond.quantized_tokens, pond.length
+    assert quantized > 0
+    assert pond.get_seq_length() == quantized + length
+    assert pond.get_mask_sizes(2, 0) == (quantized + length + 2, 0)
+    pond.write_metadata(
+        torch.zeros(2, dtype=torch.int64), torch.full((2, 2), TEXT, dtype=torch.int16), torch.zeros(3, 2)
+    )
     for index, layer in enumerate(pond.layers):
         new = torch.randn(2, 1, 2, 2, 16)
         keys, values = pond.update(new[0], new[1], index)
-        assert keys.shape == values.shape == (1, 2, packed + length + 2, 16)
+        assert keys.shape == values.shape == (1, 2, quantized + length + 2, 16)
         assert torch.equal(keys[:, :, -2:], new[0])
-        assert torch.equal(keys[:, :, packed:-2], layer.keys[:, :, :length])
-        assert torch.equal(values[:, :, packed:-2], layer.values[:, :, :length])
+        assert torch.equal(keys[:, :, quantized:-2], layer.keys[:, :, :length])
+        assert torch.equal(values[:, :, quantized:-2], layer.values[:, :, :length])
         for head in range(2):
-            expected = torch.empty(packed, 16)
-            layer.shelf.read(head, 0, packed, expected, None)
-            assert torch.equal(keys[0, head, :packed], expected)
-            layer.shelf.read(head, 0, packed, None, expected)
-            assert torch.equal(values[0, head, :packed], expected)
+            expected = torch.empty(quantized, 16)
+            layer.quantized_store.read(head, 0, quantized, expected, None)
+            assert torch.equal(keys[0, head, :quantized], expected)
+            layer.quantized_store.read(head, 0, quantized, None, expected)
+            assert torch.equal(values[0, head, :quantized], expected)
 
 
 def test_a_rolled_back_turn_leaves_both_tiers_as_they_were() -> None:
@@ -147,7 +154,9 @@ def test_a_rolled_back_turn_leaves_both_tiers_as_they_were() -> None:
         stream.frame()
     pond, before = stream.pond, state(stream.pond)
     length = pond.length
-    pond.announce(torch.zeros(4, dtype=torch.int64), torch.full((4, 2), TEXT, dtype=torch.int16), torch.zeros(3, 4))
+    pond.write_metadata(
+        torch.zeros(4, dtype=torch.int64), torch.full((4, 2), TEXT, dtype=torch.int16), torch.zeros(3, 4)
+    )
     for index in range(2):
         pond.update(torch.randn(1, 2, 4, 16), torch.randn(1, 2, 4, 16), index)
     pond.truncate(length)
@@ -163,7 +172,7 @@ class Spy(Policy):
     seen: tuple[list[tuple[int, View]], ...] = ()
 
     def keep(self, view: View, slots: int) -> Tensor:
-        names = "keys", "values", "time_us", "place", "protected"
+        names = "keys", "values", "time_us", "grid_position", "protected"
         copies = {name: getattr(view, name).clone() for name in names}
         self.seen[0].append((view.keys.data_ptr(), replace(view, **copies)))
         rows = [
@@ -180,14 +189,14 @@ def test_the_policy_sees_packed_and_protected_tokens_in_stream_order() -> None:
         stream.frame()
         if at == 20:
             stream.text()
-    desk = stream.pond.desk.keys.data_ptr()
-    shown = [view for at, view in views if at == desk]
+    dequantization_buffer = stream.pond.dequantization_buffer.keys.data_ptr()
+    shown = [view for at, view in views if at == dequantization_buffer]
     assert len(shown) > 5
     values, _ = stream.values()
     for view in shown:
         assert bool((view.time_us[:, 1:] >= view.time_us[:, :-1]).all())
         assert int(view.protected.sum()) > 0
-        assert int((~view.protected).sum()) == 2 * stream.pond.plan.packed_tokens
+        assert int((~view.protected).sum()) == 2 * stream.pond.plan.quantized_tokens
         for head in range(2):
             for key, value, protected in zip(view.keys[head], view.values[head], view.protected[head], strict=True):
                 error = (values - value).abs().amax(1).min()
@@ -201,9 +210,9 @@ def test_the_groups_with_the_most_chosen_tokens_stay() -> None:
     stream = tiered(base=Spy(seen=(views,)), layers=1)
     for _ in range(60):
         stream.frame()
-    shelf = stream.pond.layers[0].shelf
+    quantized_store = stream.pond.layers[0].quantized_store
     for head in range(2):
-        oldest = int(shelf.positions[head, : shelf.groups, :, 0].min())
+        oldest = int(quantized_store.positions[head, : quantized_store.groups, :, 0].min())
         newest = int(stream.pond.layers[0].positions[head, : stream.pond.length, 0].max())
         # Frames of 6 tokens, 4 positions apart: what is remembered reaches back no further than its size, and a group.
         assert newest - oldest <= 4 * ((stream.pond.memory_tokens + 16) // 6 + 1)
@@ -230,9 +239,9 @@ def test_eight_bits_survive_many_closings_of_gaps() -> None:
         if at % 15 == 14:
             closed += close_gaps(stream.pond, ROPE, stream.clock)
             for head in range(2):
-                positions, place = stream.pond.layers[0].in_order(head)
+                positions, grid_position = stream.pond.layers[0].in_order(head)
                 assert bool((positions[1:, 0] >= positions[:-1, 0]).all())
-                assert place.shape[0] == stream.pond.layers[0].get_seq_length()
+                assert grid_position.shape[0] == stream.pond.layers[0].get_seq_length()
     assert closed > 0
     assert stream.worst() <= 0.2
 
@@ -247,15 +256,17 @@ def test_fork_is_a_copy_and_both_go_on_alone() -> None:
     mine = {
         t.untyped_storage().data_ptr()
         for layer in stream.pond.layers
-        for t in (*layer.tensors(), *layer.shelf.tensors())
+        for t in (*layer.tensors(), *layer.quantized_store.tensors())
     }
     for _ in range(10):
         stream.frame()
     assert same(state(other), before)
     assert mine.isdisjoint(
-        t.untyped_storage().data_ptr() for copy in other.layers for t in (*copy.tensors(), *copy.shelf.tensors())
+        t.untyped_storage().data_ptr()
+        for copy in other.layers
+        for t in (*copy.tensors(), *copy.quantized_store.tensors())
     )
-    assert other.desk is not stream.pond.desk
+    assert other.dequantization_buffer is not stream.pond.dequantization_buffer
 
 
 @pytest.mark.parametrize("factor", [0.6, 0.8, 1.2, 3.0])
@@ -270,8 +281,8 @@ def test_resize_keeps_what_it_can_and_both_caps(factor: float) -> None:
     assert pond.ledger.limit == budget
     assert pond.ledger.held <= budget
     assert pond.ledger.account("storage") == pond.nbytes
-    assert pond.ledger.account("desk") == plan.desk_bytes
-    assert pond.packed_tokens <= plan.packed_tokens
+    assert pond.ledger.account("dequantization_buffer") == plan.dequantization_bytes
+    assert pond.quantized_tokens <= plan.quantized_tokens
     assert stream.worst() <= 0.03
     if factor > 1:
         assert same(before, state(pond))
@@ -287,30 +298,34 @@ class Failing(Scattered):
 
     name: ClassVar[str] = "failing"
     layer: int = 1
-    packed: bool = False
+    quantized: bool = False
     armed: tuple[list[int], ...] = ()
 
     def keep(self, view: View, slots: int) -> Tensor:
-        desk = self.armed[0]
-        if desk and view.layer == self.layer and (view.keys.data_ptr() == desk[0]) == self.packed:
+        dequantization_buffer = self.armed[0]
+        if (
+            dequantization_buffer
+            and view.layer == self.layer
+            and (view.keys.data_ptr() == dequantization_buffer[0]) == self.quantized
+        ):
             raise PolicyError("on purpose")
         return super().keep(view, slots)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_policy_that_fails_leaves_both_tiers_whole(layer: int, packed: bool) -> None:
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_policy_that_fails_leaves_both_tiers_whole(layer: int, quantized: bool) -> None:
     armed: list[int] = []
-    stream = tiered(base=Failing(layer=layer, packed=packed, armed=(armed,)))
+    stream = tiered(base=Failing(layer=layer, quantized=quantized, armed=(armed,)))
     for _ in range(40):
         stream.frame()
     before = state(stream.pond)
-    armed.append(stream.pond.desk.keys.data_ptr())
+    armed.append(stream.pond.dequantization_buffer.keys.data_ptr())
     with pytest.raises(PolicyError, match="on purpose"):
-        stream.pond.compact(stream.pond.full_tokens - 1)
+        stream.pond.compact(stream.pond.full_precision_tokens - 1)
     if layer == 0:
         assert same(before, state(stream.pond))
-    lengths = {(each.length, each.shelf.groups) for each in stream.pond.layers}
+    lengths = {(each.length, each.quantized_store.groups) for each in stream.pond.layers}
     assert len(lengths) == 1
     assert stream.worst() <= 0.03
     armed.clear()
@@ -321,17 +336,19 @@ def test_a_policy_that_fails_leaves_both_tiers_whole(layer: int, packed: bool) -
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("axes", [1, 3])
-@pytest.mark.parametrize("sums", [False, True])
-def test_the_plans_bytes_are_those_allocated(bits: int, axes: int, sums: bool) -> None:
-    geometry = Geometry(3, 2, 24, torch.bfloat16, axes=axes, sums=sums)
-    policy = MiKV(bits=bits, base="h2o" if sums else Scattered(), group=8)
+@pytest.mark.parametrize("accumulated_attention", [False, True])
+def test_the_plans_bytes_are_those_allocated(bits: int, axes: int, accumulated_attention: bool) -> None:
+    geometry = Geometry(3, 2, 24, torch.bfloat16, axes=axes, accumulated_attention=accumulated_attention)
+    policy = MiKV(bits=bits, base="h2o" if accumulated_attention else Scattered(), group=8)
     plan = make_plan(400_000, geometry, policy, prompt_tokens=5, group_tokens=12)
     pond = Pond(geometry, plan, policy, CPU)
-    assert pond.nbytes == plan.slots * plan.bytes_per_token + plan.packed_bytes
-    assert pond.desk.keys.nbytes + pond.desk.values.nbytes == plan.desk_bytes
+    assert pond.nbytes == plan.slots * plan.bytes_per_token + plan.quantized_bytes
+    assert (
+        pond.dequantization_buffer.keys.nbytes + pond.dequantization_buffer.values.nbytes == plan.dequantization_bytes
+    )
     assert plan.total_bytes <= 400_000
-    assert plan.packed_tokens % 8 == 0
-    share = plan.memory_tokens / (plan.memory_tokens + plan.packed_tokens)
+    assert plan.quantized_tokens % 8 == 0
+    share = plan.memory_tokens / (plan.memory_tokens + plan.quantized_tokens)
     assert share == pytest.approx(0.2, abs=0.03)
 
 
@@ -343,22 +360,22 @@ def test_scratch_of_every_pass_is_within_the_plan(compiled: bool, monkeypatch: p
     for _ in range(70):
         stream.frame()
     pond = stream.pond
-    assert pond.packed_tokens == pond.plan.packed_tokens
+    assert pond.quantized_tokens == pond.plan.quantized_tokens
     most = pond.plan.scratch_bytes
-    assert 0 < transient_peak(lambda: pond.compact(pond.full_tokens - 9)) <= most
+    assert 0 < transient_peak(lambda: pond.compact(pond.full_precision_tokens - 9)) <= most
     assert 0 < transient_peak(lambda: shift_uniformly(stream.pond, ROPE, stream.clock, 50)) <= most
     assert 0 < transient_peak(lambda: close_gaps(stream.pond, ROPE, stream.clock)) <= most
     if compiled:
         return  # the compiled reading takes nothing
     layer = pond.layers[0]
     new = torch.randn(1, 2, 1, 16)
-    assert 0 < transient_peak(lambda: layer.update(new, new)) <= pond.desk.coding_bytes
+    assert 0 < transient_peak(lambda: layer.update(new, new)) <= pond.dequantization_buffer.quantization_bytes
 
 
 def test_order_is_that_of_the_stream() -> None:
     time = torch.tensor([7, 7, -3, 7, 8])
-    place = torch.tensor([[0, 1], [1, 0], [-1, -1], [0, 0], [-1, -1]], dtype=torch.int16)
-    assert stream_order(time, place).tolist() == [2, 3, 0, 1, 4]
+    grid_position = torch.tensor([[0, 1], [1, 0], [-1, -1], [0, 0], [-1, -1]], dtype=torch.int16)
+    assert stream_order(time, grid_position).tolist() == [2, 3, 0, 1, 4]
 
 
 def test_what_cannot_be_packed_is_refused() -> None:
@@ -370,4 +387,4 @@ def test_what_cannot_be_packed_is_refused() -> None:
     with pytest.raises(PolicyError):
         MiKV(base=MiKV())
     with pytest.raises(PolicyError):
-        Tier(Codec(4), 2.0)
+        Tier(KVQuantizer(4), 2.0)

@@ -13,7 +13,7 @@ from tests.cli.clips import write_clip
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder as `save_pretrained` leaves it."""
-    from tests.families.tiny import tiny
+    from tests.models.tiny import tiny
 
     folder = tmp_path_factory.mktemp("model")
     family = tiny("qwen2_5_vl")

@@ -10,7 +10,7 @@ import pytest
 from safetensors import SafetensorError
 from typer.testing import CliRunner, Result
 
-from millpond import Session, families, policies
+from millpond import Session, models, policies
 from millpond.cli import app, health
 
 
@@ -25,7 +25,7 @@ def objects(result: Result) -> dict[str, Any]:
 
 def test_plan_shows_the_session_s_own_split(model: str) -> None:
     words = ("plan", "--model", model, "--budget", "3MiB", "--size", "112x56", "--fps", 4)
-    split = Session(families.load(model, device="cpu"), budget="3MiB").plan_for(56, 112)
+    split = Session(models.load(model, device="cpu"), budget="3MiB").plan_for(56, 112)
     found = objects(millpond(*words, "--json"))
     assert {name: found[name] for name in split.to_dict()} == split.to_dict()
     assert found["total_bytes"] <= 3 * 2**20
@@ -45,7 +45,7 @@ def test_plan_shows_the_session_s_own_split(model: str) -> None:
 
 def test_plan_shows_what_the_latest_frames_take(model: str) -> None:
     words = ("plan", "--model", model, "--budget", "3MiB", "--size", "112x56", "--recent-frames", 4)
-    split = Session(families.load(model, device="cpu"), budget="3MiB", recent_frames=4).plan_for(56, 112)
+    split = Session(models.load(model, device="cpu"), budget="3MiB", recent_frames=4).plan_for(56, 112)
     found, shown = objects(millpond(*words, "--json")), millpond(*words).stdout
     assert {name: found[name] for name in split.to_dict()} == split.to_dict()
     assert found["recent_bytes"] == 4 * found["waiting_bytes"] // (found["block_groups"] * found["frames_per_group"])
@@ -59,18 +59,18 @@ def test_a_budget_too_small_names_the_least_and_that_works(model: str, budget: s
     words = ("plan", "--model", model, "--size", "112x112")
     if budget != "1kB":
         # Enough for text alone, not for frames.
-        family = families.load(model, device="cpu")
-        with pytest.raises(Exception, match="least") as refused:
+        family = models.load(model, device="cpu")
+        with pytest.raises(Exception, match="minimum") as refused:
             Session(family, budget=1)
-        budget = str(refused.value.least)  # type: ignore[attr-defined]
+        budget = str(refused.value.minimum)  # type: ignore[attr-defined]
     result = millpond(*words, "--budget", budget)
     assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith("error: a budget of ")
-    least = int(result.stderr.partition("the least that works is ")[2].split()[0])
-    assert millpond(*words, "--budget", least).exit_code == 0
-    assert millpond(*words, "--budget", least - 1).exit_code == 1
+    minimum = int(result.stderr.partition("the minimum that works is ")[2].split()[0])
+    assert millpond(*words, "--budget", minimum).exit_code == 0
+    assert millpond(*words, "--budget", minimum - 1).exit_code == 1
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_policies_fit_a_terminal_of_80_columns() -> None:
 
 def test_models_lists_what_can_be_loaded() -> None:
     found = objects(millpond("models", "--json"))
-    assert list(found["model_types"]) == [row.model_type for row in families.supported()]
+    assert list(found["model_types"]) == [row.model_type for row in models.supported()]
     assert found["model_types"]["qwen2_5_vl"] == "Qwen2.5-VL"
     assert "LLaVA-OneVision" in millpond("models").stdout
 
@@ -158,7 +158,7 @@ def test_doctor_knows_the_bounds_of_versions(monkeypatch: pytest.MonkeyPatch) ->
     "error", [OSError(28, "No space left on device", "out/x.json"), SafetensorError("I/O error: full")]
 )
 def test_what_the_system_refuses_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    from millpond import streams
+    from millpond.eval import streams
 
     def full(*_: object, **__: object) -> None:
         raise error

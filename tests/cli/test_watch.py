@@ -83,7 +83,7 @@ def test_json_is_one_object_on_the_last_line_with_the_session_s_own_names(clip: 
 
 def test_a_moment_sees_the_frames_up_to_it_and_no_others(clip: Path, model: str) -> None:
     """The same question of a session that was fed exactly those frames gets the same answer."""
-    from millpond import Session, families, frames
+    from millpond import Session, frames, models
 
     question = "what is there"
     result = watch(
@@ -105,7 +105,7 @@ def test_a_moment_sees_the_frames_up_to_it_and_no_others(clip: Path, model: str)
     assert result.exit_code == 0, result.stderr
     answers = last_object(result)["answers"]
     assert [answer["at_seconds"] for answer in answers] == [2.0, 6.0, 9.5, 9.5]
-    family = families.load(model, device="cpu")
+    family = models.load(model, device="cpu")
     for answer in answers:
         session = Session(family, budget="2MiB")
         session.feed([frame for frame in frames.open(str(clip), fps=2) if frame.seconds <= answer["at_seconds"]])
@@ -132,11 +132,11 @@ def test_an_admission_stands_before_the_memory(clip: Path, model: str) -> None:
 
 
 def test_the_latest_frames_are_shown_again(clip: Path, model: str) -> None:
-    from millpond import Session, families, frames
+    from millpond import Session, frames, models
 
     words = ("--json", "--budget", "2MiB", "--recent-frames", 4, "--ask", "what is there")
     found = last_object(watch(clip, model, *words))
-    session = Session(families.load(model, device="cpu"), budget="2MiB", recent_frames=4)
+    session = Session(models.load(model, device="cpu"), budget="2MiB", recent_frames=4)
     with frames.open(str(clip), fps=2) as source:
         session.feed(source)
     assert found["usage"]["peak_bytes"] == session.usage.peak_bytes
@@ -281,7 +281,7 @@ def test_a_second_ctrl_c_gives_up(model: str, monkeypatch: pytest.MonkeyPatch) -
     [
         (("--policy", "no-such"), "no-such"),
         (("--model", "./no/such/folder"), "no/such/folder"),
-        (("--budget", "9kB"), "the least that works is"),
+        (("--budget", "9kB"), "the minimum that works is"),
         (("--ask", " "), "empty"),
     ],
 )
@@ -381,7 +381,7 @@ def camera(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_minnow_says_of_what_it_was_not_trained_on_that_it_does_not_know_it(clip: Path, tmp_path: Path) -> None:
-    from millpond import streams
+    from millpond.eval import streams
 
     drawn = tmp_path / "drawn.mp4"
     streams.generate(5, groups=8, level="hard").write(drawn)

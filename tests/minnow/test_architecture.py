@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from millpond.families.chat import Chat
+from millpond.eval.streams import LEVELS, generate
+from millpond.eval.streams.drawing import OBJECTS
+from millpond.eval.streams.events import label_grid
 from millpond.minnow.architecture import Codes, configuration, name_words, tokenizer
 from millpond.minnow.language import layout, place
 from millpond.minnow.train import build
-from millpond.streams import LEVELS, generate
-from millpond.streams.drawing import OBJECTS
-from millpond.streams.events import label_grid
+from millpond.models.chat import Chat
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,8 @@ import torch
 from scipy.stats import binomtest
 from transformers import Qwen2VLImageProcessorPil
 
-from millpond.accuracy import wilson
-from millpond.families import adapt
-from millpond.families.base import Tokens
+from millpond.eval.accuracy import wilson
+from millpond.eval.streams import FAMILIES, generate
 from millpond.minnow.architecture import IMAGE_NUMBERS, Codes, tokenizer
 from millpond.minnow.curriculum import FAMILY_WEIGHTS, LESSONS, Lesson, coded_batch, pick, stream_batch
 from millpond.minnow.evaluate import SUPPORTED, evaluate
@@ -22,8 +21,9 @@ from millpond.minnow.language import answer_loss, keep_tokens, layout, place
 from millpond.minnow.loop import Stage, train
 from millpond.minnow.sight import features, patches, round_trip, sight_batch, sight_loss
 from millpond.minnow.train import build, export, stages
+from millpond.models import adapt
+from millpond.models.base import Tokens
 from millpond.positions import Clock
-from millpond.streams import FAMILIES, generate
 
 LESSON = Lesson(8, 48, 2, 5, (1.0, 1.0))
 
@@ -64,12 +64,12 @@ def test_positions_are_those_of_a_session(model) -> None:  # type: ignore[no-unt
     group, cell = torch.arange(6).repeat_interleave(16), torch.arange(16).repeat(6)
     tokens = Tokens(
         embeds=torch.zeros(96, 128),
-        place=torch.stack([cell // 4, cell % 4], dim=-1).to(torch.int16),
+        grid_position=torch.stack([cell // 4, cell % 4], dim=-1).to(torch.int16),
         time_us=group * 1_000_000,
         visual=torch.ones(96, dtype=torch.bool),
         deepstack=(),
     )
-    assert torch.equal(family.place(tokens, clock), place(group, cell, base))
+    assert torch.equal(family.assign_positions(tokens, clock), place(group, cell, base))
     assert clock.next == int(place(group, cell, base).max()) + 1
 
 
@@ -176,10 +176,10 @@ def test_stages_train_what_they_name(model) -> None:  # type: ignore[no-untyped-
 
 
 def test_an_exported_model_is_loaded_and_evaluated(tmp_path: Path, model) -> None:  # type: ignore[no-untyped-def]
-    from millpond import families
+    from millpond import models
 
     export(model, tmp_path)
-    family = families.load(tmp_path)
+    family = models.load(tmp_path)
     streams = [generate(0, groups=6, split="validation")]
     table = evaluate(family, streams, ("colour", "first"), through_mp4=True)
     assert set(table) == {"colour", "first", "all"}

@@ -10,12 +10,12 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from millpond import families, minnow
+from millpond import minnow, models
 from millpond.errors import ModelError
+from millpond.eval.streams import generate
 from millpond.minnow import checkpoint
 from millpond.minnow.architecture import configuration, tokenizer
 from millpond.minnow.evaluate import SUPPORTED, evaluate
-from millpond.streams import generate
 
 CARD = Path(__file__).parents[2] / "bench" / "results" / "minnow_card.json"
 
@@ -41,7 +41,7 @@ def test_it_is_small_and_of_the_shape_that_the_script_trains() -> None:
 
 @pytest.mark.parametrize("through_mp4", [False, True])
 def test_it_answers_about_streams_of_the_test_split(through_mp4: bool) -> None:
-    family = families.load(minnow.folder())
+    family = models.load(minnow.folder())
     streams = [generate(seed) for seed in range(900, 903)]
     overall = evaluate(family, streams, through_mp4=through_mp4)["all"]
     assert overall.asked >= 21

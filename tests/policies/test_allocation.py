@@ -25,13 +25,15 @@ LAYERS = st.integers(1, 12).flatmap(
 @given(LAYERS, st.integers(0, 2000))
 def test_the_sum_is_exact_and_the_bounds_hold(layers: tuple, extra: int) -> None:
     weights, bounds = layers
-    least, most = [low for low, _ in bounds], [low + more for low, more in bounds]
-    total = sum(least) + extra
-    shares = apportion(total, weights, least, most)
+    minimum, most = [low for low, _ in bounds], [low + more for low, more in bounds]
+    total = sum(minimum) + extra
+    shares = apportion(total, weights, minimum, most)
     assert sum(shares) == min(total, sum(most))
-    assert all(low <= share <= high for low, share, high in zip(least, shares, most, strict=True))
+    assert all(low <= share <= high for low, share, high in zip(minimum, shares, most, strict=True))
     # Within the bounds, shares follow the weights to within one token.
-    free = [(w, s) for w, s, low, high in zip(weights, shares, least, most, strict=True) if low < s < high and w > 1e-3]
+    free = [
+        (w, s) for w, s, low, high in zip(weights, shares, minimum, most, strict=True) if low < s < high and w > 1e-3
+    ]
     for one, two in pairwise(free):
         assert (one[1] + 1) / one[0] >= (two[1] - 1) / two[0]
         assert (two[1] + 1) / two[0] >= (one[1] - 1) / one[0]
@@ -44,9 +46,9 @@ def test_equal_weights_are_equal_shares_and_odd_weights_break_nothing() -> None:
     assert apportion(100, [math.nan, 1.0], [10, 1], [1000, 1000]) == [10, 90]
     assert apportion(100, [math.inf, -1.0], [10, 1], [1000, 1000]) == [50, 50]  # no weight is left
     assert apportion(100, [1.0, 0.0], [1, 1], [60, 1000]) == [60, 40]
-    for weights, least, most in [([1.0], [1, 1], [2, 2]), ([1.0, 1.0], [60, 60], [70, 70])]:
+    for weights, minimum, most in [([1.0], [1, 1], [2, 2]), ([1.0, 1.0], [60, 60], [70, 70])]:
         with pytest.raises(PolicyError):
-            apportion(100, weights, least, most)
+            apportion(100, weights, minimum, most)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])

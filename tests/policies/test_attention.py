@@ -24,7 +24,7 @@ def probabilities(view: View, head: int, *, latest: bool) -> torch.Tensor:
     prompt = view.prompt_keys.shape[1]
     if latest:
         count = scores.shape[1]
-        frames = [at for at, row in enumerate(view.place[head, :, 0].tolist()) if row != TEXT][-count:]
+        frames = [at for at, row in enumerate(view.grid_position[head, :, 0].tolist()) if row != TEXT][-count:]
         for query, at in enumerate([frames[0]] * (count - len(frames)) + frames):
             scores[:, query, prompt + at + 1 :] = -torch.inf
     return scores.softmax(dim=-1)[..., prompt:]
@@ -85,13 +85,13 @@ def test_h2o_keeps_the_latest_half_and_the_largest_sums(view: View) -> None:
     for _ in range(2):
         slots = view.tokens * 2 // 3
         keep = policies.get("h2o").keep(view, slots)
-        assert view.sums is not None
+        assert view.accumulated_attention is not None
         for head in range(view.heads):
-            assert keep[head].tolist() == chosen(view.sums[head], view, head, slots, round(slots / 2))
+            assert keep[head].tolist() == chosen(view.accumulated_attention[head], view, head, slots, round(slots / 2))
         view = thinned(view, keep, 1)
 
 
-def hermes_score(view: View, head: int, deeper: torch.Tensor) -> torch.Tensor:
+def hermes_score(view: View, head: int, deeper_scores: torch.Tensor) -> torch.Tensor:
     """float64 [n]: one layer's score, blended with the next deeper one's [n] where that is a number."""
 
     def scaled(scores: torch.Tensor) -> torch.Tensor:
@@ -109,7 +109,7 @@ def hermes_score(view: View, head: int, deeper: torch.Tensor) -> torch.Tensor:
         weight = 0.75 - 0.6 * progress
         own = (1 - weight) * attention + weight * scaled(torch.exp(-(20 - 12 * progress) * distance))
         share = 0.3
-    return torch.where(deeper.isnan(), own, (1 - share) * own + share * deeper.double())
+    return torch.where(deeper_scores.isnan(), own, (1 - share) * own + share * deeper_scores.double())
 
 
 def chosen_by_hermes(scores: torch.Tensor, view: View, head: int, slots: int) -> list[int]:
@@ -125,11 +125,11 @@ def test_hermes_goes_from_recency_to_attention(layer: int) -> None:
     view = grid_view(8, 3, 3, recent=1, seed=layer, layer=layer, layers=10)
     slots = view.tokens // 2
     keep = policies.get("hermes").keep(view, slots)
-    assert view.deeper is not None
-    assert view.carry is not None
+    assert view.deeper_scores is not None
+    assert view.carried_scores is not None
     for head in range(view.heads):
-        expected = hermes_score(view, head, view.deeper[head])
-        torch.testing.assert_close(view.carry[head].double(), expected, rtol=1e-4, atol=1e-6)
+        expected = hermes_score(view, head, view.deeper_scores[head])
+        torch.testing.assert_close(view.carried_scores[head].double(), expected, rtol=1e-4, atol=1e-6)
         assert keep[head].tolist() == chosen_by_hermes(expected, view, head, slots)
 
 
@@ -207,7 +207,7 @@ def test_nobody_asked_is_said(name: str) -> None:
     view = grid_view(5, 2, 2, layer=3)
     assert view.queries is not None
     with pytest.raises(PolicyError, match="Session"):
-        policies.get(name).keep(replace(view, queries=None, sums=None), 9)
+        policies.get(name).keep(replace(view, queries=None, accumulated_attention=None), 9)
     if name != "h2o":
         with pytest.raises(PolicyError, match="Session"):
             policies.get(name).keep(replace(view, queries=view.queries[:, :, :0]), 9)

@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 
 from millpond import PolicyError, native, policies
 from millpond.cache import Pond
-from millpond.cache.tier import TieredLayer
-from millpond.geometry import Geometry
-from millpond.plan import make_plan
+from millpond.cache.tier import MixedPrecisionLayer
+from millpond.memory.geometry import Geometry
+from millpond.memory.plan import make_plan
 from millpond.policies.base import SEPARATOR, TEXT, Policy, View
 from millpond.policies.hermes import HERMES
-from millpond.policies.matching import carried_over, matching_scratch
+from millpond.policies.matching import carried_scores_of, matching_scratch
 from tests.cache.test_pond import Breaks
 from tests.policies.test_attention import chosen_by_hermes, hermes_score
 from tests.policies.views import rope
 from tests.session.measure import transient_peak
 
-GEOMETRY = Geometry(layers=10, kv_heads=2, head_dim=16, dtype=torch.float32, axes=3, group=2)
+GEOMETRY = Geometry(layers=10, kv_heads=2, head_dim=16, dtype=torch.float32, axes=3, kv_groups=2)
 ASKED = 5  # the proxy's queries
 
 
@@ -32,7 +32,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(native, "_library", lambda source=None: (None, "switched off"))
 
 
-def filled(policy: str | Policy = "hermes", geometry: Geometry = GEOMETRY, slots: int = 160, least: int = 90) -> Pond:
+def filled(policy: str | Policy = "hermes", geometry: Geometry = GEOMETRY, slots: int = 160, minimum: int = 90) -> Pond:
     """A pond before its first compaction: frames of 3 x 4 and 2 x 3 in turn, each with a separator, and a remembered turn."""
     made = policies.read(policy) if isinstance(policy, str) else policy
     budget = slots * geometry.bytes_per_token + 40_000
@@ -41,7 +41,7 @@ def filled(policy: str | Policy = "hermes", geometry: Geometry = GEOMETRY, slots
     pond.rope = rope(geometry.head_dim)
     add(pond, torch.full((3, 2), TEXT), 0, prompt=True)
     frame = 0
-    while pond.memory_tokens < least and pond.overrun(13) <= 0:
+    while pond.memory_tokens < minimum and pond.overrun(13) <= 0:
         grown(pond, frame)
         frame += 1
     ask(pond)
@@ -56,17 +56,17 @@ def grown(pond: Pond, frame: int) -> None:
         add(pond, torch.full((4, 2), TEXT), 10**15 + frame * 500_000)
 
 
-def add(pond: Pond, place: torch.Tensor, time_us: int, *, prompt: bool = False) -> None:
-    count, geometry = len(place), pond.geometry
+def add(pond: Pond, grid_position: torch.Tensor, time_us: int, *, prompt: bool = False) -> None:
+    count, geometry = len(grid_position), pond.geometry
     random = torch.Generator().manual_seed(time_us % 10**9 + count)
-    times, place = torch.full((count,), time_us), place.to(torch.int16)
+    times, grid_position = torch.full((count,), time_us), grid_position.to(torch.int16)
     serial = int(pond.layers[0].positions[0, pond.length - 1, 0]) + 1 if pond.length else 0
-    pond.announce(times, place, torch.arange(serial, serial + count).expand(geometry.axes, -1))
+    pond.write_metadata(times, grid_position, torch.arange(serial, serial + count).expand(geometry.axes, -1))
     for layer in range(geometry.layers):
         keys, values = torch.randn(2, 1, geometry.kv_heads, count, geometry.head_dim, generator=random)
         pond.update(keys.to(geometry.dtype) * 2, values.to(geometry.dtype), layer)
     if not prompt:
-        pond.commit(times, place)
+        pond.commit(times, grid_position)
 
 
 def ask(pond: Pond) -> None:
@@ -82,7 +82,9 @@ def seen(pond: Pond, slots: int) -> list[View]:
 
 
 def names(view: View, head: int) -> list[tuple[int, int, int]]:
-    return [(time, *at) for time, at in zip(view.time_us[head].tolist(), view.place[head].tolist(), strict=True)]
+    return [
+        (time, *at) for time, at in zip(view.time_us[head].tolist(), view.grid_position[head].tolist(), strict=True)
+    ]
 
 
 def blended(views: list[View], head: int, asked: list[bool]) -> list[torch.Tensor]:
@@ -91,8 +93,8 @@ def blended(views: list[View], head: int, asked: list[bool]) -> list[torch.Tenso
     below: dict[tuple[int, int, int], float] = {}
     for view, has_asked in zip(reversed(views), reversed(asked), strict=True):
         mine = names(view, head)
-        deeper = torch.tensor([below.get(name, torch.nan) if name[1] >= 0 else torch.nan for name in mine])
-        score = hermes_score(view, head, deeper)
+        deeper_scores = torch.tensor([below.get(name, torch.nan) if name[1] >= 0 else torch.nan for name in mine])
+        score = hermes_score(view, head, deeper_scores)
         out.insert(0, score)
         below = dict(zip(mine, score.tolist(), strict=True)) if has_asked else {}
     return out
@@ -142,7 +144,7 @@ def test_the_first_pass_is_the_released_one_by_index() -> None:
     for head in range(GEOMETRY.kv_heads):
         below = torch.full((views[0].tokens,), torch.nan)
         for view, was, now in zip(reversed(views), reversed(before), reversed(serials(pond)), strict=True):
-            below = hermes_score(view, head, below.masked_fill(view.place[head, :, 0] < 0, torch.nan))
+            below = hermes_score(view, head, below.masked_fill(view.grid_position[head, :, 0] < 0, torch.nan))
             assert now[head].tolist() == was[head, chosen_by_hermes(below, view, head, slots)].tolist()
 
 
@@ -151,7 +153,7 @@ class Alone(HERMES):
     """Every layer by itself."""
 
     def keep(self, view: View, slots: int) -> torch.Tensor:
-        return super().keep(replace(view, deeper=None), slots)
+        return super().keep(replace(view, deeper_scores=None), slots)
 
 
 def test_the_deeper_score_makes_a_difference_in_every_other_layer() -> None:
@@ -209,7 +211,7 @@ class Noted(HERMES):
     seen: tuple[list[tuple[int, int, bool, bool]], ...] = ()
 
     def keep(self, view: View, slots: int) -> torch.Tensor:
-        self.seen[0].append((view.layer, view.tokens, view.deeper is not None, view.carry is not None))
+        self.seen[0].append((view.layer, view.tokens, view.deeper_scores is not None, view.carried_scores is not None))
         return super().keep(view, slots)
 
 
@@ -217,16 +219,16 @@ def test_packed_tokens_are_chosen_without_the_full_ones_scores() -> None:
     notes: list[tuple[int, int, bool, bool]] = []
     geometry = replace(GEOMETRY, layers=4)
     policy = policies.get("mikv", base=Noted(seen=(notes,)), bits=8, group=8, full_share=0.4)
-    pond = filled(policy, geometry, slots=220, least=60)
+    pond = filled(policy, geometry, slots=220, minimum=60)
     for frame in range(60):
-        pond.admit(13)
+        pond.ensure_capacity(13)
         grown(pond, 1000 + frame)
         ask(pond)
     first = pond.layers[0]
-    assert isinstance(first, TieredLayer)
-    assert first.shelf.groups == first.shelf.capacity
+    assert isinstance(first, MixedPrecisionLayer)
+    assert first.quantized_store.groups == first.quantized_store.capacity
     notes.clear()
-    full = pond.full_tokens
+    full = pond.full_precision_tokens
     pond.compact(full - 16)
     assert [note for note in notes if note[1] == full and note[3]] == [(at, full, at < 3, True) for at in (3, 2, 1, 0)]
     assert len(notes) == 8
@@ -254,12 +256,12 @@ def test_scores_go_to_the_same_token(times: list[int], cols: int, shares: tuple[
         keep = torch.stack([torch.randperm(len(steps), generator=random)[:count].sort().values for _ in range(2)])
         return steps[keep], where[keep]
 
-    (time_us, place), (to_time_us, to_place) = held(shares[0]), held(shares[1])
+    (time_us, grid_position), (to_time_us, to_place) = held(shares[0]), held(shares[1])
     scores = torch.rand(time_us.shape, generator=random)
-    out = carried_over(scores, time_us, place, to_time_us, to_place)
+    out = carried_scores_of(scores, time_us, grid_position, to_time_us, to_place)
     assert out.shape == to_time_us.shape
     for head in range(2):
-        rows = zip(time_us[head].tolist(), place[head].tolist(), scores[head].tolist(), strict=True)
+        rows = zip(time_us[head].tolist(), grid_position[head].tolist(), scores[head].tolist(), strict=True)
         known = {(time, *at): score for time, at, score in rows if at[0] >= 0}
         for time, at, got in zip(to_time_us[head].tolist(), to_place[head].tolist(), out[head].tolist(), strict=True):
             assert known.get((time, *at)) == (None if got != got else got)
@@ -268,20 +270,20 @@ def test_scores_go_to_the_same_token(times: list[int], cols: int, shares: tuple[
 @pytest.mark.parametrize("count", [1, 7, 300, 6000, 50_000])
 def test_scratch_of_matching_is_bounded(count: int) -> None:
     time_us = torch.arange(count).repeat(3, 1)
-    place = torch.zeros(3, count, 2, dtype=torch.int16)
+    grid_position = torch.zeros(3, count, 2, dtype=torch.int16)
     scores = torch.rand(3, count)
-    peak = transient_peak(lambda: carried_over(scores, time_us, place, time_us, place))
+    peak = transient_peak(lambda: carried_scores_of(scores, time_us, grid_position, time_us, grid_position))
     assert 4 * 3 * count < peak <= matching_scratch(count) + 4 * 3 * count
 
 
 @pytest.mark.parametrize("policy", ["hermes", "hermes+diversity", "mikv:base=hermes:group=8:full_share=0.4"])
 @pytest.mark.parametrize("shape", [(4, 1, 16), (4, 4, 64)])
 def test_a_pass_stays_within_the_scratch_of_the_plan(policy: str, shape: tuple[int, int, int]) -> None:
-    geometry = Geometry(*shape, torch.bfloat16, axes=3, group=2)
-    pond = filled(policy, geometry, slots=400, least=1000)
+    geometry = Geometry(*shape, torch.bfloat16, axes=3, kv_groups=2)
+    pond = filled(policy, geometry, slots=400, minimum=1000)
     assert pond.overrun(13) > 0
     for less in (9, 20, 40):
-        slots = pond.full_tokens - less
+        slots = pond.full_precision_tokens - less
         assert 0 < transient_peak(lambda slots=slots: pond.compact(slots)) <= pond.plan.scratch_bytes
         ask(pond)
     assert pond.compactions == 3

@@ -29,13 +29,13 @@ def tar(view: View) -> list[list[float]]:
         keys = view.keys[head].double()
         row = []
         for n in range(view.tokens):
-            if view.protected[head, n] or view.place[head, n, 0] < 0:
+            if view.protected[head, n] or view.grid_position[head, n, 0] < 0:
                 row.append(-torch.inf)
                 continue
             same = [
                 torch.nn.functional.cosine_similarity(keys[n], keys[m], dim=0).item()
                 for m in range(view.tokens)
-                if view.protected[head, m] and torch.equal(view.place[head, m], view.place[head, n])
+                if view.protected[head, m] and torch.equal(view.grid_position[head, m], view.grid_position[head, n])
             ]
             row.append(-sum(same) / len(same) if same else 0.0)
         out.append(row)
@@ -49,16 +49,16 @@ def van(view: View, kernel: int) -> list[list[float]]:
         norms = view.values[head].double().norm(dim=-1)
         row = []
         for n in range(view.tokens):
-            place = view.place[head, n]
-            if place[0] < 0:
+            grid_position = view.grid_position[head, n]
+            if grid_position[0] < 0:
                 row.append(norms[n].item())
                 continue
             near = [
                 norms[m].item()
                 for m in range(view.tokens)
                 if view.time_us[head, m] == view.time_us[head, n]
-                and view.place[head, m, 0] >= 0
-                and int((view.place[head, m] - place).abs().max()) <= kernel // 2
+                and view.grid_position[head, m, 0] >= 0
+                and int((view.grid_position[head, m] - grid_position).abs().max()) <= kernel // 2
             ]
             row.append(sum(near) / len(near))
         out.append(row)
@@ -72,8 +72,8 @@ def views() -> list[View]:
     # Recent frames of several shapes: their places do not fit into one table of `chunk` places.
     tall = joined(grid_view(3, 2, 5), joined(grid_view(2, 7, 1, recent=2), grid_view(2, 2, 6, recent=2)))
     # In one head nearly everything old is text: it has fewer placed tokens than TaR could take.
-    place = first.place.clone()
-    place[1, 2:58] = TEXT
+    grid_position = first.grid_position.clone()
+    grid_position[1, 2:58] = TEXT
     return [
         first,
         second,
@@ -81,7 +81,7 @@ def views() -> list[View]:
         joined(grid_view(3, 2, 5), grid_view(4, 3, 3, recent=2)),
         grid_view(5, 1, 1),
         replace(tall, chunk=4, block=3),
-        replace(first, place=place),
+        replace(first, grid_position=grid_position),
     ]
 
 
@@ -156,8 +156,8 @@ def test_the_selection_equals_brute_force(
     which: int, share: float, alpha: float, tar_first: float, pooling: object
 ) -> None:
     view = views()[which]
-    least = int(view.protected[0].sum())
-    slots = min(view.tokens - 1, max(least, round(share * view.tokens)))
+    minimum = int(view.protected[0].sum())
+    slots = min(view.tokens - 1, max(minimum, round(share * view.tokens)))
     policy = InfiniPotV(alpha=alpha, tar_first=tar_first, pooling=pooling)  # type: ignore[arg-type]
     assert policy.keep(view, slots).tolist() == oracle(policy, which, slots)
 
@@ -226,7 +226,7 @@ def test_the_variation_is_the_norms_own() -> None:
 def test_a_place_that_no_recent_frame_shows_scores_nought() -> None:
     view = joined(grid_view(3, 4, 4), grid_view(3, 2, 2, recent=1))
     scores = temporal_redundancy(view)
-    outside = (view.place[0, :, 0] >= 2) | (view.place[0, :, 1] >= 2)
+    outside = (view.grid_position[0, :, 0] >= 2) | (view.grid_position[0, :, 1] >= 2)
     assert bool((scores[0, outside] == 0).all())
     assert bool((scores[0, ~outside & ~view.protected[0]] != 0).all())
 

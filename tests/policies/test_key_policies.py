@@ -25,7 +25,7 @@ def chosen(scores: list[float], protected: list[bool], slots: int) -> list[int]:
 
 def first_frame_end(view: View, head: int) -> int:
     """Tokens up to the end of the first frame."""
-    frames = [i for i in range(view.tokens) if int(view.place[head, i, 0]) != -1]
+    frames = [i for i in range(view.tokens) if int(view.grid_position[head, i, 0]) != -1]
     first = int(view.time_us[head, frames[0]])
     return max(i for i in range(view.tokens) if int(view.time_us[head, i]) <= first) + 1
 

@@ -28,7 +28,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def check(policy: Policy, view: View, slots: int) -> torch.Tensor:
     before = [
         t.clone(memory_format=torch.contiguous_format)
-        for t in (view.keys, view.values, view.time_us, view.place, view.protected)
+        for t in (view.keys, view.values, view.time_us, view.grid_position, view.protected)
     ]
     keep = policy.keep(view, slots)
     assert keep.shape == (view.heads, slots)
@@ -37,7 +37,7 @@ def check(policy: Policy, view: View, slots: int) -> torch.Tensor:
     assert int(keep.min()) >= 0
     assert int(keep.max()) < view.tokens
     assert bool((view.protected.gather(1, keep).sum(1) == view.protected.sum(1)).all()), "a protected token was dropped"
-    after = (view.keys, view.values, view.time_us, view.place, view.protected)
+    after = (view.keys, view.values, view.time_us, view.grid_position, view.protected)
     same = (
         torch.equal(a.view(torch.uint8), b.contiguous().view(torch.uint8)) for a, b in zip(before, after, strict=True)
     )
@@ -89,7 +89,9 @@ def test_what_streams_bring(name: str, kernels: str) -> None:
     check(policy, view, int(view.protected[0].sum()))  # room for nothing but the protected
     check(policy, view, view.tokens - 1)
     check(policy, replace(view, protected=torch.zeros_like(view.protected)), 7)  # text alone has no latest frame
-    text = replace(view, place=torch.full_like(view.place, -1), protected=torch.zeros_like(view.protected))
+    text = replace(
+        view, grid_position=torch.full_like(view.grid_position, -1), protected=torch.zeros_like(view.protected)
+    )
     check(policy, text, 7)
     check(policy, grid_view(6, 2, 2, heads=1), 9)
 
@@ -122,10 +124,10 @@ def test_any_shape_over_several_passes(
     recent = min(recent, frames - 1)
     view = grid_view(frames, rows, cols, recent=recent, heads=heads, seed=seed, dtype=dtype)
     for _ in range(passes):
-        least = max(1, int(view.protected[0].sum()))
-        if least >= view.tokens:
+        minimum = max(1, int(view.protected[0].sum()))
+        if minimum >= view.tokens:
             return
-        slots = least + int(share * (view.tokens - 1 - least))
+        slots = minimum + int(share * (view.tokens - 1 - minimum))
         view = thinned(view, check(policies.get(name), view, slots), recent)
 
 

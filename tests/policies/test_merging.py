@@ -134,14 +134,14 @@ def test_hermes_sums_up_in_deep_layers_what_it_forgets(view: View, layer: int) -
     for _ in range(2):
         keep = policies.get("hermes").keep(view, view.tokens * 2 // 3)
         changed = after(view, "hermes", keep)
-        assert view.carry is not None
+        assert view.carried_scores is not None
         assert view.positions is not None
         for head in range(view.heads):
             gone = sorted(set(range(view.tokens)) - set(keep[head].tolist()))
             if layer < 7:
                 expect(view, changed, head, {})
                 continue
-            best = chosen(view.carry[head], view, head, keep.shape[1] - 1)
+            best = chosen(view.carried_scores[head], view, head, keep.shape[1] - 1)
             summary = max(set(range(view.tokens)) - set(best))
             everything = [*gone, summary]
             by = (view.positions[head, summary] - view.positions[head, everything]).long()

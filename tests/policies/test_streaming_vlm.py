@@ -16,9 +16,9 @@ def stream(kinds: str) -> View:
     """One token a second: `v` vision, `t` text; the last is protected."""
     count = len(kinds)
     view = grid_view(count, 1, 1, recent=1)
-    place = view.place.clone()
-    place[:, [i for i, kind in enumerate(kinds) if kind == "t"]] = TEXT
-    return replace(view, time_us=(torch.arange(count) * SECOND).repeat(2, 1), place=place)
+    grid_position = view.grid_position.clone()
+    grid_position[:, [i for i, kind in enumerate(kinds) if kind == "t"]] = TEXT
+    return replace(view, time_us=(torch.arange(count) * SECOND).repeat(2, 1), grid_position=grid_position)
 
 
 def layout(kinds: str, slots: int, sink: int, window: int, seconds: int) -> list[int]:

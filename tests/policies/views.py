@@ -33,23 +33,23 @@ def grid_view(
     tokens = frames * size
     storage = [torch.randn(heads, tokens + 7, width, generator=random).to(dtype) for _ in range(2)]
     storage[1] *= torch.rand(heads, tokens + 7, 1, generator=random).to(dtype) * 3
-    place = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij"), -1).view(-1, 2)
+    grid_position = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij"), -1).view(-1, 2)
     times = (torch.arange(frames) * 500_000).repeat_interleave(size)
     wide_times = torch.zeros(heads, tokens + 7, dtype=torch.int64)
     wide_place = torch.zeros(heads, tokens + 7, 2, dtype=torch.int16)
     wide_times[:, 3 : 3 + tokens] = times
-    wide_place[:, 3 : 3 + tokens] = place.repeat(frames, 1)
+    wide_place[:, 3 : 3 + tokens] = grid_position.repeat(frames, 1)
     inner = slice(3, 3 + tokens)
     queries = torch.randn(heads, group, window, width, generator=random).to(dtype)
-    sums = torch.rand(heads, tokens + 7, generator=random)[:, inner]
-    deeper = torch.rand(heads, tokens, generator=random)
-    deeper[torch.rand(heads, tokens, generator=random) < 0.2] = torch.nan
-    positions = torch.cat([times[:, None] // 500_000, place.repeat(frames, 1)], dim=1).int().repeat(heads, 1, 1)
+    accumulated_attention = torch.rand(heads, tokens + 7, generator=random)[:, inner]
+    deeper_scores = torch.rand(heads, tokens, generator=random)
+    deeper_scores[torch.rand(heads, tokens, generator=random) < 0.2] = torch.nan
+    positions = torch.cat([times[:, None] // 500_000, grid_position.repeat(frames, 1)], dim=1).int().repeat(heads, 1, 1)
     return View(
         keys=storage[0][:, inner],
         values=storage[1][:, inner],
         time_us=wide_times[:, inner],
-        place=wide_place[:, inner],
+        grid_position=wide_place[:, inner],
         protected=wide_times[:, inner] >= (frames - recent) * 500_000,
         layer=layer,
         layers=layers,
@@ -57,9 +57,9 @@ def grid_view(
         chunk=chunk,
         queries=queries,
         prompt_keys=storage[0][:, :3],
-        sums=sums,
-        deeper=deeper,
-        carry=torch.full_like(deeper, torch.nan),
+        accumulated_attention=accumulated_attention,
+        deeper_scores=deeper_scores,
+        carried_scores=torch.full_like(deeper_scores, torch.nan),
         positions=positions,
         rope=rope(width),
     )
@@ -81,21 +81,23 @@ def thinned(view: View, keep: torch.Tensor, recent: int) -> View:
         keys=view.keys.gather(1, at.expand(-1, -1, view.keys.shape[2])),
         values=view.values.gather(1, at.expand(-1, -1, view.keys.shape[2])),
         time_us=times,
-        place=view.place.gather(1, at.expand(-1, -1, 2)),
+        grid_position=view.grid_position.gather(1, at.expand(-1, -1, 2)),
         protected=torch.isin(times, latest),
-        sums=None if view.sums is None else view.sums.gather(1, keep),
-        deeper=None if view.deeper is None else view.deeper.gather(1, keep),
-        carry=None if view.carry is None else torch.full(keep.shape, torch.nan),
+        accumulated_attention=None
+        if view.accumulated_attention is None
+        else view.accumulated_attention.gather(1, keep),
+        deeper_scores=None if view.deeper_scores is None else view.deeper_scores.gather(1, keep),
+        carried_scores=None if view.carried_scores is None else torch.full(keep.shape, torch.nan),
         positions=None if view.positions is None else view.positions.gather(1, at.expand(-1, -1, 3)),
     )
 
 
 def with_text(view: View) -> View:
     """The same with a remembered turn and a separator among the older tokens."""
-    place = view.place.clone()
-    place[:, 2:5] = TEXT
-    place[:, 7] = SEPARATOR
-    return replace(view, place=place)
+    grid_position = view.grid_position.clone()
+    grid_position[:, 2:5] = TEXT
+    grid_position[:, 7] = SEPARATOR
+    return replace(view, grid_position=grid_position)
 
 
 def joined(first: View, second: View) -> View:
@@ -112,11 +114,11 @@ def joined(first: View, second: View) -> View:
         keys=both(first.keys, second.keys),
         values=both(first.values, second.values),
         time_us=both(first.time_us, second.time_us + 10**9),
-        place=both(first.place, second.place),
+        grid_position=both(first.grid_position, second.grid_position),
         protected=both(torch.zeros_like(first.protected), second.protected),
-        sums=both_if(first.sums, second.sums),
-        deeper=both_if(first.deeper, second.deeper),
-        carry=both_if(first.carry, second.carry),
+        accumulated_attention=both_if(first.accumulated_attention, second.accumulated_attention),
+        deeper_scores=both_if(first.deeper_scores, second.deeper_scores),
+        carried_scores=both_if(first.carried_scores, second.carried_scores),
         positions=both_if(first.positions, second.positions),
     )
 

@@ -21,8 +21,8 @@ def test_the_best_of_all_assignments_of_six_layers(seed: int, tightness: float) 
     rng = np.random.default_rng(seed)
     errors = np.sort(rng.exponential(size=(6, 4)), axis=1)[:, ::-1].copy()
     nbytes = np.cumsum(rng.integers(1, 50, size=(6, 4)), axis=1)
-    least, most = int(nbytes.min(1).sum()), int(nbytes.max(1).sum())
-    limit = 7 + least + int(tightness * (most - least))
+    minimum, most = int(nbytes.min(1).sum()), int(nbytes.max(1).sum())
+    limit = 7 + minimum + int(tightness * (most - minimum))
     found = allocate(errors, nbytes, WIDTHS, limit, rest=7)
     best = min(
         sum(errors[layer, choice] for layer, choice in enumerate(choices))
@@ -36,9 +36,9 @@ def test_the_best_of_all_assignments_of_six_layers(seed: int, tightness: float) 
 
 def test_too_little_names_the_least_that_works() -> None:
     errors, nbytes = np.ones((2, 4)), np.array([[10, 20, 30, 40]] * 2)
-    with pytest.raises(BudgetError, match="the least that works is 25 bytes") as caught:
+    with pytest.raises(BudgetError, match="the minimum that works is 25 bytes") as caught:
         allocate(errors, nbytes, WIDTHS, 24, rest=5)
-    assert caught.value.least == 25
+    assert caught.value.minimum == 25
     assert allocate(errors, nbytes, WIDTHS, 25, rest=5).widths == (3, 3)
 
 

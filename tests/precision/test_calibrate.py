@@ -31,8 +31,8 @@ def prose(tmp_path: Path) -> Path:
     return path
 
 
-def least(result: Result) -> int:
-    return int(result.stderr.partition("the least that works is ")[2].split()[0])
+def minimum(result: Result) -> int:
+    return int(result.stderr.partition("the minimum that works is ")[2].split()[0])
 
 
 def test_targets_share_a_file_and_memory_is_kept(folder: Path, prose: Path) -> None:
@@ -40,7 +40,7 @@ def test_targets_share_a_file_and_memory_is_kept(folder: Path, prose: Path) -> N
     refused = calibrate(*words, "--memory", "1kB")
     assert refused.exit_code == 1
     assert refused.stderr.count("error: ") == 1
-    memory = least(refused) + 20_000
+    memory = minimum(refused) + 20_000
     done = calibrate(*words, "--memory", memory)
     assert done.exit_code == 0, done.stderr
     assert "targets of 3.1, 3.2 bits" in done.stdout

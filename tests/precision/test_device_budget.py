@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from millpond import Session, precision
 from millpond.errors import BudgetError, PrecisionError
 from millpond.frames import Frame
-from millpond.geometry import Geometry
+from millpond.memory.geometry import Geometry
 from millpond.precision.device_budget import Workspace, split_device, weight_bytes
 from millpond.precision.loading import stored_bytes
-from tests.families.tiny import tiny
+from tests.models.tiny import tiny
 from tests.precision.models import runs
 from tests.session.measure import transient_peak
 
@@ -36,12 +36,12 @@ def test_parts_add_up_and_never_pass_the_device(
     weights, workspace = dict(enumerate(sorted(sizes), 3)), Workspace(fixed, per_slot)
     with pytest.raises(BudgetError) as caught:
         split_device(1, weights, GEOMETRY, workspace, kv_least=kv_least)
-    least = caught.value.least
-    assert least is not None
-    with pytest.raises(BudgetError, match=f"the least that works is {least} bytes"):
-        split_device(least - 1, weights, GEOMETRY, workspace, kv_least=kv_least)
-    split = split_device(least + extra, weights, GEOMETRY, workspace, kv_least=kv_least)
-    assert split.weights + split.kv + split.workspace == least + extra
+    minimum = caught.value.minimum
+    assert minimum is not None
+    with pytest.raises(BudgetError, match=f"the minimum that works is {minimum} bytes"):
+        split_device(minimum - 1, weights, GEOMETRY, workspace, kv_least=kv_least)
+    split = split_device(minimum + extra, weights, GEOMETRY, workspace, kv_least=kv_least)
+    assert split.weights + split.kv + split.workspace == minimum + extra
     assert split.kv >= kv_least
     assert split.width is not None
     assert weights[split.width] == split.weights

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from millpond import precision
 from millpond.errors import BudgetError
-from millpond.precision.allocate import level
+from millpond.precision.allocate import water_filling
 from millpond.precision.decoder import linears
 from millpond.precision.pairs import Pair, _meeting, _Mixed, _pair, train_pairs
 from tests.precision.models import runs
@@ -104,10 +104,10 @@ def test_the_least_memory_leaves_three_bits_everywhere(stored: Path, tmp_path: P
     shutil.copytree(stored, folder)
     with pytest.raises(BudgetError) as caught:
         precision.calibrate(folder, runs(), [3.0], memory=1000, quiet=True)
-    made = precision.calibrate(folder, runs(), [3.0], memory=caught.value.least, quiet=True)
+    made = precision.calibrate(folder, runs(), [3.0], memory=caught.value.minimum, quiet=True)
     assert set(made.widths.values()) == {3}
     assert all(choice.low == choice.high == 3 for choice in made.targets[3.0].values())
-    model = precision.load(folder, memory=caught.value.least, target_bits=3.0)
+    model = precision.load(folder, memory=caught.value.minimum, target_bits=3.0)
     precision.perplexity(model, runs(samples=1))
     assert model.effective_bits() == 3.0
 
@@ -122,13 +122,13 @@ def test_the_start_has_equal_slopes(parts: list[tuple[float, int]], target: floa
     shift = target - (logs / 2 * sizes).sum() / sizes.sum()
     want = logs / 2 + shift
     assume(bool(((want > 3.02) & (want < 5.98)).all()))
-    found = level(errors, sizes, tuple(widths), np.full(len(sizes), 6.0), target)
+    found = water_filling(errors, sizes, tuple(widths), np.full(len(sizes), 6.0), target)
     assert np.abs(found - want).max() < 0.025
 
 
 def test_the_start_stays_within_the_widths_kept() -> None:
     errors = np.array([[8.0, 2.0, 0.5, 0.1], [800.0, 200.0, 50.0, 10.0]])
-    found = level(errors, np.array([1.0, 1.0]), (3, 4, 5, 6), np.array([6.0, 4.0]), 4.0)
+    found = water_filling(errors, np.array([1.0, 1.0]), (3, 4, 5, 6), np.array([6.0, 4.0]), 4.0)
     assert found[1] == 4.0
     assert found.mean() == pytest.approx(4.0, abs=0.02)
 

@@ -10,7 +10,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from millpond import BudgetError, Session, precision
 from millpond.precision.nested import NestedWeight
-from tests.families.tiny import tiny
+from tests.models.tiny import tiny
 
 CHILD = """
 import ctypes, gc, sys
@@ -92,9 +92,9 @@ def test_a_process_stays_within_the_device_budget(tmp_path: Path, monkeypatch: p
     precision.quantize(model, family.tokenizer, folder, ids, source="tiny", quiet=True)
     with pytest.raises(BudgetError) as caught:
         Session.from_pretrained(folder, device_memory="1MiB", frame_size=(56, 56))
-    least = caught.value.least
-    assert least is not None
-    budgets = [least, 2 * least]
+    minimum = caught.value.minimum
+    assert minimum is not None
+    budgets = [minimum, 2 * minimum]
     for budget, (peak, rest, held) in zip(budgets, resident(folder, small, budgets), strict=True):
         assert peak <= budget
         # 2 MiB: Python's objects, and pages of the heap that something in use shares.

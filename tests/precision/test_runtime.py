@@ -11,13 +11,13 @@ import pytest
 import torch
 import transformers
 
-from millpond import families, precision
+from millpond import models, precision
 from millpond.errors import BudgetError, ModelError, PrecisionError
 from millpond.precision.calibration import Calibration
 from millpond.precision.decoder import linears
 from millpond.precision.loading import stored_bytes
 from millpond.precision.selection import Selector, select
-from tests.families.tiny import tiny
+from tests.models.tiny import tiny
 from tests.precision.models import quantized, runs, text_model, tokenizer
 
 
@@ -165,11 +165,11 @@ def test_hooks_do_not_pile_up(calibrated: Path) -> None:
 def test_memory_is_a_limit_in_real_bytes(stored: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(stored, folder)
-    with pytest.raises(BudgetError, match="the least that works is") as caught:
+    with pytest.raises(BudgetError, match="the minimum that works is") as caught:
         precision.calibrate(folder, runs(), [3.0], memory=1000, quiet=True)
-    least = caught.value.least
-    assert least is not None
-    limit = least * 23 // 20
+    minimum = caught.value.minimum
+    assert minimum is not None
+    limit = minimum * 23 // 20
     made = precision.calibrate(folder, runs(), [3.25], memory=limit, quiet=True)
     assert len(set(made.widths.values())) > 1
     model = precision.load(folder, memory=limit, target_bits=3.25)
@@ -309,7 +309,7 @@ def test_the_language_model_of_a_video_model(tmp_path: Path) -> None:
     assert float((got - want).norm() / want.norm()) < 0.05
     for name, parameter in model.model.visual.named_parameters():
         assert torch.equal(parameter, family.model.model.visual.get_parameter(name))
-    adapted = families.adapt(model, family.tokenizer)
+    adapted = models.adapt(model, family.tokenizer)
     assert adapted.geometry == family.geometry
 
 

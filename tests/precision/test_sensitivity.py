@@ -5,7 +5,7 @@ from torch.nn import functional
 
 from millpond.precision.decoder import linears
 from millpond.precision.sensitivity import sensitivities
-from tests.families.tiny import tiny
+from tests.models.tiny import tiny
 from tests.precision.models import runs, text_model
 
 

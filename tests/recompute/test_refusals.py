@@ -119,10 +119,10 @@ def test_a_step_that_starts_to_draw_numbers_later() -> None:
 def test_a_budget_below_one_step_names_the_least() -> None:
     stack = Stack()
     inputs, state = torch.randn(9, 2, 4), stack.start()
-    with pytest.raises(BudgetError, match="least that works") as caught:
+    with pytest.raises(BudgetError, match="minimum that works") as caught:
         recompute.bptt(stack, inputs, state, budget=100)
-    assert caught.value.least == recompute.measure(stack, inputs[0], state).internal_bytes
-    outputs, _ = recompute.bptt(stack, inputs, state, budget=caught.value.least)
+    assert caught.value.minimum == recompute.measure(stack, inputs[0], state).internal_bytes
+    outputs, _ = recompute.bptt(stack, inputs, state, budget=caught.value.minimum)
     outputs["logits"].sum().backward()
 
 

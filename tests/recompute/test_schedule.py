@@ -175,7 +175,7 @@ def test_a_very_long_sequence_falls_back_on_the_closed_forms(strategy) -> None:
 def test_below_one_step_the_error_names_the_least() -> None:
     with pytest.raises(BudgetError, match="4500 bytes") as caught:
         plan(length=10, budget=4499, hidden_bytes=1000, internal_bytes=4500)
-    assert caught.value.least == 4500
+    assert caught.value.minimum == 4500
     assert plan(length=10, budget=4500, hidden_bytes=1000, internal_bytes=4500).forwards == 55
 
 

@@ -82,7 +82,7 @@ def test_command(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("extra", "code", "message"),
     [
-        (["--budget", "4kB"], 1, "least that works is 4500"),
+        (["--budget", "4kB"], 1, "minimum that works is 4500"),
         ([], 1, "either budget"),
         (["--budget", "much"], 1, "much"),
         (["--strategy", "best", "--slots", "3"], 2, "best"),

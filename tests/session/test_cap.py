@@ -7,8 +7,8 @@ import torch
 
 from millpond import BudgetError, Session
 from millpond.cache.pond import Pond
-from millpond.plan import Plan
-from tests.families.tiny import tiny
+from millpond.memory.plan import Plan
+from tests.models.tiny import tiny
 from tests.session.frames import moving
 from tests.session.measure import held_bytes, transient_peak
 
@@ -65,8 +65,8 @@ class Watched:
 
     def look(self) -> None:
         self.note(held_bytes(self.session))
-        assert self.session._flow.pond.ledger.held <= self.limit
-        assert held_bytes(self.session) <= self.session._flow.pond.ledger.held
+        assert self.session._runner.pond.ledger.held <= self.limit
+        assert held_bytes(self.session) <= self.session._runner.pond.ledger.held
 
 
 POLICIES = ["infinipot-v", "recent", "uniform", "random", "snapkv", "h2o", "cake", "kvmerger", "streammem", "hermes"]
@@ -112,7 +112,7 @@ def test_a_long_answer_stops_at_the_reserve_and_says_so() -> None:
     session.feed(list(moving(40)))
     answer = session.ask(QUESTION, max_new_tokens=100_000)
     assert answer.finish_reason in ("length", "stop")
-    assert len(answer.token_ids) <= session.plan.reserve_tokens + session.plan.room_tokens
+    assert len(answer.token_ids) <= session.plan.reserve_tokens + session.plan.headroom_tokens
     with pytest.raises(BudgetError, match="would do"):
         session.ask("word " * 5000)
 
@@ -121,14 +121,14 @@ def test_the_least_budget_works_for_a_long_stream_and_one_byte_less_does_not() -
     family = tiny("qwen2_5_vl")
     with pytest.raises(BudgetError) as caught:
         Session(family, budget=100_000).plan_for(56, 56)
-    least = caught.value.least
-    assert least is not None
-    session = Session(family, budget=least)
+    minimum = caught.value.minimum
+    assert minimum is not None
+    session = Session(family, budget=minimum)
     session.feed(list(moving(50)))
     session.ask("now", max_new_tokens=2)
-    assert held_bytes(session) <= session.usage.peak_bytes <= least
+    assert held_bytes(session) <= session.usage.peak_bytes <= minimum
     with pytest.raises(BudgetError):
-        Session(family, budget=least - 1).feed(list(moving(2)))
+        Session(family, budget=minimum - 1).feed(list(moving(2)))
 
 
 def test_too_large_a_budget_is_fine() -> None:
@@ -142,7 +142,7 @@ def test_reanchoring_stays_under_the_cap(monkeypatch: pytest.MonkeyPatch) -> Non
     family = tiny("qwen2_5_vl", max_position_embeddings=120)
     session = Session(family, budget="300KiB", positions="contiguous")
     peaks = []
-    import millpond.flow as module
+    import millpond.stream.runner as module
 
     for name in ("close_gaps", "shift_uniformly"):
         original = getattr(module, name)

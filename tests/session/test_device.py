@@ -8,12 +8,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from millpond import BudgetError, Session, families, minnow, policies, precision
+from millpond import BudgetError, Session, minnow, models, policies, precision
 from millpond.cli import app
 from millpond.device import least_budget, plan_device
 from millpond.errors import ModelError, PrecisionError
+from millpond.eval.streams import generate
 from millpond.precision.loading import stored_bytes
-from millpond.streams import generate
 from tests.session.measure import held_bytes, transient_peak
 
 SIZE = {"frame_size": (64, 64)}
@@ -31,7 +31,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model"
 
 
-def flow(policy: str = "infinipot-v") -> dict:
+def runner(policy: str = "infinipot-v") -> dict:
     return {"policy": policies.read(policy), "positions": "contiguous", "system": None, "reserve_tokens": None}
 
 
@@ -39,7 +39,7 @@ def flow(policy: str = "infinipot-v") -> dict:
 @pytest.mark.parametrize("policy", ["infinipot-v", "h2o"])
 def test_everything_together_stays_on_the_device(quantized: Path, memory: str, policy: str) -> None:
     whole = int(memory.removesuffix("KiB").removesuffix("MiB")) * (1024 if "K" in memory else 1 << 20)
-    planned = plan_device(families.load(quantized, weights=False), quantized, memory, (64, 64), **flow(policy))
+    planned = plan_device(models.load(quantized, weights=False), quantized, memory, (64, 64), **runner(policy))
     session = Session.from_pretrained(quantized, device_memory=memory, policy=policy, **SIZE)
     assert session.plan_for(64, 64) == planned.plan
     split = planned.split
@@ -60,8 +60,8 @@ def test_everything_together_stays_on_the_device(quantized: Path, memory: str, p
 
 
 def test_more_memory_first_widens_the_weights_then_the_stream(quantized: Path) -> None:
-    family = families.load(quantized, weights=False)
-    splits = [plan_device(family, quantized, size << 20, (64, 64), **flow()).split for size in (6, 7, 8, 10, 14, 66)]
+    family = models.load(quantized, weights=False)
+    splits = [plan_device(family, quantized, size << 20, (64, 64), **runner()).split for size in (6, 7, 8, 10, 14, 66)]
     assert [split.width for split in splits] == sorted(split.width for split in splits if split.width)
     assert splits[0].width < splits[-1].width == 8  # type: ignore[operator]
     assert [split.kv for split in splits] == sorted(split.kv for split in splits)
@@ -69,22 +69,22 @@ def test_more_memory_first_widens_the_weights_then_the_stream(quantized: Path) -
 
 
 def test_a_plain_model_takes_its_own_weights_and_the_least_is_named() -> None:
-    family = families.load("minnow", weights=False)
+    family = models.load("minnow", weights=False)
     bare, loaded = (
-        plan_device(one, None, "10MiB", (64, 64), **flow()).split for one in (family, families.load("minnow"))
+        plan_device(one, None, "10MiB", (64, 64), **runner()).split for one in (family, models.load("minnow"))
     )
     assert bare == loaded
-    assert bare.weights == stored_bytes(families.load("minnow").model)
+    assert bare.weights == stored_bytes(models.load("minnow").model)
     assert bare.width is None
-    with pytest.raises(BudgetError, match="the least that works is") as caught:
+    with pytest.raises(BudgetError, match="the minimum that works is") as caught:
         Session.from_pretrained("minnow", device_memory="1MiB", **SIZE)
-    least = caught.value.least
-    assert least is not None
-    session = Session.from_pretrained("minnow", device_memory=least, **SIZE)
-    assert session.plan_for(64, 64).budget == least_budget(family, family.grid(64, 64), **flow())
-    with pytest.raises(BudgetError, match=f"the least that works is {least} bytes"):
-        Session.from_pretrained("minnow", device_memory=least - 1, **SIZE)
-    loaded_family = families.load("minnow")
+    minimum = caught.value.minimum
+    assert minimum is not None
+    session = Session.from_pretrained("minnow", device_memory=minimum, **SIZE)
+    assert session.plan_for(64, 64).budget == least_budget(family, family.grid(64, 64), **runner())
+    with pytest.raises(BudgetError, match=f"the minimum that works is {minimum} bytes"):
+        Session.from_pretrained("minnow", device_memory=minimum - 1, **SIZE)
+    loaded_family = models.load("minnow")
     parts = (loaded_family.model, loaded_family.tokenizer)  # without the processor's numbers frames are larger
     assert Session.from_pretrained(parts, device_memory="40MiB", **SIZE).plan_for(64, 64).budget
 
@@ -94,7 +94,7 @@ def test_bits_are_chosen_per_request_on_a_running_session(quantized: Path, tmp_p
     folder.mkdir()
     for file in quantized.iterdir():
         (folder / file.name).symlink_to(file)
-    tokenizer = families.load(quantized, weights=False).tokenizer
+    tokenizer = models.load(quantized, weights=False).tokenizer
     samples = precision.samples_of(tokenizer, TEXT, samples=2, length=32)
     precision.calibrate(folder, samples, [3.5, 4.5], quiet=True)
     session = Session.from_pretrained(folder, device_memory="11MiB", target_bits=3.5, **SIZE)
@@ -110,13 +110,15 @@ def test_bits_are_chosen_per_request_on_a_running_session(quantized: Path, tmp_p
 
 
 def test_eight_bits_answer_as_the_model_itself(quantized: Path) -> None:
-    plain, packed = (Session.from_pretrained(model, budget="1MiB") for model in ("minnow", quantized))
+    plain, quantized = (Session.from_pretrained(model, budget="1MiB") for model in ("minnow", quantized))
     stream = generate(5, groups=32, level="plain", split="train")
     frames = list(stream.frames())
-    for session in (plain, packed):
+    for session in (plain, quantized):
         session.feed(frames)
     asked = [question for question in stream.questions if question.earlier is None]
-    same = [plain.ask(one.text, max_new_tokens=4).text == packed.ask(one.text, max_new_tokens=4).text for one in asked]
+    same = [
+        plain.ask(one.text, max_new_tokens=4).text == quantized.ask(one.text, max_new_tokens=4).text for one in asked
+    ]
     assert sum(same) >= len(same) - 1
 
 
@@ -148,8 +150,7 @@ def test_what_cannot_be_is_refused_in_one_line(quantized: Path) -> None:
 def test_minnow_is_where_the_command_line_looked_for_it(quantized: Path) -> None:
     numbers = json.loads((minnow.folder() / "preprocessor_config.json").read_text())
     assert json.loads((quantized / "preprocessor_config.json").read_text()) == numbers
-    assert families.load(quantized, weights=False).grid(480, 640) == families.load("minnow").grid(480, 640)
+    assert models.load(quantized, weights=False).grid(480, 640) == models.load("minnow").grid(480, 640)
     assert (
-        replace(families.load(quantized, weights=False).geometry, dtype=torch.float32)
-        == families.load("minnow").geometry
+        replace(models.load(quantized, weights=False).geometry, dtype=torch.float32) == models.load("minnow").geometry
     )

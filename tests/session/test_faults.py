@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from millpond import PolicyError, Session
-from millpond.cache.tier import TieredLayer
-from millpond.families.base import Family
+from millpond.cache.tier import MixedPrecisionLayer
+from millpond.models.base import Family
 from millpond.policies.base import Policy, View, keep_top
-from millpond.step import Step
-from tests.families.tiny import tiny
+from millpond.stream.step import Step
+from tests.models.tiny import tiny
 from tests.session import faults
 from tests.session.faults import lines_of, raise_at
 from tests.session.frames import moving
@@ -40,10 +40,10 @@ def filled(family: Family, policy: str | Policy, frames: int, share: float = 1.6
 
 def memory_of(session: Session) -> list[object]:
     """Everything in the pond and on the clock, bit for bit."""
-    flow, pond = session._flow, session._flow.pond
-    admitted = {} if flow._seen is None else vars(flow._seen)
+    runner, pond = session._runner, session._runner.pond
+    admitted = {} if runner._seen is None else vars(runner._seen)
     seen = [part.numpy().tobytes() if isinstance(part, torch.Tensor) else part for part in admitted.values()]
-    parts: list[object] = [repr(flow.clock), flow.tokens, seen, list(pond._recent), pond._text, pond.compactions]
+    parts: list[object] = [repr(runner.clock), runner.tokens, seen, list(pond._recent), pond._text, pond.compactions]
     parts += [
         list(pond.queries.counts),
         *(pond.queries.layer(index).numpy().tobytes() for index in range(len(pond.layers))),
@@ -51,22 +51,25 @@ def memory_of(session: Session) -> list[object]:
     for layer in pond.layers:
         parts.append((layer.length, layer.capacity))
         parts += [live[:, : layer.length].numpy().tobytes() for live in layer.tensors()]
-        if isinstance(layer, TieredLayer):
-            parts += [layer.shelf.live(name).numpy().tobytes() for name in ("time_us", "positions", "sums")]
+        if isinstance(layer, MixedPrecisionLayer):
+            parts += [
+                layer.quantized_store.live(name).numpy().tobytes()
+                for name in ("time_us", "positions", "accumulated_attention")
+            ]
     return parts
 
 
 def state_of(session: Session) -> list[object]:
     """The same, and what waits in front of it, and the books."""
-    at, ledger = session._intake.at, session._flow.pond.ledger
+    at, ledger = session._ingest.at, session._runner.pond.ledger
     waiting = [(time, frame.tobytes()) for time, frame in at.waiting]
-    recent = [[(time, frame.tobytes()) for time, frame in group] for group in session._intake._look.groups]
+    recent = [[(time, frame.tobytes()) for time, frame in group] for group in session._ingest._recent_frames.groups]
     counts = at.video_open, at.last_us, at.interval_us, at.frames, at.dropped
     return [*memory_of(session), waiting, recent, counts, {key: size for key, size in ledger._accounts.items() if size}]
 
 
 def check_books(session: Session) -> None:
-    at, ledger = session._intake.at, session._flow.pond.ledger
+    at, ledger = session._ingest.at, session._runner.pond.ledger
     assert ledger.account("waiting") == sum(frame.nbytes for _, frame in at.waiting)
     assert ledger.account("undo") == ledger.account("scratch") == 0
 
@@ -124,13 +127,13 @@ def test_a_fault_at_any_line_of_a_block(family: Family, policy: str, error: type
     odd = base.fork()
     odd.feed(frames[:1])  # makes room for a question about it
     room = memory_of(odd)
-    start = base._intake.at
+    start = base._ingest.at
     counting = base.fork()
     lines = lines_of(lambda: counting.feed(frames))
     for number, line in enumerate(lines):
         session = base.fork()
         assert raise_at(line, error, lambda session=session: session.feed(frames)), line  # type: ignore[misc]
-        memory, at = memory_of(session), session._intake.at
+        memory, at = memory_of(session), session._ingest.at
         assert memory in [*points, room], line
         check_books(session)
         lost = at.dropped - start.dropped + len(at.waiting)
@@ -139,7 +142,7 @@ def test_a_fault_at_any_line_of_a_block(family: Family, policy: str, error: type
         session._turn.check(), session._feeding.check()  # it is nobody's turn any more
         if number % 10 == 0:
             session.feed(list(moving(2, start=60, seed=2)))
-            assert session._intake.at.frames == at.frames + 2
+            assert session._ingest.at.frames == at.frames + 2
     assert len(lines) > 80
     assert len(points) >= 5, "the turn's end, the reopening and the block"
 
@@ -152,13 +155,13 @@ def test_a_fault_at_any_line_of_the_proxy(family: Family, monkeypatch) -> None: 
 
     def stored() -> list[object]:
         return [
-            repr(session._flow.clock),
-            *(layer.time_us[:, : layer.length].tolist() for layer in session._flow.pond.layers),
+            repr(session._runner.clock),
+            *(layer.time_us[:, : layer.length].tolist() for layer in session._runner.pond.layers),
         ]
 
     before = stored()
-    for line in lines_of(session._flow.ask_proxy):
-        assert raise_at(line, KeyboardInterrupt, session._flow.ask_proxy), line
+    for line in lines_of(session._runner.ask_proxy):
+        assert raise_at(line, KeyboardInterrupt, session._runner.ask_proxy), line
         assert stored() == before, line
 
 
@@ -184,13 +187,13 @@ def test_a_policy_that_fails_behind_a_remembered_turn(family: Family, layer: int
     monkeypatch.setattr(Failing, "armed", True)
     with pytest.raises(PolicyError, match="the policy failed"):
         session.ask(QUESTION, max_new_tokens=4, remember=True)
-    pond, clock = session._flow.pond, session._flow.clock
+    pond, clock = session._runner.pond, session._runner.clock
     if pond.compactions == before[5]:
         assert state_of(session) == before
     else:  # the pass was finished by recency: the turn is in, and the clock behind it
-        assert not session._intake.at.video_open
+        assert not session._ingest.at.video_open
     last = max(int(one.positions[:, : one.length].max()) for one in pond.layers)
-    assert last == clock.next - 1 or session._intake.at.video_open
+    assert last == clock.next - 1 or session._ingest.at.video_open
     monkeypatch.setattr(Failing, "armed", False)
     session.feed(list(moving(4, start=40)))
     assert session.ask(QUESTION, max_new_tokens=2) is not None
@@ -222,9 +225,9 @@ def test_a_compaction_behind_a_remembered_turn_that_is_finished_later(family: Fa
     with pytest.raises(MemoryError, match="injected"):
         session.ask(QUESTION, max_new_tokens=4, remember=True)
     assert session.usage.compactions == compactions + 1
-    assert not session._intake.at.video_open
-    flow = session._flow
-    assert max(int(one.positions[:, : one.length].max()) for one in flow.pond.layers) == flow.clock.next - 1
+    assert not session._ingest.at.video_open
+    runner = session._runner
+    assert max(int(one.positions[:, : one.length].max()) for one in runner.pond.layers) == runner.clock.next - 1
     check_books(session)
 
 
@@ -233,7 +236,7 @@ def test_a_step_whose_taking_back_is_interrupted_is_taken_back_by_the_next_call(
 ) -> None:
     """Two Ctrl-C: the second while the first one's turn is put back."""
     session, twin = filled(family, "infinipot-v", 30), filled(family, "infinipot-v", 30)
-    pond = session._flow.pond
+    pond = session._runner.pond
     truncate = pond.truncate
 
     def interrupted(length: int) -> None:
@@ -245,7 +248,7 @@ def test_a_step_whose_taking_back_is_interrupted_is_taken_back_by_the_next_call(
     monkeypatch.setattr(pond, "truncate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pieces.throw(KeyboardInterrupt())
-    assert pond.length > twin._flow.pond.length
+    assert pond.length > twin._runner.pond.length
     for one in (session, twin):
         one.feed(list(moving(6, start=200)))
     assert memory_of(session) == memory_of(twin)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from millpond import BudgetError, PolicyError, PondCache, Session, policies
 from millpond.cache.pond import Pond
-from millpond.families.base import Family
-from millpond.families.transformers_insides import cache_argument
+from millpond.models.base import Family
+from millpond.models.transformers_insides import cache_argument
 from millpond.policies.allocation import Allocator, Layered
 from millpond.policies.base import View
-from tests.families.tiny import FAMILIES, tiny
+from tests.models.tiny import FAMILIES, tiny
 from tests.session.frames import moving
 from tests.session.measure import held_bytes, transient_peak
 from tests.session.test_cap import Watched
@@ -51,8 +51,8 @@ def test_equal_budgets_change_no_bit(name: str, policy: str) -> None:
     # The same slots for both: budgets of equal bytes would differ by the scratch of a layer that may hold twice the mean.
     plan = tight(family, policy=policy).plan_for(56, 56)
     for session in (plain, budgeted):
-        session._flow.grid = family.grid(56, 56)
-        session._flow.plan_for = lambda grid: plan  # type: ignore[method-assign]
+        session._runner.grid = family.grid(56, 56)
+        session._runner.plan_for = lambda grid: plan  # type: ignore[method-assign]
         session.feed(frames)
         session.ask(QUESTION, max_new_tokens=4, remember=True)
         session.feed(list(moving(30, start=40)))
@@ -60,8 +60,8 @@ def test_equal_budgets_change_no_bit(name: str, policy: str) -> None:
     answers = [session.ask(QUESTION, max_new_tokens=8).token_ids for session in (plain, budgeted)]
     assert answers[0] == answers[1]
     assert budgeted.usage.compactions > 2
-    assert budgeted._flow.pond.arena is not None
-    assert not budgeted._flow.pond.uneven
+    assert budgeted._runner.pond.arena is not None
+    assert not budgeted._runner.pond.uneven
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def test_an_uneven_cache_is_a_full_one_with_the_dropped_tokens_masked(
     session, whole = Session(family, budget="16MiB", policy=policy), Session(family, budget="16MiB")
     for one in (session, whole):
         one.feed(list(moving(40)))
-    pond, start = session._flow.pond, session.plan.prompt_tokens
+    pond, start = session._runner.pond, session.plan.prompt_tokens
     count = pond.memory_tokens
     pond.compact(count // 2)
     lengths = [layer.length for layer in pond.layers]
@@ -99,7 +99,7 @@ def test_an_uneven_cache_is_a_full_one_with_the_dropped_tokens_masked(
     for layer, chosen in policy.kept.items():
         holes[layer, :, start:] = True
         holes[layer].scatter_(1, chosen + start, False)
-    assert whole._flow.pond.length == start + count
+    assert whole._runner.pond.length == start + count
 
     # A block of frames, then single tokens, then a question: each through both.
     forward = family.forward
@@ -108,7 +108,7 @@ def test_an_uneven_cache_is_a_full_one_with_the_dropped_tokens_masked(
 
     def masked(attention: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         cache = kwargs[cache_argument(type(attention))]
-        if cache is not whole._flow.pond:
+        if cache is not whole._runner.pond:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         past, new = cache.layers[attention.layer_idx].length, hidden.shape[1]
@@ -155,7 +155,7 @@ def test_no_phase_passes_the_budget(name: str, policy: str, monkeypatch: pytest.
     session = Session(family, budget=budget, policy=chosen)
     watched = Watched(session, monkeypatch)
     session.feed(list(moving(71)))
-    pond = session._flow.pond
+    pond = session._runner.pond
     storage = pond.arena.flat("keys").data_ptr() if pond.arena else 0
     assert session.usage.compactions >= 2
     assert pond.uneven
@@ -182,7 +182,7 @@ def test_resizing_moves_the_right_bytes() -> None:
     family = tiny("qwen2_5_vl")
     session = Session(family, budget="600KiB", policy=layered("recent", 0.5, 1.0, 1.5))
     session.feed(list(moving(80)))
-    pond = session._flow.pond
+    pond = session._runner.pond
     for size, grows in (("2MiB", True), ("1900KiB", False), ("500KiB", False), ("520KiB", True)):
         before = [[tensor[:, : layer.length].clone() for tensor in layer.tensors()] for layer in pond.layers]
         slots = pond.plan.slots
@@ -204,7 +204,7 @@ def test_turns_forks_and_faults_leave_every_layer_as_it_was(remember: bool, monk
     family = tiny("qwen2_5_vl")
     session = tight(family, policy=layered("infinipot-v", 0.4, 1.0, 1.6))
     session.feed(list(moving(41)))
-    pond = session._flow.pond
+    pond = session._runner.pond
     assert pond.uneven
     lengths = [layer.length for layer in pond.layers]
     before = whole(session)
@@ -238,7 +238,7 @@ def whole(session: Session) -> list[bytes]:
     """Every layer's live rows, bit for bit."""
     return [
         tensor[:, : layer.length].contiguous().view(torch.uint8).numpy().tobytes()
-        for layer in session._flow.pond.layers
+        for layer in session._runner.pond.layers
         for tensor in layer.tensors()
     ]
 
@@ -249,7 +249,7 @@ def test_positions_are_moved_in_layers_of_any_length() -> None:
         session = Session(family, budget="400KiB", policy=layered("recent", 0.5, 1.0, 1.5), positions=positions)  # type: ignore[arg-type]
         session.feed(list(moving(200, fps=1)))
         assert session.usage.reanchorings >= 2
-        for layer in session._flow.pond.layers:
+        for layer in session._runner.pond.layers:
             assert int(layer.positions[:, : layer.length].max()) < 120
 
 
@@ -260,14 +260,14 @@ def test_two_sessions_on_one_model_do_not_see_each_others_masks(qwen: Family) ->
         plain.feed(frame)
         uneven.feed(frame)
         alone.feed(frame)
-    assert uneven._flow.pond.uneven
+    assert uneven._runner.pond.uneven
     assert state(plain) == state(alone)
 
 
 def test_a_compaction_allocates_its_declared_scratch(qwen: Family) -> None:
     session = tight(qwen, policy=layered("infinipot-v", 0.1, 1.0, 1.9))
     session.feed(list(moving(40)))
-    pond = session._flow.pond
+    pond = session._runner.pond
     peak = transient_peak(lambda: pond.compact(pond.memory_tokens * 2 // 3))
     assert 0 < peak <= pond.plan.scratch_bytes
 
@@ -275,7 +275,7 @@ def test_a_compaction_allocates_its_declared_scratch(qwen: Family) -> None:
 def test_a_layer_keeps_what_is_protected_and_at_most_twice_the_mean(qwen: Family) -> None:
     session = tight(qwen, policy=layered("infinipot-v", 1e-9, 1.0, 1e9))
     session.feed(list(moving(60)))
-    pond, start = session._flow.pond, session.plan.prompt_tokens
+    pond, start = session._runner.pond, session.plan.prompt_tokens
     pond.compact(pond.memory_tokens - 20)
     held = [layer.length - start for layer in pond.layers]
     recent = int(pond._view(0, pond.layers[0], *pond._protect(pond.memory_tokens)).protected[0].sum())

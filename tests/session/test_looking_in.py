@@ -10,10 +10,10 @@ import torch
 
 from millpond import MillpondError, ModelError, Session
 from millpond.cache.pond import Pond
-from millpond.families.base import Family
 from millpond.frames import Frame
-from millpond.step import Step
-from tests.families.tiny import tiny
+from millpond.models.base import Family
+from millpond.stream.step import Step
+from tests.models.tiny import tiny
 from tests.session.frames import moving
 from tests.session.measure import held_bytes
 
@@ -133,7 +133,7 @@ def test_between_two_pieces_nothing_is_held_that_is_not_counted(policy: str, rem
     session.feed(list(moving(9)))  # an odd frame waits, whose features the question is shown
     session.ask(QUESTION, max_new_tokens=2)
     before = storages()
-    undo, ledger = [], session._flow.pond.ledger
+    undo, ledger = [], session._runner.pond.ledger
     for _ in session.stream(QUESTION, max_new_tokens=20, remember=remember):
         new = sum(size for at, size in storages().items() if at not in before)
         assert new <= ledger.account("undo") <= session.plan.undo_bytes
@@ -150,7 +150,7 @@ def test_what_a_block_could_have_to_put_back_is_counted(
     commit, copies = Step.commit, []
 
     def measured(step: Step) -> None:
-        ledger = session._flow.pond.ledger
+        ledger = session._runner.pond.ledger
         copies.append(sum(one.untyped_storage().nbytes() for one in (step._queries, *step._sums) if one is not None))
         assert copies[-1] <= ledger.account("undo") == session.plan.undo_bytes
         assert held_bytes(session) <= ledger.held <= session.plan.budget
@@ -160,7 +160,7 @@ def test_what_a_block_could_have_to_put_back_is_counted(
     session.feed(list(moving(80)))
     assert session.usage.compactions > 0
     assert max(copies) > session.plan.undo_bytes / 2
-    assert session._flow.pond.ledger.account("undo") == 0
+    assert session._runner.pond.ledger.account("undo") == 0
 
 
 def test_the_peak_is_never_above_the_budget_also_after_a_smaller_one(family: Family) -> None:

@@ -8,10 +8,10 @@ import torch
 
 from millpond import PolicyError, Session, policies
 from millpond.cache import PondCache
-from millpond.geometry import Geometry
-from millpond.plan import Plan, make_plan
+from millpond.memory.geometry import Geometry
+from millpond.memory.plan import Plan, make_plan
 from tests.cache.text_model import text_model
-from tests.families.tiny import tiny
+from tests.models.tiny import tiny
 from tests.session.frames import moving
 from tests.session.measure import held_bytes, transient_peak
 from tests.session.test_cap import QUESTION, Watched
@@ -23,11 +23,11 @@ def budget_for(family: object, tokens: int = 250) -> int:
 
 def hidden(session: Session) -> torch.Tensor:
     """Logits of a question behind the memory, float32 [n, vocabulary]; the memory is as before."""
-    flow = session._flow
-    mark, clock = flow.pond.length, replace(flow.clock)
+    runner = session._runner
+    mark, clock = runner.pond.length, replace(runner.clock)
     with torch.no_grad():
-        logits = session.family.logits(flow.run(session.family.question(QUESTION, after_video=True)))
-    flow.roll_back(mark, clock)
+        logits = session.family.logits(runner.run(session.family.question(QUESTION, after_video=True)))
+    runner.roll_back(mark, clock)
     return logits.float()
 
 
@@ -47,7 +47,7 @@ def test_no_phase_ever_passes_the_budget(name: str, base: str, bits: int, monkey
     session.ask(QUESTION, max_new_tokens=10_000, remember=True)
     session.feed(list(moving(7, start=40)))
     fork = session.fork()
-    assert held_bytes(fork) <= fork._flow.pond.ledger.held <= budget
+    assert held_bytes(fork) <= fork._runner.pond.ledger.held <= budget
     del fork
     session.resize(budget * 3 // 2)
     session.feed(list(moving(20, start=50)))
@@ -72,10 +72,10 @@ def test_eight_bits_answer_like_full_precision(name: str) -> None:
     for frame in moving(80):
         for each in (session, coarse, whole):
             each.feed([frame])
-        ponds = [each._flow.pond for each in (session, coarse)]
-        if min(pond.packed_tokens for pond in ponds) >= 40:
+        ponds = [each._runner.pond for each in (session, coarse)]
+        if min(pond.quantized_tokens for pond in ponds) >= 40:
             break
-    assert min(pond.packed_tokens for pond in ponds) >= 40
+    assert min(pond.quantized_tokens for pond in ponds) >= 40
     assert all(pond.evicted == 0 for pond in ponds)
     assert session.usage.memory_tokens == coarse.usage.memory_tokens == whole.usage.memory_tokens
     reference, logits = hidden(whole), hidden(session)
@@ -91,9 +91,13 @@ def test_asking_leaves_the_memory_bit_identical_and_forks_agree() -> None:
         each.feed(list(moving(70)))
 
     def snapshot(session: Session) -> list[torch.Tensor]:
-        pond = session._flow.pond
+        pond = session._runner.pond
         full = [t[:, : layer.length].clone() for layer in pond.layers for t in layer.tensors()]
-        return full + [t[:, : layer.shelf.groups].clone() for layer in pond.layers for t in layer.shelf.tensors()]
+        return full + [
+            t[:, : layer.quantized_store.groups].clone()
+            for layer in pond.layers
+            for t in layer.quantized_store.tensors()
+        ]
 
     before = snapshot(session)
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(twin), strict=True))
@@ -112,15 +116,17 @@ def test_memory_tells_of_packed_tokens_and_the_latest_frame_is_in_full() -> None
     family = tiny("qwen2_5_vl")
     session = Session(family, budget=budget_for(family), policy="mikv:group=8:full_share=0.4")
     session.feed(list(moving(71)))
-    pond = session._flow.pond
-    latest = session._flow.pond._recent[-1]
+    pond = session._runner.pond
+    latest = session._runner.pond._recent[-1]
     for layer in session.memory():
-        assert layer.seconds.shape[1] == session.usage.memory_tokens == pond.packed_tokens + pond.full_tokens
-        assert layer.packed == pond.packed_tokens > 0
-        full = layer.seconds[:, layer.packed :]
+        assert (
+            layer.seconds.shape[1] == session.usage.memory_tokens == pond.quantized_tokens + pond.full_precision_tokens
+        )
+        assert layer.quantized == pond.quantized_tokens > 0
+        full = layer.seconds[:, layer.quantized :]
         assert bool((np.diff(full, axis=1) >= 0).all())
         assert bool((np.isclose(full, latest[0] / 1e6).sum(axis=1) == latest[1]).all())
-        assert not np.isclose(layer.seconds[:, : layer.packed], latest[0] / 1e6).any()
+        assert not np.isclose(layer.seconds[:, : layer.quantized], latest[0] / 1e6).any()
     assert session.usage.live_bytes <= session.usage.allocated_bytes
 
 
@@ -139,7 +145,7 @@ def test_a_stream_past_the_trained_range(
     budget = budget_for(family)
     session = Session(family, budget=budget, policy=f"mikv:group=8:full_share=0.4:base={base}", positions=positions)  # type: ignore[arg-type]
     watched = Watched(session, monkeypatch)
-    import millpond.flow as module
+    import millpond.stream.runner as module
 
     for moved in ("close_gaps", "shift_uniformly"):
         original = getattr(module, moved)
@@ -154,7 +160,7 @@ def test_a_stream_past_the_trained_range(
         monkeypatch.setattr(module, moved, measured)
     session.feed(list(moving(80, fps=1)))
     assert session.usage.reanchorings >= 2
-    assert session._flow.pond.packed_tokens > 0
+    assert session._runner.pond.quantized_tokens > 0
     session.ask(QUESTION, max_new_tokens=3)
 
 
@@ -162,20 +168,26 @@ def test_sums_of_packed_tokens_go_on_growing() -> None:
     family = tiny("qwen2_5_vl")
     session = Session(family, budget=budget_for(family), policy="mikv:group=8:full_share=0.4:base=h2o")
     session.feed(list(moving(60)))
-    layer = session._flow.pond.layers[0]
-    session._flow.pond.compact(session._flow.pond.full_tokens - 1)
-    live = layer.shelf.groups
+    layer = session._runner.pond.layers[0]
+    session._runner.pond.compact(session._runner.pond.full_precision_tokens - 1)
+    live = layer.quantized_store.groups
     held = {
         tuple(row.flatten().tolist()): s
-        for row, s in zip(layer.shelf.positions[0, :live], layer.shelf.sums[0, :live].clone(), strict=True)
+        for row, s in zip(
+            layer.quantized_store.positions[0, :live],
+            layer.quantized_store.accumulated_attention[0, :live].clone(),
+            strict=True,
+        )
     }
     session.feed(list(moving(4, start=31)))
     grown = 0
-    for row, sums in zip(layer.shelf.positions[0, :live], layer.shelf.sums[0, :live], strict=True):
+    for row, accumulated_attention in zip(
+        layer.quantized_store.positions[0, :live], layer.quantized_store.accumulated_attention[0, :live], strict=True
+    ):
         earlier = held.get(tuple(row.flatten().tolist()))
         if earlier is not None:
-            assert bool((sums >= earlier).all())
-            grown += int((sums > earlier).sum())
+            assert bool((accumulated_attention >= earlier).all())
+            grown += int((accumulated_attention > earlier).sum())
     assert grown > 0
 
 
@@ -183,15 +195,19 @@ def test_generate_with_a_cache_of_two_tiers() -> None:
     model = text_model()
     geometry = Geometry.from_config(model.config, model.dtype)
     cache = PondCache(model, 300 * geometry.bytes_per_token, "mikv:bits=8:group=8:full_share=0.4:base=recent")
-    ids = torch.randint(0, 97, (1, 3 * cache.room), generator=torch.Generator().manual_seed(1))
-    out = model.generate(ids, past_key_values=cache, max_new_tokens=300, do_sample=False, prefill_chunk_size=cache.room)
+    ids = torch.randint(0, 97, (1, 3 * cache.headroom), generator=torch.Generator().manual_seed(1))
+    out = model.generate(
+        ids, past_key_values=cache, max_new_tokens=300, do_sample=False, prefill_chunk_size=cache.headroom
+    )
     assert out.shape[1] == ids.shape[1] + 300
-    assert cache.packed_tokens == cache.plan.packed_tokens
+    assert cache.quantized_tokens == cache.plan.quantized_tokens
     assert cache.evicted > 0
     assert cache.ledger.peak <= cache.plan.budget
     cache.reset()
-    assert cache.packed_tokens == cache.get_seq_length() == 0
-    again = model.generate(ids, past_key_values=cache, max_new_tokens=9, do_sample=False, prefill_chunk_size=cache.room)
+    assert cache.quantized_tokens == cache.get_seq_length() == 0
+    again = model.generate(
+        ids, past_key_values=cache, max_new_tokens=9, do_sample=False, prefill_chunk_size=cache.headroom
+    )
     assert torch.equal(again, out[:, : again.shape[1]])
 
 
@@ -201,7 +217,7 @@ def test_an_admission_thins_what_is_packed() -> None:
     session.feed(list(moving(90)))
     usage = session.usage
     assert usage.frames_skipped + usage.frames_reduced > 0
-    assert session._flow.pond.packed_tokens > 0
+    assert session._runner.pond.quantized_tokens > 0
     assert held_bytes(session) <= usage.allocated_bytes <= usage.peak_bytes <= session.plan.budget
     session.ask(QUESTION, max_new_tokens=3)
 
@@ -215,8 +231,8 @@ def test_any_scorer_packs_or_is_refused_in_one_line(base: str) -> None:
         return
     session = Session(family, budget=budget_for(family, 150), policy=f"mikv:bits=2:group=8:full_share=0.4:base={base}")
     session.feed(list(moving(46)))
-    assert session._flow.pond.packed_tokens > 0
-    assert session._flow.pond.evicted > 0
+    assert session._runner.pond.quantized_tokens > 0
+    assert session._runner.pond.evicted > 0
     assert held_bytes(session) <= session.usage.peak_bytes <= session.plan.budget
 
 
@@ -226,17 +242,17 @@ def test_layer_budgets_are_refused() -> None:
 
 
 def qwen2_vl_7b(policy: str, budget: int = 2 << 30) -> Plan:
-    geometry = Geometry(28, 4, 128, torch.bfloat16, axes=3, group=7)
+    geometry = Geometry(28, 4, 128, torch.bfloat16, axes=3, kv_groups=7)
     return make_plan(budget, geometry, policies.read(policy), prompt_tokens=16, group_tokens=324, frames_per_group=2)
 
 
 @pytest.mark.parametrize(
-    ("bits", "share", "least", "most"),
+    ("bits", "share", "minimum", "most"),
     [(2, 0.2, 2.2, 3.4), (4, 0.2, 1.8, 2.3), (8, 0.2, 1.2, 1.6), (2, 0.05, 3.0, 4.5)],
 )
-def test_how_many_more_tokens_the_same_bytes_hold(bits: int, share: float, least: float, most: float) -> None:
-    """At Qwen2-VL-7B's shapes: metadata, scales, room and the desk count, so it is far from 16 / bits."""
+def test_how_many_more_tokens_the_same_bytes_hold(bits: int, share: float, minimum: float, most: float) -> None:
+    """At Qwen2-VL-7B's shapes: metadata, scales, room and the dequantization buffer count, so it is far from 16 / bits."""
     plain, tiered = qwen2_vl_7b("infinipot-v"), qwen2_vl_7b(f"mikv:bits={bits}:full_share={share}")
     assert tiered.total_bytes <= 2 << 30
-    ratio = (tiered.memory_tokens + tiered.packed_tokens) / plain.memory_tokens
-    assert least <= ratio <= most
+    ratio = (tiered.memory_tokens + tiered.quantized_tokens) / plain.memory_tokens
+    assert minimum <= ratio <= most

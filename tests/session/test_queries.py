@@ -12,10 +12,10 @@ import torch
 from millpond import PolicyError, Session
 from millpond.cache import PondCache
 from millpond.cache.pond import Pond
-from millpond.cache.reanchor import shift_uniformly
-from millpond.families.base import Family
+from millpond.cache.rerotation import shift_uniformly
+from millpond.models.base import Family
 from millpond.policies.attention import proxy_attention
-from tests.families.tiny import FAMILIES, tiny
+from tests.models.tiny import FAMILIES, tiny
 from tests.session.frames import moving
 from tests.session.measure import transient_peak
 
@@ -53,11 +53,11 @@ def tight(family: Family, policy: str, **options: Any) -> Session:
 
 def state(session: Session, *, queries: bool = True) -> list[bytes]:
     """Everything that later answers and compactions depend on, bit for bit."""
-    pond = session._flow.pond
+    pond = session._runner.pond
     tensors = [tensor[:, : pond.length] for layer in pond.layers for tensor in layer.tensors()]
     tensors += [pond.queries.layer(index) for index in range(len(pond.layers)) if queries]
     raw = [tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors]
-    return [*raw, repr((session._flow.clock, pond.length, pond.compactions, pond._recent, pond._text)).encode()]
+    return [*raw, repr((session._runner.clock, pond.length, pond.compactions, pond._recent, pond._text)).encode()]
 
 
 def attention(pond: Pond, index: int) -> torch.Tensor:
@@ -74,7 +74,7 @@ def test_the_latest_queries_are_the_model_s_own(name: str) -> None:
     session = tight(family, "snapkv")
     with recorded(family) as own:
         session.feed(list(moving(40)))
-    pond = session._flow.pond
+    pond = session._runner.pond
     assert pond.compactions >= 2
     for index in range(len(pond.layers)):
         count = pond.queries.counts[index]
@@ -91,10 +91,10 @@ def test_the_proxy_text_s_queries_are_the_model_s_own(name: str) -> None:
     family = tiny(name, attn_implementation="eager")
     session = tight(family, "streammem")
     session.feed(list(moving(40)))
-    flow, pond = session._flow, session._flow.pond
+    runner, pond = session._runner, session._runner.pond
     before = state(session, queries=False)
     with recorded(family) as own:
-        flow.ask_proxy()
+        runner.ask_proxy()
     assert state(session, queries=False) == before
     asked = pond.length
 
@@ -117,15 +117,17 @@ def test_sums_are_the_columns_of_the_model_s_attention(name: str) -> None:
     with recorded(family) as own:
         session.feed(list(moving(30)))
         session.ask(QUESTION, max_new_tokens=3)
-    pond = session._flow.pond
+    pond = session._runner.pond
     assert pond.compactions == 0
     for layer, blocks in zip(pond.layers, own, strict=True):
         expected = torch.zeros(family.geometry.kv_heads, pond.length, dtype=torch.float64)
         for block in blocks:
             if block.shape[3] <= pond.length:  # a question and its answer stand behind the stream
                 expected[:, : block.shape[3]] += block.sum((1, 2))
-        assert layer.sums is not None
-        torch.testing.assert_close(layer.sums[:, : pond.length].double(), expected, rtol=1e-3, atol=1e-4)
+        assert layer.accumulated_attention is not None
+        torch.testing.assert_close(
+            layer.accumulated_attention[:, : pond.length].double(), expected, rtol=1e-3, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -153,15 +155,20 @@ def test_a_question_leaves_no_trace_and_streams_repeat(policy: str) -> None:
 def test_a_remembered_turn_is_never_looked_at(policy: str) -> None:
     session = tight(tiny("qwen2_5_vl"), policy)
     session.feed(list(moving(40)))
-    flow, pond = session._flow, session._flow.pond
-    flow.ask_proxy()
+    runner, pond = session._runner, session._runner.pond
+    runner.ask_proxy()
     queries = [pond.queries.layer(index).clone() for index in range(len(pond.layers))]
-    before = [None if layer.sums is None else layer.sums[:, : pond.length].double().sum() for layer in pond.layers]
+    before = [
+        None if layer.accumulated_attention is None else layer.accumulated_attention[:, : pond.length].double().sum()
+        for layer in pond.layers
+    ]
     pond.compact = lambda slots: None  # type: ignore[method-assign]
     session.ask("where is it", max_new_tokens=3, remember=True)
     assert all(torch.equal(pond.queries.layer(index), old) for index, old in enumerate(queries))
     for layer, total in zip(pond.layers, before, strict=True):
-        assert layer.sums is None or torch.equal(layer.sums[:, : pond.length].double().sum(), total)
+        assert layer.accumulated_attention is None or torch.equal(
+            layer.accumulated_attention[:, : pond.length].double().sum(), total
+        )
 
 
 @pytest.mark.parametrize("policy", ["snapkv", "h2o"])
@@ -208,14 +215,14 @@ def test_noted_queries_move_with_the_positions(policy: str) -> None:
     session = tight(family, policy)
     session.feed(list(moving(150, fps=1)))
     assert session.usage.reanchorings >= 1
-    flow, pond = session._flow, session._flow.pond
+    runner, pond = session._runner, session._runner.pond
 
     def attended() -> list[torch.Tensor]:
         views = (pond._view(index, layer, 0, 0) for index, layer in enumerate(pond.layers))
         return [proxy_attention(view, latest=policy == "snapkv") for view in views]
 
     before = attended()
-    shift_uniformly(pond, family.rope, flow.clock, 40)
+    shift_uniformly(pond, family.rope, runner.clock, 40)
     for now, was in zip(attended(), before, strict=True):
         torch.testing.assert_close(now, was, rtol=1e-3, atol=1e-5)
 
@@ -224,7 +231,7 @@ def test_noted_queries_follow_the_end_of_the_stream_when_gaps_close() -> None:
     family = tiny("qwen2_5_vl", max_position_embeddings=260)
     session = tight(family, "snapkv", positions="contiguous")
     session.feed(list(moving(60, fps=1)))
-    import millpond.flow as module
+    import millpond.stream.runner as module
 
     compared = []
     close = module.close_gaps
@@ -258,16 +265,16 @@ def test_noted_queries_follow_the_end_of_the_stream_when_gaps_close() -> None:
 
 
 def test_summing_up_stays_within_the_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
-    import millpond.flow as module
+    import millpond.stream.runner as module
 
-    add, peaks = module.add_sums, []
+    add, peaks = module.accumulate_attention, []
     session = tight(tiny("qwen2_5_vl"), "h2o")
 
     def measured(pond: Pond, *args: Any) -> None:
         peaks.append(transient_peak(lambda: add(pond, *args)))
         assert peaks[-1] <= pond.plan.scratch_bytes
 
-    monkeypatch.setattr(module, "add_sums", measured)
+    monkeypatch.setattr(module, "accumulate_attention", measured)
     session.feed(list(moving(20)))
     assert max(peaks) > 0
 
@@ -286,7 +293,7 @@ def test_what_it_costs_is_in_the_plan() -> None:
     assert session.plan.reserve_tokens == proxy, "the proxy runs in the reserve"
     session.feed(list(moving(120)))
     assert session.usage.compactions >= 1
-    assert session._flow.pond.ledger.account("queries") == session._flow.pond.queries.rows.nbytes
+    assert session._runner.pond.ledger.account("queries") == session._runner.pond.queries.rows.nbytes
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -294,16 +301,16 @@ def test_the_least_budget_works(policy: str) -> None:
     from millpond import BudgetError
 
     family = tiny("qwen2_5_vl")
-    least = 1
+    minimum = 1
     for _ in range(2):  # first for text alone, then for the frames
         with pytest.raises(BudgetError) as caught:
-            Session(family, budget=least, policy=policy).plan_for(56, 56)
-        least = caught.value.least or 0
-    session = Session(family, budget=least, policy=policy)
+            Session(family, budget=minimum, policy=policy).plan_for(56, 56)
+        minimum = caught.value.minimum or 0
+    session = Session(family, budget=minimum, policy=policy)
     session.feed(list(moving(40)))
     assert session.usage.compactions >= 2
     assert session.ask("now", max_new_tokens=2).token_ids
-    assert session.usage.peak_bytes <= least
+    assert session.usage.peak_bytes <= minimum
 
 
 @pytest.mark.parametrize("policy", POLICIES)

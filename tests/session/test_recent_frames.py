@@ -8,11 +8,11 @@ import torch
 from transformers import DynamicCache
 
 from millpond import BudgetError, MillpondError, Session, policies
-from millpond.families.base import Family, Tokens
-from millpond.flow import Flow
 from millpond.frames import Frame
+from millpond.models.base import Family, Tokens
 from millpond.positions import Clock
-from tests.families.tiny import FAMILIES, tiny
+from millpond.stream.runner import Runner
+from tests.models.tiny import FAMILIES, tiny
 from tests.session.frames import moving
 from tests.session.measure import held_bytes
 from tests.session.test_session import state
@@ -26,40 +26,40 @@ def qwen() -> Family:
     return tiny("qwen2_5_vl")
 
 
-def least(family: Family, **options: object) -> int:
-    """The least budget for frames of 56 x 56."""
+def minimum(family: Family, **options: object) -> int:
+    """The minimum budget for frames of 56 x 56."""
     found = 1
     for _ in range(2):  # for the prompt alone, then for frames
         with pytest.raises(BudgetError) as caught:
             Session(family, budget=found, **options).plan_for(56, 56)  # type: ignore[arg-type]
-        found = caught.value.least or 0
+        found = caught.value.minimum or 0
     return found
 
 
 def tight(family: Family, **options: object) -> Session:
     """A session that compacts many times on 60 frames."""
     options = {"recent_frames": N, **options}
-    budget = least(family, **options) + 60 * family.geometry.bytes_per_token
+    budget = minimum(family, **options) + 60 * family.geometry.bytes_per_token
     return Session(family, budget=budget, **options)  # type: ignore[arg-type]
 
 
 def whole_state(session: Session) -> list[bytes]:
     """The memory, and the pixels that are kept of the latest frames."""
-    kept = [frame.tobytes() for group in session._intake._look.groups for _, frame in group]
+    kept = [frame.tobytes() for group in session._ingest._recent_frames.groups for _, frame in group]
     return state(session) + kept
 
 
 def shown(session: Session, monkeypatch: pytest.MonkeyPatch) -> list[Tokens]:
     """Every run of tokens that goes through the decoder of this session from now on."""
     parts: list[Tokens] = []
-    forward = Flow._forward
+    forward = Runner._forward
 
-    def noted(flow: Flow, tokens: Tokens, positions: torch.Tensor, **options: object) -> torch.Tensor:
-        if flow is session._flow:
+    def noted(runner: Runner, tokens: Tokens, positions: torch.Tensor, **options: object) -> torch.Tensor:
+        if runner is session._runner:
             parts.append(tokens)
-        return forward(flow, tokens, positions, **options)  # type: ignore[arg-type]
+        return forward(runner, tokens, positions, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Flow, "_forward", noted)
+    monkeypatch.setattr(Runner, "_forward", noted)
     return parts
 
 
@@ -75,7 +75,7 @@ def plain(family: Family, blocks: list[list[Frame]], new: int) -> tuple[list[int
     cache, clock = DynamicCache(), Clock()
 
     def run(part: Tokens) -> torch.Tensor:
-        return family.forward(part, family.place(part, clock), cache)
+        return family.forward(part, family.assign_positions(part, clock), cache)
 
     with torch.no_grad():
         run(family.embed(family.opening()))
@@ -107,8 +107,8 @@ def test_an_answer_is_the_plain_model_s_with_the_frames_given_twice(
     for frame in frames:
         session.feed(frame)
     heard: list[torch.Tensor] = []
-    ask = Flow.ask
-    monkeypatch.setattr(Flow, "ask", lambda flow, question: heard.append(ask(flow, question)) or heard[-1])
+    ask = Runner.ask
+    monkeypatch.setattr(Runner, "ask", lambda runner, question: heard.append(ask(runner, question)) or heard[-1])
     answer = session.ask(QUESTION, max_new_tokens=12)
     assert torch.allclose(family.logits(heard[0]), logits, atol=1e-4)
     assert list(answer.token_ids) == ids
@@ -133,7 +133,7 @@ def test_whole_groups_of_the_latest_frames_are_shown_and_waiting_ones_count(
 
 
 def arguments(name: str) -> dict[str, object]:
-    return {"host_budget": "8MiB"} if policies.read(name).recalls else {}
+    return {"host_budget": "8MiB"} if policies.read(name).retrieved_frames else {}
 
 
 @pytest.mark.parametrize("policy", [*(kind.name for kind in policies.available()), "keydiff+diversity", "mikv:bits=2"])
@@ -157,9 +157,9 @@ def test_every_policy_answers_and_keeps_its_memory(policy: str, monkeypatch: pyt
     assert len(times_of(parts)) >= N
     question = len(family.question(QUESTION, after_video=True))
     assert session.usage.stream_tokens == tokens + question + len(kept.token_ids), "the turn alone stays"
-    lengths = [layer.length for layer in session._flow.pond.layers]
-    assert session._flow.pond._ahead == [length - lengths[0] for length in lengths]
-    for layer in session._flow.pond.layers:
+    lengths = [layer.length for layer in session._runner.pond.layers]
+    assert session._runner.pond._ahead == [length - lengths[0] for length in lengths]
+    for layer in session._runner.pond.layers:
         times = layer.time_us[:, session.plan.prompt_tokens : layer.length]
         assert bool((times[:, 1:] >= times[:, :-1]).all()), "what was left behind would break the order"
     session.feed(list(moving(16, start=40)))
@@ -176,14 +176,14 @@ def test_asking_leaves_no_trace_on_a_long_stream(name: str, positions: str, monk
     limit, count = {"qwen2_vl": (160, 301), "qwen2_5_vl": (200, 131), "qwen3_vl": (600, 101)}.get(name, (400, 66))
     family = tiny(name, max_position_embeddings=limit)
     quiet, asked = tight(family, positions=positions), tight(family, positions=positions)
-    place, most = family.place, []
+    grid_position, most = family.assign_positions, []
 
     def noted(tokens: Tokens, clock: Clock) -> torch.Tensor:
-        found = place(tokens, clock)
+        found = grid_position(tokens, clock)
         most.append(int(found.max()))
         return found
 
-    monkeypatch.setattr(family, "place", noted)
+    monkeypatch.setattr(family, "assign_positions", noted)
     for number, frame in enumerate(moving(count, fps=1)):
         quiet.feed(frame)
         asked.feed(frame)
@@ -212,7 +212,7 @@ def test_admission_thins_the_memory_and_not_the_second_look(name: str, monkeypat
 def test_a_remembered_turn_keeps_the_turn_alone(qwen: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     session = Session(qwen, budget="4MiB", recent_frames=N)
     session.feed(list(moving(21)))
-    pond, tokens = session._flow.pond, session.usage.stream_tokens
+    pond, tokens = session._runner.pond, session.usage.stream_tokens
     length = pond.length
     memory = [tensor[:, :length].clone() for layer in pond.layers for tensor in layer.tensors()]
     answer = session.ask(QUESTION, max_new_tokens=5, remember=True)
@@ -224,7 +224,7 @@ def test_a_remembered_turn_keeps_the_turn_alone(qwen: Family, monkeypatch: pytes
     layer = pond.layers[0]
     assert layer.time_us[0, length : pond.length].tolist() == [10_000_000] * new
     along = layer.positions[0, : pond.length].amax(dim=1)
-    assert int(along.max()) < session._flow.clock.next
+    assert int(along.max()) < session._runner.clock.next
     text = along[length + qwen.grid(56, 56).tokens :]
     assert bool((text[1:] == text[:-1] + 1).all())
     assert int(text[0]) > int(along[:length].max())
@@ -253,7 +253,7 @@ def test_without_them_nothing_is_planned_or_kept(qwen: Family) -> None:
     session.feed(list(moving(20)))
     assert (session.plan.recent_frames, session.plan.recent_tokens, session.plan.recent_bytes) == (0, 0, 0)
     assert whole_state(session) == state(session)
-    assert session._flow.pond.ledger.account("recent frames") == 0
+    assert session._runner.pond.ledger.account("recent frames") == 0
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
@@ -343,14 +343,14 @@ def test_frames_far_apart_in_time_stand_behind_the_beginning_of_their_video(
     session = tight(family, positions=positions, recent_frames=16)
     session.feed(list(moving(60, fps=0.05)))
     assert session.usage.reanchorings > 0
-    before, place, found = whole_state(session), family.place, []
-    base = session._flow.clock.base
+    before, grid_position, found = whole_state(session), family.assign_positions, []
+    base = session._runner.clock.base
 
     def noted(tokens: Tokens, clock: Clock) -> torch.Tensor:
-        found.append(place(tokens, clock))
+        found.append(grid_position(tokens, clock))
         return found[-1]
 
-    monkeypatch.setattr(family, "place", noted)
+    monkeypatch.setattr(family, "assign_positions", noted)
     session.ask(QUESTION, max_new_tokens=1)
     assert whole_state(session) == before
     along = torch.cat([positions[0] for positions in found])

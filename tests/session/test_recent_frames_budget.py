@@ -7,11 +7,11 @@ import torch
 
 from millpond import BudgetError, Session
 from millpond.cache.pond import Pond
-from millpond.families.base import Family
-from tests.families.tiny import tiny
+from millpond.models.base import Family
+from tests.models.tiny import tiny
 from tests.session.frames import moving
 from tests.session.measure import held_bytes, transient_peak
-from tests.session.test_recent_frames import QUESTION, N, least, shown, tight, times_of, whole_state
+from tests.session.test_recent_frames import QUESTION, N, minimum, shown, tight, times_of, whole_state
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ class Measured:
 
     def look(self) -> None:
         self.looks += 1
-        ledger = self.session._flow.pond.ledger
+        ledger = self.session._runner.pond.ledger
         assert held_bytes(self.session) <= ledger.held <= self.session.plan.budget  # type: ignore[operator]
 
 
@@ -81,8 +81,8 @@ def test_the_cap_holds_at_every_step(
         session.ask(QUESTION, max_new_tokens=2)
         session.feed(list(moving(20, start=session.usage.stream_seconds + 1)))
     assert session.usage.peak_bytes <= session.plan.budget  # type: ignore[operator]
-    size, _ = next(iter(session._intake._look.groups))[0][1].shape[:2]
-    assert session._flow.pond.ledger.account("recent frames") == session.plan.recent_bytes == N * size * size * 3
+    size, _ = next(iter(session._ingest._recent_frames.groups))[0][1].shape[:2]
+    assert session._runner.pond.ledger.account("recent frames") == session.plan.recent_bytes == N * size * size * 3
     budget = session.plan.budget
     assert budget is not None
     session.resize(budget * 2)
@@ -98,8 +98,8 @@ def test_the_cap_holds_at_every_step(
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "llava_onevision"])
 def test_the_least_budget_works_and_one_byte_less_does_not(name: str) -> None:
     family = tiny(name)
-    budget = least(family, recent_frames=N)
-    assert budget > least(family)
+    budget = minimum(family, recent_frames=N)
+    assert budget > minimum(family)
     plan = Session(family, budget=budget, recent_frames=N).plan_for(56, 56)
     groups = N // family.frames_per_group
     assert plan.recent_tokens == groups * plan.group_tokens + len(family.reopening())
@@ -111,7 +111,7 @@ def test_the_least_budget_works_and_one_byte_less_does_not(name: str) -> None:
     session.ask("now", max_new_tokens=2, remember=True)
     session.ask("now", max_new_tokens=2)
     assert session.usage.peak_bytes <= budget
-    with pytest.raises(BudgetError, match="the least that works") as caught:
+    with pytest.raises(BudgetError, match="the minimum that works") as caught:
         Session(family, budget=budget - 1, recent_frames=N).feed(list(moving(2)))
     assert "\n" not in str(caught.value)
 
@@ -133,8 +133,8 @@ def test_a_fork_has_frames_of_its_own(qwen: Family) -> None:
 def test_a_smaller_budget_keeps_the_second_look(qwen: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     session = Session(qwen, budget="2MiB", recent_frames=N)
     session.feed(list(moving(40)))
-    fewest = least(qwen, recent_frames=N)
-    with pytest.raises(BudgetError, match="least that works"):
+    fewest = minimum(qwen, recent_frames=N)
+    with pytest.raises(BudgetError, match="minimum that works"):
         session.resize(fewest - 1)
     session.resize(fewest)
     parts = shown(session, monkeypatch)

@@ -9,14 +9,14 @@ import torch
 from transformers import DynamicCache
 
 from millpond import BudgetError, PolicyError, Session, policies
-from millpond.cache import recall
+from millpond.cache import retrieval
 from millpond.cache.pond import Pond
-from millpond.cache.standalone import PondCache
-from millpond.families.base import Family, Tokens
-from millpond.flow import Flow
+from millpond.cache.pond_cache import PondCache
+from millpond.models.base import Family, Tokens
 from millpond.policies.base import View
 from millpond.policies.rekv import ReKV
-from tests.families.tiny import FAMILIES, tiny
+from millpond.stream.runner import Runner
+from tests.models.tiny import FAMILIES, tiny
 from tests.session.frames import moving
 from tests.session.measure import held_bytes, transient_peak
 from tests.session.test_session import state
@@ -32,14 +32,14 @@ def small(family: Family, **options: object) -> Session:
 
 def roomy(family: Family, monkeypatch: pytest.MonkeyPatch, **options: object) -> Session:
     """A session that compacts to two frames although it has room to recall everything."""
-    admit = Pond.admit
+    ensure_capacity = Pond.ensure_capacity
 
     def admit_little(pond: Pond, tokens: int) -> None:
         if tokens and pond.memory_tokens > 3 * pond.plan.group_tokens:
             pond.compact(2 * pond.plan.group_tokens + 5)  # a frame leaves in two parts
-        admit(pond, tokens)
+        ensure_capacity(pond, tokens)
 
-    monkeypatch.setattr(Pond, "admit", admit_little)
+    monkeypatch.setattr(Pond, "ensure_capacity", admit_little)
     budget = 8000 * family.geometry.bytes_per_token
     return Session(family, budget=budget, **{"policy": "rekv:frames=100", "host_budget": "16MiB", **options})  # type: ignore[arg-type]
 
@@ -51,22 +51,22 @@ class Recorder:
         self.parts: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         self.hidden: list[torch.Tensor] = []
         self.on = True
-        forward = Flow._forward
+        forward = Runner._forward
 
-        def recorded(flow: Flow, tokens: Tokens, positions: torch.Tensor, **options: object) -> torch.Tensor:
-            mark = flow.pond.length
-            hidden = forward(flow, tokens, positions, **options)  # type: ignore[arg-type]
-            if flow is session._flow:
+        def recorded(runner: Runner, tokens: Tokens, positions: torch.Tensor, **options: object) -> torch.Tensor:
+            mark = runner.pond.length
+            hidden = forward(runner, tokens, positions, **options)  # type: ignore[arg-type]
+            if runner is session._runner:
                 rows = [
                     (x.keys[:, :, mark : x.length].clone(), x.values[:, :, mark : x.length].clone())
-                    for x in flow.pond.layers
+                    for x in runner.pond.layers
                 ]
                 if self.on:
                     self.parts.append(rows)
                 self.hidden.append(hidden)
             return hidden
 
-        monkeypatch.setattr(Flow, "_forward", recorded)
+        monkeypatch.setattr(Runner, "_forward", recorded)
 
     def cache(self) -> DynamicCache:
         cache = DynamicCache()
@@ -86,16 +86,16 @@ def test_when_every_frame_is_recalled_the_answer_is_that_of_a_full_cache(
     session = roomy(family, monkeypatch, positions=positions)
     record = Recorder(session, monkeypatch)
     session.feed(list(moving(40)))
-    host = session._flow.pond.host
+    host = session._runner.pond.host
     assert host is not None
     assert host.forgotten == 0
     assert host.frames >= 8
     assert host.tokens + session.usage.memory_tokens + session.plan.prompt_tokens == session.usage.stream_tokens
     record.on, record.hidden = False, []
-    clock = session._flow.clock
+    clock = session._runner.clock
     question = family.question(QUESTION, after_video=True)
     with torch.no_grad():
-        at = family.place(question, type(clock)(**vars(clock)))
+        at = family.assign_positions(question, type(clock)(**vars(clock)))
         expected = family.forward(question, at, record.cache())
     answer = session.ask(QUESTION, max_new_tokens=6)
     assert torch.allclose(family.logits(record.hidden[0]), family.logits(expected), atol=1e-4)
@@ -109,24 +109,24 @@ def test_the_frames_recalled_are_those_of_a_brute_force_in_double_precision(
     family = tiny(name)
     session = small(family, positions="absolute")
     session.feed(list(moving(60)))
-    pond, seen = session._flow.pond, {}
+    pond, seen = session._runner.pond, {}
     host, geometry = pond.host, family.geometry
     assert host is not None
-    fill = recall.Recall.fill
+    fill = retrieval.Retrieval.fill
 
-    def watched(self: recall.Recall, index: int, queries: torch.Tensor) -> None:
+    def watched(self: retrieval.Retrieval, index: int, queries: torch.Tensor) -> None:
         fill(self, index, queries)
         part = slice(self.start, self.start + self.count)
         layer = pond.layers[index]
         seen[index] = (queries.clone(), layer.keys[0, :, part].clone(), layer.values[0, :, part].clone())
         assert bool((layer.positions[:, part] == layer.positions[:1, part]).all())
 
-    monkeypatch.setattr(recall.Recall, "fill", watched)
+    monkeypatch.setattr(retrieval.Retrieval, "fill", watched)
     session.ask(QUESTION, max_new_tokens=1)
     assert len(seen) == geometry.layers
     different = set()
     for index, (queries, keys, values) in seen.items():
-        grouped = queries.double().mean(0).view(geometry.kv_heads, geometry.group, -1).mean(1)
+        grouped = queries.double().mean(0).view(geometry.kv_heads, geometry.kv_groups, -1).mean(1)
         scores, frames = {}, {}
         for number in range(host.first, host.end):
             whole = [torch.cat(part, dim=-2) for part in zip(*host.pieces(index, number, host.size(number), 999))]  # noqa: B905
@@ -134,7 +134,7 @@ def test_the_frames_recalled_are_those_of_a_brute_force_in_double_precision(
             mean = whole[0].double().mean(1)
             scores[number] = float((grouped * mean).sum())
         wanted: list[tuple[int, int]] = []
-        left = session.plan.recall_tokens
+        left = session.plan.retrieved_tokens
         for number in sorted(scores, key=lambda one: -scores[one]):
             count = min(left, host.size(number))
             wanted += [(number, count)] if count else []
@@ -154,7 +154,7 @@ def test_the_frames_recalled_are_those_of_a_brute_force_in_double_precision(
 def test_asking_leaves_no_trace_and_gives_the_same_answer_twice(name: str, frames: int) -> None:
     session = small(tiny(name))
     session.feed(list(moving(frames)))
-    host = session._flow.pond.host
+    host = session._runner.pond.host
     assert host is not None
     before, held = state(session), (host.frames, host.tokens, host._next)
     first = session.ask(QUESTION, max_new_tokens=6)
@@ -180,13 +180,13 @@ def test_neither_cap_is_passed_at_any_step(
     def look(transient: int = 0) -> None:
         nonlocal looks
         looks += 1
-        host = session._flow.pond.host
+        host = session._runner.pond.host
         assert host is not None
         assert held_bytes(session, but=host) + transient <= limit
         assert host.nbytes <= host_budget
         assert held_bytes(session) - held_bytes(session, but=host) <= host_budget + 100  # the tier's own few numbers
 
-    compact, fill, forward = Pond.compact, recall.Recall.fill, family.forward
+    compact, fill, forward = Pond.compact, retrieval.Retrieval.fill, family.forward
 
     def measured(pond: Pond, run: object) -> None:
         allocated = pond.host is None or pond.host.nbytes
@@ -197,7 +197,9 @@ def test_neither_cap_is_passed_at_any_step(
 
     monkeypatch.setattr(Pond, "compact", lambda pond, slots: measured(pond, lambda: compact(pond, slots)))
     monkeypatch.setattr(
-        recall.Recall, "fill", lambda self, index, queries: measured(self._pond, lambda: fill(self, index, queries))
+        retrieval.Retrieval,
+        "fill",
+        lambda self, index, queries: measured(self._pond, lambda: fill(self, index, queries)),
     )
 
     def looked(*args: object) -> torch.Tensor:
@@ -230,19 +232,19 @@ def test_the_plan_gives_at_most_half_to_what_is_recalled_and_at_least_one_frame(
     family = tiny("qwen2_5_vl")
     with pytest.raises(BudgetError) as caught:
         Session(family, budget=100_000, policy="rekv", host_budget="1MiB").plan_for(56, 56)
-    least = caught.value.least
-    assert least is not None
-    session = Session(family, budget=least, policy="rekv", host_budget="1MiB")
-    assert session.plan_for(56, 56).recall_frames == 1
+    minimum = caught.value.minimum
+    assert minimum is not None
+    session = Session(family, budget=minimum, policy="rekv", host_budget="1MiB")
+    assert session.plan_for(56, 56).retrieved_frames == 1
     session.feed(list(moving(40)))
     session.ask("now", max_new_tokens=2)
-    assert session.usage.peak_bytes <= least
+    assert session.usage.peak_bytes <= minimum
     for size, frames in ((1 << 19, 64), (1 << 21, 64), (1 << 21, 7)):
         plan = Session(family, budget=size, policy=f"rekv:frames={frames}", host_budget="1MiB").plan_for(56, 56)
         behind = plan.slots - plan.prompt_tokens
-        assert plan.prompt_tokens + plan.memory_tokens + plan.room_tokens + plan.reserve_tokens == plan.slots
-        assert plan.recall_tokens == plan.recall_frames * plan.group_tokens <= behind // 2
-        assert 1 < plan.recall_frames <= frames
+        assert plan.prompt_tokens + plan.memory_tokens + plan.headroom_tokens + plan.reserve_tokens == plan.slots
+        assert plan.retrieved_tokens == plan.retrieved_frames * plan.group_tokens <= behind // 2
+        assert 1 < plan.retrieved_frames <= frames
         assert plan.total_bytes <= size
 
 
@@ -252,7 +254,7 @@ def test_the_oldest_frames_leave_a_full_host() -> None:
     host, seen = None, []
     for frame in moving(90):
         session.feed(frame)
-        host = session._flow.pond.host
+        host = session._runner.pond.host
         assert host is not None
         times = [host.time_us(number) for number in range(host.first, host.end)]
         assert times == sorted(set(times))
@@ -289,7 +291,7 @@ def test_a_fork_shares_nothing() -> None:
     other.feed(list(moving(60, start=40, seed=5)))
     assert state(session) == before
     assert session.ask(QUESTION, max_new_tokens=6).token_ids == expected
-    mine, theirs = session._flow.pond.host, other._flow.pond.host
+    mine, theirs = session._runner.pond.host, other._runner.pond.host
     assert mine is not None
     assert theirs is not None
     assert mine.end < theirs.end
@@ -305,7 +307,7 @@ def test_a_remembered_turn_drops_what_it_recalled() -> None:
     question = len(session.family.question(QUESTION, after_video=True))
     group = session.plan.group_tokens
     assert session.usage.stream_tokens == tokens + question + len(answer.token_ids) + group, "the odd frame is one too"
-    layer = session._flow.pond.layers[0]
+    layer = session._runner.pond.layers[0]
     times = layer.time_us[0, session.plan.prompt_tokens : layer.length]
     assert bool((times[1:] >= times[:-1]).all()), "recalled frames would break the order"
     assert {*times.tolist()} <= memory | {round(30.0 * 1e6)}
@@ -323,10 +325,10 @@ def test_past_the_trained_range_recalled_frames_stand_in_front_of_the_window(
     session = small(family, positions=positions)
     session.feed(list(moving(131 if name.startswith("qwen") else 66, fps=1)))
     assert session.usage.reanchorings > 0
-    pond, front, clock = session._flow.pond, [], session._flow.clock
-    fill = recall.Recall.fill
+    pond, front, clock = session._runner.pond, [], session._runner.clock
+    fill = retrieval.Retrieval.fill
 
-    def watched(self: recall.Recall, index: int, queries: torch.Tensor) -> None:
+    def watched(self: retrieval.Retrieval, index: int, queries: torch.Tensor) -> None:
         fill(self, index, queries)
         part = slice(self.start, self.start + self.count)
         layer = pond.layers[index]
@@ -335,7 +337,7 @@ def test_past_the_trained_range_recalled_frames_stand_in_front_of_the_window(
         assert bool((along[1:] >= along[:-1]).all()), "in stream order"
         front.append((self._front, int(along[-1]), int(along[0]), layer.positions[0, part]))
 
-    monkeypatch.setattr(recall.Recall, "fill", watched)
+    monkeypatch.setattr(retrieval.Retrieval, "fill", watched)
     before = state(session)
     session.ask(QUESTION, max_new_tokens=2)
     assert state(session) == before
@@ -369,10 +371,10 @@ def test_refusals() -> None:
     session = Session(family, budget="1MiB", policy="rekv", host_budget=5000)
     with pytest.raises(BudgetError, match="cannot hold one frame") as caught:
         session.feed(list(moving(2)))
-    assert caught.value.least is not None
-    Session(family, budget="1MiB", policy="rekv", host_budget=caught.value.least).feed(list(moving(40)))
+    assert caught.value.minimum is not None
+    Session(family, budget="1MiB", policy="rekv", host_budget=caught.value.minimum).feed(list(moving(40)))
     with pytest.raises(BudgetError):
-        Session(family, budget="1MiB", policy="rekv", host_budget=caught.value.least - 1).feed(list(moving(2)))
+        Session(family, budget="1MiB", policy="rekv", host_budget=caught.value.minimum - 1).feed(list(moving(2)))
 
 
 class Uneven(ReKV):
@@ -387,9 +389,9 @@ def test_a_policy_that_recalls_must_keep_the_same_everywhere() -> None:
     session = small(tiny("qwen2_5_vl"), policy=Uneven())
     with pytest.raises(PolicyError, match="same tokens in every head and layer"):
         session.feed(list(moving(40)))
-    layers = session._flow.pond.layers
+    layers = session._runner.pond.layers
     assert all(torch.equal(layer.time_us[:, :50], layers[0].time_us[:, :50]) for layer in layers), "finished alike"
-    assert policies.get("rekv").recalls == 64
+    assert policies.get("rekv").retrieved_frames == 64
 
 
 @dataclass(frozen=True)
@@ -405,9 +407,9 @@ def test_the_order_in_which_layers_are_asked_changes_no_bit_of_host_memory() -> 
     # The same slots for both: what goes from layer to layer takes scratch.
     plan = up.plan_for(56, 56)
     for session in (down, up):
-        session._flow.plan_for = lambda grid: plan  # type: ignore[method-assign]
+        session._runner.plan_for = lambda grid: plan  # type: ignore[method-assign]
         session.feed(list(moving(60)))
-    hosts = [session._flow.pond.host for session in (down, up)]
+    hosts = [session._runner.pond.host for session in (down, up)]
     assert hosts[0] is not None
     assert hosts[1] is not None
     assert hosts[0].frames > 5

@@ -10,10 +10,10 @@ import torch
 from transformers import DynamicCache
 
 from millpond import BudgetError, MillpondError, PolicyError, Session, SourceError
-from millpond.families.base import Family
 from millpond.frames import Frame
+from millpond.models.base import Family
 from millpond.positions import Clock
-from tests.families.tiny import tiny
+from tests.models.tiny import tiny
 from tests.session.frames import moving
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "llava_next_video"]
@@ -29,20 +29,20 @@ def tight(family: Family, **options: object) -> Session:
     """A session whose budget is small enough to compact many times on 60 frames."""
     session = Session(family, budget="4GiB", **options)  # type: ignore[arg-type]
     group = session.plan_for(56, 56)
-    slots = len(session._flow._opening) + 6 * group.group_tokens + 40
+    slots = len(session._runner._opening) + 6 * group.group_tokens + 40
     return Session(family, budget=int(slots * family.geometry.bytes_per_token * 1.3) + group.waiting_bytes, **options)  # type: ignore[arg-type]
 
 
 def state(session: Session) -> list[bytes]:
     """Everything that the stream's memory consists of, bit for bit."""
-    pond = session._flow.pond
+    pond = session._runner.pond
     parts = [
         t[:, : pond.length].contiguous().view(torch.uint8).numpy().tobytes()
         for layer in pond.layers
         for t in layer.tensors()
     ]
-    parts.append(repr((session._flow.clock, pond.length, pond._recent, pond._text, pond.compactions)).encode())
-    parts += [frame.tobytes() for _, frame in session._intake.waiting]
+    parts.append(repr((session._runner.clock, pond.length, pond._recent, pond._text, pond.compactions)).encode())
+    parts += [frame.tobytes() for _, frame in session._ingest.waiting]
     return parts
 
 
@@ -52,7 +52,7 @@ def plain_answer(family: Family, frames: list[Frame], question: str, new: int) -
     with torch.no_grad():
         video = family.encode([family.prepare(f.pixels) for f in frames], [round(f.seconds * 1e6) for f in frames])
         for part in (family.embed(family.opening()), video, family.question(question, after_video=True)):
-            hidden = family.forward(part, family.place(part, clock), cache)
+            hidden = family.forward(part, family.assign_positions(part, clock), cache)
         ids: list[int] = []
         while len(ids) < new:
             token = int(family.logits(hidden[-1]).argmax())
@@ -60,7 +60,7 @@ def plain_answer(family: Family, frames: list[Frame], question: str, new: int) -
                 break
             ids.append(token)
             part = family.embed([token])
-            hidden = family.forward(part, family.place(part, clock), cache)
+            hidden = family.forward(part, family.assign_positions(part, clock), cache)
     return ids
 
 
@@ -138,7 +138,7 @@ def test_a_remembered_turn_stays_under_the_cap_and_changes_the_next_answer(qwen:
     kept = session.ask("which one", max_new_tokens=4, remember=True)
     after = session.usage
     assert after.stream_tokens > before.stream_tokens
-    assert session._flow.pond.free >= session.plan.reserve_tokens
+    assert session._runner.pond.free >= session.plan.reserve_tokens
     texts = [(layer.row == -1).sum(axis=1) for layer in session.memory()]
     assert all((count == texts[0][0]).all() and count[0] >= len(kept.token_ids) for count in texts)
     session.ask("and then", max_new_tokens=4)
@@ -162,7 +162,7 @@ def test_remembering_equals_a_conversation_without_a_cap(qwen: Family) -> None:
         parts = [qwen.embed(qwen.opening()), video, qwen.question("which one", after_video=True)]
         parts += [qwen.embed(list(first.token_ids)), qwen.question("and then", after_video=False)]
         for part in parts:
-            hidden = qwen.forward(part, qwen.place(part, clock), cache)
+            hidden = qwen.forward(part, qwen.assign_positions(part, clock), cache)
         assert int(qwen.logits(hidden[-1]).argmax()) == second.token_ids[0]
 
 
@@ -239,22 +239,22 @@ def test_a_broken_source_leaves_what_was_seen_answerable(qwen: Family) -> None:
 def test_a_model_fault_in_the_middle_of_a_block_is_rolled_back(qwen: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     session = tight(qwen)
     session.feed(list(moving(20)))
-    lengths = [layer.length for layer in session._flow.pond.layers]
-    clock = replace(session._flow.clock)
-    original = session._flow.pond.update
+    lengths = [layer.length for layer in session._runner.pond.layers]
+    clock = replace(session._runner.clock)
+    original = session._runner.pond.update
 
     def fails(keys: torch.Tensor, values: torch.Tensor, layer: int, *args: object, **kwargs: object) -> object:
         if layer == 1:
             raise RuntimeError("out of memory")
         return original(keys, values, layer, *args, **kwargs)
 
-    monkeypatch.setattr(session._flow.pond, "update", fails)
+    monkeypatch.setattr(session._runner.pond, "update", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         session.feed(list(moving(2, start=10)))
     monkeypatch.undo()
-    assert len({layer.length for layer in session._flow.pond.layers}) == 1
-    assert session._flow.pond.length <= lengths[0]
-    assert session._flow.clock == clock
+    assert len({layer.length for layer in session._runner.pond.layers}) == 1
+    assert session._runner.pond.length <= lengths[0]
+    assert session._runner.clock == clock
     assert session.usage.frames_dropped == 2
     session.feed(list(moving(2, start=12)))
     assert session.ask(QUESTION, max_new_tokens=2) is not None
@@ -277,10 +277,10 @@ def test_a_frame_too_large_for_the_budget_is_refused_and_nothing_is_lost(qwen: F
     session = tight(qwen)
     session.feed(list(moving(20)))
     before = state(session)
-    with pytest.raises(BudgetError, match="least that works") as caught:
+    with pytest.raises(BudgetError, match="minimum that works") as caught:
         session.feed(Frame(50.0, np.zeros((560, 560, 3), np.uint8)))
     assert state(session) == before
-    session.resize(caught.value.least)
+    session.resize(caught.value.minimum)
     session.feed(Frame(50.0, np.zeros((560, 560, 3), np.uint8)))
     session.feed(Frame(50.5, np.zeros((560, 560, 3), np.uint8)))
     assert session.usage.frames_seen == 22
@@ -327,7 +327,7 @@ def test_a_stream_longer_than_the_trained_range_stays_in_it(name: str, positions
     session = tight(family, positions=positions)
     for frame in moving(160, fps=1):
         session.feed(frame)
-        assert session._flow.clock.next <= 160
+        assert session._runner.clock.next <= 160
     assert session.usage.reanchorings >= 1
     assert session.ask(QUESTION, max_new_tokens=3) is not None
 

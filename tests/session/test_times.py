@@ -8,7 +8,7 @@ import pytest
 
 from millpond import Session, SourceError
 from millpond.frames import Frame
-from tests.families.tiny import tiny
+from tests.models.tiny import tiny
 from tests.session.frames import moving
 
 PIXELS = np.zeros((56, 56, 3), np.uint8)

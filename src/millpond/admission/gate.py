@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from millpond.admission.base import Admission, Verdict
-from millpond.families.base import Tokens
+from millpond.models.base import Tokens
 
-__all__ = ["sift"]
+__all__ = ["filter_groups"]
 
 
-def sift(admission: Admission, tokens: Tokens, state: Any) -> tuple[Tensor, tuple[Verdict, ...], Any]:
+def filter_groups(admission: Admission, tokens: Tokens, state: Any) -> tuple[Tensor, tuple[Verdict, ...], Any]:
     """Judge each frame group of a block.
 
     A reduced group keeps the vision tokens whose row and column have an even sum, a checkerboard: half of every row and of
@@ -31,7 +31,7 @@ def sift(admission: Admission, tokens: Tokens, state: Any) -> tuple[Tensor, tupl
         verdict, state = admission.judge(feature, state)
         verdicts.append(verdict)
         if verdict == "reduced":
-            at = at[~visual | (tokens.place[at].sum(dim=1) % 2 == 0)]
+            at = at[~visual | (tokens.grid_position[at].sum(dim=1) % 2 == 0)]
         if verdict != "drop":
             keep.append(at)
     return torch.cat([*keep, torch.empty(0, dtype=torch.long)]), tuple(verdicts), state

@@ -1,7 +1,7 @@
 """The budgeted cache: preallocated layers, in-place compaction, a ledger that holds the cap."""
 
-from millpond.cache.ledger import Ledger
 from millpond.cache.pond import Pond
-from millpond.cache.standalone import PondCache
+from millpond.cache.pond_cache import PondCache
+from millpond.memory.ledger import Ledger
 
 __all__ = ["Ledger", "Pond", "PondCache"]

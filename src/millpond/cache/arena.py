@@ -13,12 +13,12 @@ from torch import Tensor
 
 from millpond.cache.layer import PondLayer
 from millpond.cache.storage import zeros
-from millpond.resumable import Pieces
+from millpond.memory.resumable import Pieces
 
 __all__ = ["Arena"]
 
 _VECTORS = ("keys", "values")
-_METADATA = ("time_us", "place", "positions", "sums")
+_METADATA = ("time_us", "grid_position", "positions", "accumulated_attention")
 
 
 class Arena:

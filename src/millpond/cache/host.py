@@ -1,7 +1,7 @@
 """Host memory behind a pond: frames that left the device, with one mean key a frame, layer and KV head, under a cap of its own.
 
 A ring of tokens and a ring of frames in storage that is allocated once, in memory or in a file; when it is full the oldest frames
-leave. Knows nothing about questions; `millpond.cache.recall` chooses what comes back.
+leave. Knows nothing about questions; `millpond.cache.retrieval` chooses what comes back.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from millpond.budget import format_bytes
 from millpond.cache.layer import PondLayer
 from millpond.cache.storage import zeros
 from millpond.errors import BudgetError
-from millpond.geometry import Geometry
+from millpond.memory.budget import format_bytes
+from millpond.memory.geometry import Geometry
+from millpond.memory.resumable import Pieces
 from millpond.positions import Rope
-from millpond.resumable import Pieces
 
-__all__ = ["Arrivals", "HostTier"]
+__all__ = ["Arrivals", "HostCache"]
 
 _TIME, _START, _COUNT = range(3)
 
@@ -53,7 +53,7 @@ class _Arrival:
 
 @dataclass(frozen=True)
 class Arrivals:
-    """What a pass brings, and where it goes: worked out by `HostTier.arrange`, written by `admit` and `storing`.
+    """What a pass brings, and where it goes: worked out by `HostCache.arrange`, written by `ensure_capacity` and `storing`.
 
     Attributes:
         counters: the tier's afterwards, by name.
@@ -64,7 +64,7 @@ class Arrivals:
     frames: list[_Arrival]
 
 
-class HostTier:
+class HostCache:
     """Frames outside the device, oldest first.
 
     Args:
@@ -111,13 +111,13 @@ class HostTier:
         """Refuse a budget that cannot hold one frame of `group_tokens` tokens.
 
         Raises:
-            BudgetError: names the least that works.
+            BudgetError: names the minimum that works.
         """
-        least = group_tokens * cls.token_bytes(geometry) + cls.frame_bytes(geometry)
-        if budget < least:
+        minimum = group_tokens * cls.token_bytes(geometry) + cls.frame_bytes(geometry)
+        if budget < minimum:
             raise BudgetError(
-                f"a host budget of {format_bytes(budget)} cannot hold one frame: the least that works is {least} bytes",
-                least=least,
+                f"a host budget of {format_bytes(budget)} cannot hold one frame: the minimum that works is {minimum} bytes",
+                minimum=minimum,
             )
 
     @property
@@ -238,7 +238,7 @@ class HostTier:
         }
         return Arrivals(counters, arrivals)
 
-    def admit(self, arrivals: Arrivals, place: Tensor, positions: Tensor) -> None:
+    def ensure_capacity(self, arrivals: Arrivals, grid_position: Tensor, positions: Tensor) -> None:
         """Write down which frame tokens come, before `storing` takes each layer's; can be repeated until then.
 
         Args:
@@ -251,7 +251,7 @@ class HostTier:
             for slot, begin, many in self._stretches(frame.slot, frame.count, frame.count):
                 known = slice(frame.first + begin, frame.first + begin + many)
                 self._positions[slot : slot + many] = positions[known].cpu() + self._moved
-                self._place[slot : slot + many] = place[known].cpu()
+                self._place[slot : slot + many] = grid_position[known].cpu()
         vars(self).update(arrivals.counters)
         for number in range(max(self.first, self.end - len(arrivals.frames)), self.end):
             low, high = self.extent(number)
@@ -380,9 +380,9 @@ class HostTier:
             "seconds_host": self.seconds,
         }
 
-    def fork(self) -> HostTier:
+    def fork(self) -> HostCache:
         """A copy that shares nothing, in a file of its own where this one is in a file."""
-        other = HostTier(self.geometry, self.rope, self.budget, self.folder)
+        other = HostCache(self.geometry, self.rope, self.budget, self.folder)
         if self._buffer is not None:
             other._allocate(self._rows, self._slots)
             slots, rows = min(self._next, self._slots), min(self.end, self._rows)

@@ -17,9 +17,9 @@ from transformers.cache_utils import CacheLayerMixin
 from millpond import native
 from millpond.cache.storage import zeros
 from millpond.errors import BudgetError, ModelError
-from millpond.geometry import Geometry
+from millpond.memory.geometry import Geometry
+from millpond.memory.resumable import Pieces, Rows
 from millpond.positions import Rope
-from millpond.resumable import Pieces, Rows
 
 __all__ = ["PondLayer", "turning"]
 
@@ -55,13 +55,15 @@ class PondLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def _allocate(self, capacity: int) -> None:
-        heads, width = self.geometry.kv_heads, self.geometry.head_dim
-        self.keys: Tensor = zeros((1, heads, capacity, width), self.dtype, self.device)
-        self.values: Tensor = zeros((1, heads, capacity, width), self.dtype, self.device)
+        heads, head_dim = self.geometry.kv_heads, self.geometry.head_dim
+        self.keys: Tensor = zeros((1, heads, capacity, head_dim), self.dtype, self.device)
+        self.values: Tensor = zeros((1, heads, capacity, head_dim), self.dtype, self.device)
         self.time_us = zeros((heads, capacity), torch.int64, self.device)
-        self.place = zeros((heads, capacity, 2), torch.int16, self.device)
+        self.grid_position = zeros((heads, capacity, 2), torch.int16, self.device)
         self.positions = zeros((heads, capacity, self.geometry.axes), torch.int32, self.device)
-        self.sums = zeros((heads, capacity), torch.float32, self.device) if self.geometry.sums else None
+        self.accumulated_attention = (
+            zeros((heads, capacity), torch.float32, self.device) if self.geometry.accumulated_attention else None
+        )
 
     @property
     def capacity(self) -> int:
@@ -69,8 +71,8 @@ class PondLayer(CacheLayerMixin):
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Every tensor of the layer as [H, capacity, ...] views of its storage."""
-        every = self.keys.select(0, 0), self.values.select(0, 0), self.time_us, self.place, self.positions
-        return every if self.sums is None else (*every, self.sums)
+        every = self.keys.select(0, 0), self.values.select(0, 0), self.time_us, self.grid_position, self.positions
+        return every if self.accumulated_attention is None else (*every, self.accumulated_attention)
 
     @property
     def nbytes(self) -> int:
@@ -88,15 +90,17 @@ class PondLayer(CacheLayerMixin):
         """Copy the new keys and values [1, H, n, D] in place behind the live ones; return views of all live slots.
 
         Raises:
-            BudgetError: no room (the caller did not `admit` the block first).
+            BudgetError: no room (the caller did not `ensure_capacity` the block first).
             ModelError: a batch above 1, or states of another dtype or shape than the cache was made for.
         """
         if key_states.shape[0] != 1:
             raise ModelError(f"a pond cache holds one stream (batch 1), not a batch of {key_states.shape[0]}")
-        heads, width = self.geometry.kv_heads, self.geometry.head_dim
-        if key_states.shape[1] != heads or key_states.shape[3] != width or key_states.dtype != self.dtype:
+        heads, head_dim = self.geometry.kv_heads, self.geometry.head_dim
+        if key_states.shape[1] != heads or key_states.shape[3] != head_dim or key_states.dtype != self.dtype:
             got = f"{key_states.shape[1]} x {key_states.shape[3]} {key_states.dtype}"
-            raise ModelError(f"the cache was made for {heads} KV heads x {width} {self.dtype}, the model gives {got}")
+            raise ModelError(
+                f"the cache was made for {heads} KV heads x {head_dim} {self.dtype}, the model gives {got}"
+            )
         start, end = self.length, self.length + key_states.shape[2]
         if end > self.capacity:
             raise BudgetError(
@@ -125,7 +129,7 @@ class PondLayer(CacheLayerMixin):
 
     # --- what the pond calls ------------------------------------------------------------------------------------
 
-    def describe(self, start: int, time_us: Tensor, place: Tensor, positions: Tensor) -> None:
+    def write_metadata(self, start: int, time_us: Tensor, grid_position: Tensor, positions: Tensor) -> None:
         """Write the metadata of n tokens into slots `start`... of every head, before or after their keys arrive.
 
         Args:
@@ -133,10 +137,10 @@ class PondLayer(CacheLayerMixin):
         """
         count = time_us.shape[0]
         self.time_us.narrow(1, start, count).copy_(time_us)
-        self.place.narrow(1, start, count).copy_(place)
+        self.grid_position.narrow(1, start, count).copy_(grid_position)
         self.positions.narrow(1, start, count).copy_(positions)
-        if self.sums is not None:
-            self.sums.narrow(1, start, count).zero_()
+        if self.accumulated_attention is not None:
+            self.accumulated_attention.narrow(1, start, count).zero_()
 
     def compaction(self, keep: Tensor, start: int, chunk: int) -> list[Callable[[], None]]:
         """The steps that move the kept tokens down in place, head by head; the rest is forgotten. See `Rows` and `Steps`.
@@ -153,16 +157,16 @@ class PondLayer(CacheLayerMixin):
         self.length = length
 
     def attended(self) -> tuple[Tensor, Tensor]:
-        """Keys [H, n, D] that the forward just run could see, and their `sums` [H, n], to be changed and given to `credit`."""
-        assert self.sums is not None
-        return self.keys[0, :, : self.length], self.sums[:, : self.length]
+        """Keys [H, n, D] that the forward just run could see, and their `accumulated_attention` [H, n], to be changed and given to `credit`."""
+        assert self.accumulated_attention is not None
+        return self.keys[0, :, : self.length], self.accumulated_attention[:, : self.length]
 
-    def credit(self, sums: Tensor) -> None:
+    def credit(self, accumulated_attention: Tensor) -> None:
         """Write back what `attended` gave: nothing to do, it was the storage itself."""
 
     def in_order(self, head: int) -> tuple[Tensor, Tensor]:
         """int32 [n, axes] positions and int16 [n, 2] places of a head's live tokens in the order of the stream."""
-        return self.positions[head, : self.length], self.place[head, : self.length]
+        return self.positions[head, : self.length], self.grid_position[head, : self.length]
 
     def turning(self, head: int, rope: Rope, by: Tensor, chunk: int) -> list[Callable[[], None]]:
         """The steps that turn one head's live keys by `by`, int64 [n, axes] in the order of `in_order`, and write the new positions down."""

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from millpond.cache.tier import TieredLayer
+from millpond.cache.tier import MixedPrecisionLayer
+from millpond.memory.resumable import Lazy, Mask, Move, Steps
 from millpond.policies.base import TEXT, Policy, View
-from millpond.resumable import Lazy, Mask, Move, Steps
 
 if TYPE_CHECKING:
     from millpond.cache.host import Arrivals
@@ -34,12 +34,12 @@ class Chosen:
 
     Attributes:
         keep: of the full tokens behind the prompt; None for all. stay: of the packed groups; None for all.
-        carry: what the policy left in `View.carry`, for its `merge`.
+        carry: what the policy left in `View.carried_scores`, for its `merge`.
     """
 
     keep: Mask | None
     stay: Mask | None
-    carry: Tensor | None = None
+    carried_scores: Tensor | None = None
 
 
 class _Pass(ABC):
@@ -75,9 +75,9 @@ class Forgetting(_Pass):
 
     def _layer(self, index: int, chosen: Chosen) -> list[Callable[[], None]]:
         layer = self._pond.layers[index]
-        assert isinstance(layer, TieredLayer)
+        assert isinstance(layer, MixedPrecisionLayer)
         assert chosen.stay is not None
-        return layer.shelf.dropping(chosen.stay.indices())
+        return layer.quantized_store.dropping(chosen.stay.indices())
 
 
 class Compaction(_Pass):
@@ -101,8 +101,10 @@ class Compaction(_Pass):
             layer, keep = pond.layers[0], next(one.keep for one in chosen if one is not None and one.keep is not None)
             leave = self._leave(layer, keep.indices()[0])
             self._arrivals = pond.host.arrange(layer.time_us[0].index_select(0, leave), pond.plan.group_tokens)
-            place, positions = (tensor[0].index_select(0, leave) for tensor in (layer.place, layer.positions))
-            steps.insert(0, partial(pond.host.admit, self._arrivals, place, positions))
+            grid_position, positions = (
+                tensor[0].index_select(0, leave) for tensor in (layer.grid_position, layer.positions)
+            )
+            steps.insert(0, partial(pond.host.ensure_capacity, self._arrivals, grid_position, positions))
         lengths = [
             layer.length if one is None or one.keep is None else pond.plan.prompt_tokens + one.keep.kept
             for layer, one in zip(pond.layers, chosen, strict=True)
@@ -130,21 +132,21 @@ class Compaction(_Pass):
         if pond.host is not None and self._arrivals is not None:
             at_most = max(1, chunk // pond.geometry.kv_heads)
             steps.append(pond.host.storing(self._arrivals, index, layer, self._leave(layer, keep[0]), at_most))
-        if isinstance(layer, TieredLayer):
+        if isinstance(layer, MixedPrecisionLayer):
             stay = None if chosen.stay is None else chosen.stay.indices()
-            return [*steps, *layer.demotion(keep, stay, start, chunk)]
+            return [*steps, *layer.quantization_steps(keep, stay, start, chunk)]
         return [*steps, *layer.compaction(keep, start, chunk)]
 
     def _view(self, index: int, chosen: Chosen) -> View:
         view = self._pond._view(index, self._pond.layers[index], self._since, self._text)
-        return replace(view, carry=chosen.carry)
+        return replace(view, carried_scores=chosen.carried_scores)
 
     def _leave(self, layer: PondLayer, keep: Tensor) -> Tensor:
         """Slots of the frame tokens that a layer forgets, int64 [m]; `keep`, int64 [S], is that of every head."""
         start = self._pond.plan.prompt_tokens
         gone = torch.ones(layer.length - start, dtype=torch.bool, device=self._pond.device)
         gone[keep] = False
-        gone &= layer.place[0, start : layer.length, 0] != TEXT
+        gone &= layer.grid_position[0, start : layer.length, 0] != TEXT
         return gone.nonzero()[:, 0].add_(start)
 
 

@@ -1,6 +1,6 @@
 """The pond: all layers of one stream's memory, under one cap.
 
-Appending needs room that `admit` makes *before* a block runs; a policy chooses what survives, the pond moves the bytes.
+Appending needs room that `ensure_capacity` makes *before* a block runs; a policy chooses what survives, the pond moves the bytes.
 Every allocation goes through the ledger. The pond never sees frames, questions or tokenizers.
 """
 
@@ -19,19 +19,19 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from millpond.cache.arena import Arena
-from millpond.cache.compaction import compact_pond, forget_packed
-from millpond.cache.host import HostTier
+from millpond.cache.compaction import compact_pond, forget_quantized
+from millpond.cache.host import HostCache
 from millpond.cache.layer import PondLayer
-from millpond.cache.ledger import Ledger
-from millpond.cache.queries import ProxyQueries
+from millpond.cache.proxy_queries import ProxyQueries
 from millpond.cache.resize import resize_pond
-from millpond.cache.tier import Desk, TieredLayer
+from millpond.cache.tier import DequantizationBuffer, MixedPrecisionLayer
 from millpond.errors import BudgetError, MillpondError, PolicyError
-from millpond.geometry import Geometry
-from millpond.plan import Plan
+from millpond.memory.geometry import Geometry
+from millpond.memory.ledger import Ledger
+from millpond.memory.plan import Plan
+from millpond.memory.resumable import Move, Steps
 from millpond.policies.base import TEXT, Policy, View
 from millpond.positions import Rope
-from millpond.resumable import Move, Steps
 
 __all__ = ["Pond"]
 
@@ -65,21 +65,23 @@ class Pond(Cache):
     def __init__(
         self, geometry: Geometry, plan: Plan, policy: Policy, device: torch.device, ledger: Ledger | None = None
     ) -> None:
-        self.geometry = geometry = replace(geometry, sums=policy.sums)
+        self.geometry = geometry = replace(geometry, accumulated_attention=policy.accumulated_attention)
         self.plan = plan
         self.policy = policy
         self.device = device
         self.ledger = ledger if ledger is not None else Ledger(plan.budget if policy.capped else None)
-        self.ledger.hold("storage", plan.slots * geometry.bytes_per_token + plan.packed_bytes)
+        self.ledger.hold("storage", plan.slots * geometry.bytes_per_token + plan.quantized_bytes)
         self.ledger.hold("queries", plan.query_bytes)
         self.queries = ProxyQueries(geometry, plan.query_bytes // geometry.query_bytes, device)
         if policy.tier and policy.layer_share > 1:
             raise PolicyError(f"the policy {policy.name!r} has a low-bit tier, which goes with equal layers only")
-        self.desk = Desk(geometry, plan, policy.tier, device, self.ledger) if policy.tier else None
+        self.dequantization_buffer = (
+            DequantizationBuffer(geometry, plan, policy.tier, device, self.ledger) if policy.tier else None
+        )
         super().__init__(layers=[self._layer() for _ in range(geometry.layers)])
         self.arena = Arena(self.layers, [plan.slots] * geometry.layers) if policy.layer_share > 1 else None
         self._ahead = [0] * geometry.layers  # how many tokens more than the first layer each one holds
-        self.host: HostTier | None = None
+        self.host: HostCache | None = None
         self.rope: Rope | None = None
         self.compactions = 0
         self.evicted = 0
@@ -88,11 +90,11 @@ class Pond(Cache):
         self._move: Move | None = None  # that has begun and is not finished
 
     def _layer(self) -> PondLayer:
-        if self.desk is None:
+        if self.dequantization_buffer is None:
             own = self.plan.slots if self.policy.layer_share == 1 else 0  # else the arena's
             return PondLayer(self.geometry, own, self.device)
-        groups = self.plan.packed_tokens // self.desk.tier.codec.group
-        return TieredLayer(self.geometry, self.plan.slots, groups, self.desk, self.device)
+        groups = self.plan.quantized_tokens // self.dequantization_buffer.tier.quantizer.group
+        return MixedPrecisionLayer(self.geometry, self.plan.slots, groups, self.dequantization_buffer, self.device)
 
     @property
     def length(self) -> int:
@@ -102,7 +104,7 @@ class Pond(Cache):
 
     @property
     def capacity(self) -> int:
-        """Slots allocated, in the mean over the layers."""
+        """Slots allocated, on average over the layers."""
         return self.plan.slots
 
     @property
@@ -117,19 +119,19 @@ class Pond(Cache):
 
     @property
     def memory_tokens(self) -> int:
-        """Live tokens behind the pinned prompt, packed ones included; in the mean over the layers, rounded down."""
-        return self.full_tokens + self.packed_tokens
+        """Live tokens behind the pinned prompt, packed ones included; on average over the layers, rounded down."""
+        return self.full_precision_tokens + self.quantized_tokens
 
     @property
-    def full_tokens(self) -> int:
+    def full_precision_tokens(self) -> int:
         """Those of them that are stored as they came."""
         return max(0, self.length + sum(self._ahead) // len(self._ahead) - self.plan.prompt_tokens)
 
     @property
-    def packed_tokens(self) -> int:
+    def quantized_tokens(self) -> int:
         """Those of them that are stored in few bits."""
         first = self.layers[0]
-        return first.shelf.tokens if isinstance(first, TieredLayer) else 0
+        return first.quantized_store.tokens if isinstance(first, MixedPrecisionLayer) else 0
 
     @property
     def moving(self) -> bool:
@@ -144,13 +146,17 @@ class Pond(Cache):
     @property
     def live_bytes(self) -> int:
         """Bytes that the live tokens take."""
-        packed = self.desk.tier.packed_bytes(self.geometry, self.packed_tokens) if self.desk else 0
+        quantized = (
+            self.dequantization_buffer.tier.quantized_bytes(self.geometry, self.quantized_tokens)
+            if self.dequantization_buffer
+            else 0
+        )
         live: int = sum(layer.length for layer in self.layers)
-        return live * self.geometry.bytes_per_token // len(self.layers) + packed
+        return live * self.geometry.bytes_per_token // len(self.layers) + quantized
 
     # --- growing ------------------------------------------------------------------------------------------------
 
-    def admit(self, tokens: int) -> None:
+    def ensure_capacity(self, tokens: int) -> None:
         """Make room for a block of `tokens` stream tokens beside the turn's reserve: the cap holds before it runs.
 
         Raises:
@@ -162,18 +168,18 @@ class Pond(Cache):
         if not self.policy.capped:
             self.resize(replace(self.plan, slots=self.capacity + max(overrun, self.capacity // 2)))
             return
-        slots = min(self.plan.memory_tokens, self.full_tokens - overrun)
+        slots = min(self.plan.memory_tokens, self.full_precision_tokens - overrun)
         if slots < 1:
             self._refuse(f"a block of {tokens} tokens", tokens + self.plan.prompt_tokens + self.plan.group_tokens)
         self.compact(slots)
 
     def overrun(self, tokens: int) -> int:
-        """Slots by which a block of `tokens` stream tokens would reach into the turn's reserve; then `admit` compacts."""
+        """Slots by which a block of `tokens` stream tokens would reach into the turn's reserve; then `ensure_capacity` compacts."""
         self.finish()
         free: int = self.free
         return tokens + self.plan.reserve_tokens - free
 
-    def admit_turn(self, tokens: int) -> None:
+    def ensure_turn_capacity(self, tokens: int) -> None:
         """Make sure that `tokens` tokens of a question and its answer fit; the stream's memory stays as it is.
 
         Raises:
@@ -190,12 +196,12 @@ class Pond(Cache):
     def _refuse(self, what: str, slots: int) -> None:
         # An estimate from above: a plan with that many more slots in its reserve.
         plan = self.plan
-        least = (plan.budget or 0) + max(1, slots + plan.reserve_tokens - self.capacity) * plan.bytes_per_token
+        minimum = (plan.budget or 0) + max(1, slots + plan.reserve_tokens - self.capacity) * plan.bytes_per_token
         raise BudgetError(
-            f"{what} does not fit into the budget of {plan.budget} bytes: about {least} would do", least=least
+            f"{what} does not fit into the budget of {plan.budget} bytes: about {minimum} would do", minimum=minimum
         )
 
-    def announce(self, time_us: Tensor, place: Tensor, positions: Tensor) -> None:
+    def write_metadata(self, time_us: Tensor, grid_position: Tensor, positions: Tensor) -> None:
         """Write the metadata of the block that the next forward appends.
 
         Args:
@@ -207,19 +213,19 @@ class Pond(Cache):
         count = time_us.shape[0]
         if count > self.free:
             raise BudgetError(f"a block of {count} tokens was not admitted: {self.free} slots are free")
-        time_us, place = time_us.to(self.device), place.to(self.device)
+        time_us, grid_position = time_us.to(self.device), grid_position.to(self.device)
         by_token = positions.T.to(self.device, torch.int32)
         for layer in self.layers:
-            layer.describe(layer.length, time_us, place, by_token)
+            layer.write_metadata(layer.length, time_us, grid_position, by_token)
 
-    def commit(self, time_us: Tensor, place: Tensor) -> None:
+    def commit(self, time_us: Tensor, grid_position: Tensor) -> None:
         """Count a block that has run as part of the stream: its groups become the latest, its text protected.
 
         Args:
             time_us: int64 [n]. place: int16 [n, 2]. On the CPU; as announced.
         """
         recent, said = self._recent.copy(), self._text
-        shown = place[:, 0] != TEXT
+        shown = grid_position[:, 0] != TEXT
         text = int(len(shown) - shown.sum())
         if text:
             said = (said or 0) + text
@@ -299,20 +305,20 @@ class Pond(Cache):
         """
         compact_pond(self, slots)
 
-    def forget_packed(self, groups: int) -> None:
+    def forget_quantized(self, groups: int) -> None:
         """Keep at most `groups` packed groups in every head of every layer.
 
         Raises:
             PolicyError: the policy failed; nothing has moved.
         """
-        forget_packed(self, groups)
+        forget_quantized(self, groups)
 
     def _protect(self, slots: int) -> tuple[int, int]:
         """The stream time from which frames are protected, and how many of the newest text tokens are."""
         text = min(self._text or 0, slots // _TEXT_SHARE)
         if not self._recent:
             return torch.iinfo(torch.int64).max, text
-        frames = max(1, self.full_tokens // self._recent[-1][1])
+        frames = max(1, self.full_precision_tokens // self._recent[-1][1])
         held, since = 0, self._recent[-1][0] + 1
         for time, count in list(self._recent)[: -max(1, self.policy.recent(frames)) - 1 : -1]:
             if held + count + text > slots:
@@ -323,13 +329,13 @@ class Pond(Cache):
 
     def _view(self, index: int, layer: PondLayer, since: int, text: int) -> View:
         start, end = self.plan.prompt_tokens, layer.length
-        keys, values, time_us, place, positions, *sums = (
+        keys, values, time_us, grid_position, positions, *accumulated_attention = (
             tensor.narrow(1, start, end - start) for tensor in layer.tensors()
         )
         protected = time_us >= since
         if self._text is not None:
             for head in range(protected.shape[0]):
-                said = place[head, :, 0] == TEXT
+                said = grid_position[head, :, 0] == TEXT
                 # Text is protected by its rank from the end, not by time: a whole turn shares one time.
                 after = said.sum() - said.cumsum(0)
                 protected[head] &= ~said
@@ -339,7 +345,7 @@ class Pond(Cache):
             keys,
             values,
             time_us,
-            place,
+            grid_position,
             protected,
             index,
             len(self.layers),
@@ -347,7 +353,7 @@ class Pond(Cache):
             self.plan.chunk,
             queries=self.queries.layer(index) if self.policy.proxy else None,
             prompt_keys=layer.keys[0, :, :start] if self.policy.proxy else None,
-            sums=sums[0] if sums else None,
+            accumulated_attention=accumulated_attention[0] if accumulated_attention else None,
             positions=positions,
             rope=self.rope,
         )
@@ -360,18 +366,21 @@ class Pond(Cache):
         self.finish()
         start = self.plan.prompt_tokens
         for layer in self.layers:
-            time_us, place = layer.time_us[:, start : layer.length], layer.place[:, start : layer.length]
-            if isinstance(layer, TieredLayer):
-                time_us = torch.cat([layer.shelf.live("time_us"), time_us], dim=1)
-                place = torch.cat([layer.shelf.live("place"), place], dim=1)
-            yield time_us, place
+            time_us, grid_position = (
+                layer.time_us[:, start : layer.length],
+                layer.grid_position[:, start : layer.length],
+            )
+            if isinstance(layer, MixedPrecisionLayer):
+                time_us = torch.cat([layer.quantized_store.live("time_us"), time_us], dim=1)
+                grid_position = torch.cat([layer.quantized_store.live("grid_position"), grid_position], dim=1)
+            yield time_us, grid_position
 
     def timestamps(self) -> int:
         """Distinct times of frame groups of which some head of some layer still holds a token."""
         found: set[int] = set()
-        for times, place in self.kept():
+        for times, grid_position in self.kept():
             for head in range(times.shape[0]):
-                found.update(times[head][place[head, :, 0] != TEXT].unique_consecutive().tolist())
+                found.update(times[head][grid_position[head, :, 0] != TEXT].unique_consecutive().tolist())
         return len(found)
 
     # --- storage ------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Moving a pond into larger or smaller storage while the stream runs, as one `Move` that can also be taken back.
 
 What the new plan wants is compared with what the cap has room for before anything moves. A machine that refuses memory on the way gets
-the pond its old storage back. With a low-bit tier the desk, which holds nothing between forwards, is given back first.
+the pond its old storage back. With a low-bit tier the dequantization buffer, which holds nothing between forwards, is given back first.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from millpond.cache.storage import Exchange, Slab, feasible
-from millpond.cache.tier import TieredLayer
+from millpond.cache.tier import MixedPrecisionLayer
 from millpond.errors import BudgetError
-from millpond.resumable import Steps
+from millpond.memory.resumable import Steps
 
 if TYPE_CHECKING:
     from millpond.cache.arena import Arena
     from millpond.cache.pond import Pond
-    from millpond.plan import Plan
+    from millpond.memory.plan import Plan
 
 __all__ = ["resize_pond"]
 
 _VECTORS = ("keys", "values")
-_METADATA = ("time_us", "place", "positions", "sums")
+_METADATA = ("time_us", "grid_position", "positions", "accumulated_attention")
 
 
 def resize_pond(pond: Pond, plan: Plan) -> None:
@@ -36,16 +36,16 @@ def resize_pond(pond: Pond, plan: Plan) -> None:
     old = pond.plan
     limit = max(old.budget or 0, plan.budget or 0) if pond.policy.capped else None
     groups = 0
-    if pond.desk is not None:
-        groups = plan.packed_tokens // pond.desk.tier.codec.group
+    if pond.dequantization_buffer is not None:
+        groups = plan.quantized_tokens // pond.dequantization_buffer.tier.quantizer.group
     if plan.slots < old.slots:
         _shrink(pond, plan, groups, limit)
-    if pond.desk is not None:
-        pond.forget_packed(groups)
+    if pond.dequantization_buffer is not None:
+        pond.forget_quantized(groups)
     longest = max(layer.length for layer in pond.layers)
     if not feasible(_slabs(pond, plan, longest, groups), _held(pond), limit):
-        if plan.slots <= old.slots or pond.desk is not None:
-            raise BudgetError(f"the pond cannot be moved to {plan.slots} slots", least=old.budget)
+        if plan.slots <= old.slots or pond.dequantization_buffer is not None:
+            raise BudgetError(f"the pond cannot be moved to {plan.slots} slots", minimum=old.budget)
         # Too small a step to be worth a second copy of a tensor, which the cap has no room for: keep the storage.
         spare = plan.slots - old.slots
         plan = replace(plan, slots=old.slots, memory_tokens=max(plan.group_tokens, plan.memory_tokens - spare))
@@ -67,17 +67,17 @@ def _shrink(pond: Pond, plan: Plan, groups: int, limit: int | None) -> None:
         else:
             most = middle - 1
     if few < 1:
-        raise BudgetError(f"the pond cannot shrink to {plan.slots} slots", least=pond.plan.budget)
+        raise BudgetError(f"the pond cannot shrink to {plan.slots} slots", minimum=pond.plan.budget)
     pond.compact(few)
 
 
 def _held(pond: Pond) -> int:
     """Bytes of the cap that are taken while storage is exchanged."""
-    return pond.ledger.held - pond.ledger.account("desk")
+    return pond.ledger.held - pond.ledger.account("dequantization_buffer")
 
 
 def _slabs(pond: Pond, plan: Plan, length: int, groups: int) -> list[Slab]:
-    """Every tensor that changes its size, in the order of the exchange, for `length` live slots in the mean over the layers."""
+    """Every tensor that changes its size, in the order of the exchange, for `length` live slots on average over the layers."""
     slabs: list[Slab] = []
     if pond.arena is not None:
         live = min(pond.arena.slots, sum(layer.length for layer in pond.layers), length * len(pond.layers))
@@ -87,11 +87,11 @@ def _slabs(pond: Pond, plan: Plan, length: int, groups: int) -> list[Slab]:
             for name in (*_VECTORS, *_METADATA):
                 if getattr(layer, name) is not None:
                     slabs.append(_own(layer, name, plan.slots, min(length, layer.length), name in _VECTORS))
-            if isinstance(layer, TieredLayer):
-                shelf = layer.shelf
-                for name in shelf.NAMES:
-                    if getattr(shelf, name) is not None:
-                        slabs.append(_own(shelf, name, groups, min(groups, shelf.groups), False))
+            if isinstance(layer, MixedPrecisionLayer):
+                quantized_store = layer.quantized_store
+                for name in quantized_store.NAMES:
+                    if getattr(quantized_store, name) is not None:
+                        slabs.append(_own(quantized_store, name, groups, min(groups, quantized_store.groups), False))
     # What becomes smaller goes first, the largest in front; of what becomes larger the small ones, while there is most room.
     slabs.sort(key=lambda slab: slab.nbytes(slab.new) - slab.nbytes(slab.old))
     return [slab for slab in slabs if slab.new != slab.old]
@@ -138,8 +138,8 @@ class _Resizing:
         self.refused: BudgetError | None = None
         self._pond = pond
         exchange = Exchange(slabs, pond.ledger, limit, lambda: pond.nbytes)
-        arena, desk = pond.arena if slabs else None, pond.desk
-        clear: list[Callable[[], None]] = [] if desk is None else [desk.clear]
+        arena, dequantization_buffer = pond.arena if slabs else None, pond.dequantization_buffer
+        clear: list[Callable[[], None]] = [] if dequantization_buffer is None else [dequantization_buffer.clear]
         capped = partial(
             self._cap, limit
         )  # a step like the others: a move that is complete must not cap anything again
@@ -148,13 +148,15 @@ class _Resizing:
         self._pack = Steps([capped])
         if arena is not None:
             chunk, lengths = pond.plan.chunk, [layer.length for layer in pond.layers]
-            room = (plan.slots * len(lengths) - sum(lengths)) // len(lengths)
+            headroom = (plan.slots * len(lengths) - sum(lengths)) // len(lengths)
             self._pack = Steps([capped, self._with_scratch(pond.plan, arena.packing(chunk)).run])
-            forth.append(self._with_scratch(plan, arena.unpacking([length + room for length in lengths], chunk)).run)
+            forth.append(
+                self._with_scratch(plan, arena.unpacking([length + headroom for length in lengths], chunk)).run
+            )
             back.append(self._with_scratch(pond.plan, arena.unpacking(arena.capacities, chunk)).run)
-        if desk is not None:
-            forth.append(partial(desk.allocate, plan))
-            back.append(partial(desk.allocate, pond.plan))
+        if dequantization_buffer is not None:
+            forth.append(partial(dequantization_buffer.allocate, plan))
+            back.append(partial(dequantization_buffer.allocate, pond.plan))
         self._forth = Steps([*forth, partial(self._settle, plan)])
         self._back = Steps([*back, partial(self._settle, pond.plan)])
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from millpond.budget import format_bytes
 from millpond.errors import BudgetError
+from millpond.memory.budget import format_bytes
 
 if TYPE_CHECKING:
-    from millpond.cache.ledger import Ledger
+    from millpond.memory.ledger import Ledger
 
 __all__ = ["Exchange", "Slab", "feasible", "zeros"]
 
@@ -132,7 +132,7 @@ class Exchange:
 
     def _park(self, slab: Slab) -> list[list[Tensor]]:
         """Copy a slab's live rows into the tails of the others; for each head the spans where they lie, in order."""
-        room = iter(
+        headroom = iter(
             [
                 tail
                 for other in self._slabs
@@ -140,12 +140,12 @@ class Exchange:
                 for tail in other.spans(other.live, other.get().shape[1])
             ]
         )
-        tail, parked = next(room), []
+        tail, parked = next(headroom), []
         for rows in slab.spans(0, slab.live):
             spans, first = [], 0
             while first < len(rows):
                 if not len(tail):
-                    tail = next(room)  # there is one more: `feasible` made sure
+                    tail = next(headroom)  # there is one more: `feasible` made sure
                     continue
                 span = tail[: len(rows) - first]
                 span.copy_(rows[first : first + len(span)])

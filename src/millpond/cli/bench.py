@@ -13,7 +13,7 @@ from millpond.cli.errors import announce
 from millpond.cli.options import JsonFlag, Positions, QuietFlag
 
 if TYPE_CHECKING:
-    from millpond.accuracy.run import Study
+    from millpond.eval.accuracy.run import Study
 
 __all__ = ["app"]
 
@@ -61,11 +61,11 @@ def accuracy(
     Writes accuracy.json, accuracy.md and accuracy.png (with matplotlib) into the folder, with 95 % intervals.
     """
     announce(context, as_json=as_json, quiet=quiet)
-    from millpond import streams as generated
-    from millpond.accuracy.cell import REFERENCES, Cell, read_cells
-    from millpond.accuracy.run import Study, outcomes, run
-    from millpond.accuracy.table import markdown, summarise
     from millpond.errors import MillpondError
+    from millpond.eval import streams as generated
+    from millpond.eval.accuracy.cell import REFERENCES, Cell, read_cells
+    from millpond.eval.accuracy.run import Study, outcomes, run
+    from millpond.eval.accuracy.table import markdown, summarise
     from millpond.minnow.evaluate import SUPPORTED
     from millpond.policies import available
 
@@ -105,10 +105,10 @@ def _progress(steps: Any, *, quiet: bool) -> None:
 
 
 def _write(study: Study, rows: list[dict[str, Any]], out: Path) -> dict[str, Any]:
-    from millpond.accuracy.chart import draw
-    from millpond.accuracy.table import markdown
     from millpond.errors import MillpondError
-    from millpond.machine import describe
+    from millpond.eval.accuracy.chart import draw
+    from millpond.eval.accuracy.table import markdown
+    from millpond.eval.hardware import describe
 
     result = {"study": {**study.fixed, "streams": study.streams}, "machine": describe(), "rows": rows}
     (out / "accuracy.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

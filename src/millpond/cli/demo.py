@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from millpond.budget import format_bytes
 from millpond.cli.errors import FAILED, announce
 from millpond.cli.live import clock
 from millpond.cli.options import DEFAULT_POLICY, JsonFlag, Moment, PolicyOption, QuietFlag
+from millpond.memory.budget import format_bytes
 
 if TYPE_CHECKING:
     from millpond.answer import Usage
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["demo"]
 
 _SHARE = 16
-"""The budget is this fraction of the full cache, or the least that works."""
+"""The budget is this fraction of the full cache, or the minimum that works."""
 
 
 def demo(
@@ -47,17 +47,18 @@ def demo(
 ) -> None:
     """Watch a generated video of several minutes under 1/16 of the full cache, and compare the answers with the truth."""
     announce(context, as_json=as_json, quiet=quiet)
-    from millpond import families, frames, policies, streams
+    from millpond import frames, models, policies
     from millpond.cli.inspect import stream_options
     from millpond.cli.watch import silence
     from millpond.cli.watching import Watch
     from millpond.device import least_budget
+    from millpond.eval import streams
     from millpond.minnow.evaluate import SUPPORTED
     from millpond.session import Session
 
     silence()
     stream = streams.generate(seed, groups=groups, level=level, split="test")
-    family = families.load("minnow")
+    family = models.load("minnow")
     with tempfile.TemporaryDirectory(prefix="millpond-") as folder:
         path = save or Path(folder) / "demo.mp4"
         stream.write(path)
@@ -65,7 +66,7 @@ def demo(
         _, first = next(iter(stream.frames()))
         group = family.grid(*first.shape[:2])
         full = groups * group.tokens * family.geometry.kv_bytes_per_token
-        host = full if policies.read(policy).recalls else None
+        host = full if policies.read(policy).retrieved_frames else None
         # A short stream's full cache is so small that a part of it holds no prompt and no block.
         budget = max(full // _SHARE, least_budget(family, group, **stream_options(policy, 0, None)))
         session = Session(family, budget=budget, policy=policy, host_budget=host)

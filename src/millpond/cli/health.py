@@ -96,10 +96,10 @@ def _decoders() -> list[Check]:
 
 
 def _models() -> list[Check]:
-    from millpond import families, policies
+    from millpond import models, policies
 
     return [
-        Check("model families", ", ".join(row.model_type for row in families.supported()), True, needed=True),
+        Check("model families", ", ".join(row.model_type for row in models.supported()), True, needed=True),
         Check("policies", ", ".join(policy.name for policy in policies.available()), True, needed=True),
     ]
 

@@ -33,8 +33,8 @@ from millpond.cli.options import (
 from millpond.errors import BudgetError
 
 if TYPE_CHECKING:
-    from millpond.families.base import Family
-    from millpond.plan import Plan
+    from millpond.memory.plan import Plan
+    from millpond.models.base import Family
     from millpond.precision.device_budget import DeviceSplit
 
 __all__ = ["doctor", "models", "plan", "policies", "stream_options"]
@@ -60,15 +60,15 @@ def plan(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Show how a budget, or a device's memory, is split for a model and a frame size; too small a one names the least that works."""
+    """Show how a budget, or a device's memory, is split for a model and a frame size; too small a one names the minimum that works."""
     announce(context, as_json=as_json, quiet=quiet)
-    from millpond import families
+    from millpond import models
     from millpond.cli.watch import silence
     from millpond.device import default_budget, plan_device
 
     silence()
     capped = budget_for(budget, device_memory)
-    family = families.load(model, dtype=dtype, max_pixels=max_pixels, weights=False)
+    family = models.load(model, dtype=dtype, max_pixels=max_pixels, weights=False)
     title = f"{model}, {policy}, frames of {size.width} x {size.height} at {fps:g} a second"
     stream, device = stream_options(policy, recent_frames, system), {}
     if device_memory is not None:
@@ -90,26 +90,26 @@ def plan(
 
 def _split(family: Family, budget: int | None, stream: dict[str, Any], size: FrameSize) -> Plan:
     """The plan; where the budget cannot hold even the prompt, the error still names the least for these frames."""
-    from millpond.budget import format_bytes
     from millpond.device import least_budget
-    from millpond.flow import Flow
+    from millpond.memory.budget import format_bytes
+    from millpond.stream.runner import Runner
 
     grid = family.grid(size.height, size.width)
     try:
-        return Flow(family, budget=budget, **stream).plan_for(grid)
+        return Runner(family, budget=budget, **stream).plan_for(grid)
     except BudgetError as error:
-        if budget is None or error.least is None:
+        if budget is None or error.minimum is None:
             raise
-        least = least_budget(family, grid, **stream)
+        minimum = least_budget(family, grid, **stream)
         raise BudgetError(
             f"a budget of {format_bytes(budget)} is too small for frames of {size.width} x {size.height}: "
-            f"the least that works is {least} bytes ({format_bytes(least)})",
-            least=least,
+            f"the minimum that works is {minimum} bytes ({format_bytes(minimum)})",
+            minimum=minimum,
         ) from error
 
 
 def stream_options(policy: str, recent_frames: int, system: str | None) -> dict[str, Any]:
-    """What `millpond.flow.Flow` takes beside a family and a budget."""
+    """What `millpond.stream.runner.Runner` takes beside a family and a budget."""
     from millpond import policies
 
     chosen = policies.read(policy)
@@ -118,7 +118,7 @@ def stream_options(policy: str, recent_frames: int, system: str | None) -> dict[
 
 
 def _print_device(split: DeviceSplit, title: str) -> None:
-    from millpond.budget import format_bytes
+    from millpond.memory.budget import format_bytes
 
     table = Table(title=Text(title), title_justify="left")
     for name, justify in (("", "left"), ("bytes", "right"), ("", "right"), ("what for", "left")):
@@ -135,7 +135,7 @@ def _print_device(split: DeviceSplit, title: str) -> None:
 
 
 def _print_plan(split: Plan, title: str, fps: float) -> None:
-    from millpond.budget import format_bytes
+    from millpond.memory.budget import format_bytes
 
     each = split.bytes_per_token
     rows: list[tuple[str, int | None, int | None, str]] = [
@@ -148,12 +148,12 @@ def _print_plan(split: Plan, title: str, fps: float) -> None:
         ),
         (
             "room for blocks",
-            split.room_tokens,
-            split.room_tokens * each,
+            split.headroom_tokens,
+            split.headroom_tokens * each,
             f"blocks of {split.block_tokens} tokens ({split.block_groups * split.frames_per_group} frames)",
         ),
-        ("packed", split.packed_tokens, split.packed_bytes, "remembered in few bits"),
-        ("desk", None, split.desk_bytes, "where a layer is unpacked"),
+        ("quantized", split.quantized_tokens, split.quantized_bytes, "remembered in few bits"),
+        ("dequantization_buffer", None, split.dequantization_bytes, "where a layer is unpacked"),
         ("reserve", split.reserve_tokens, split.reserve_tokens * each, _of_turn(split)),
         ("waiting frames", None, split.waiting_bytes, "until their block is full"),
         ("recent frames", None, split.recent_bytes, f"the latest {split.recent_frames}, to be encoded again"),
@@ -166,7 +166,8 @@ def _print_plan(split: Plan, title: str, fps: float) -> None:
     rows = [
         row
         for row in rows
-        if row[2] or row[0] not in ("admission", "queries", "undo", "packed", "desk", "recent frames")
+        if row[2]
+        or row[0] not in ("admission", "queries", "undo", "quantized", "dequantization_buffer", "recent frames")
     ]
     table = Table(title=Text(title), title_justify="left")
     for name, justify in (("", "left"), ("tokens", "right"), ("bytes", "right"), ("", "right"), ("what for", "left")):
@@ -179,9 +180,11 @@ def _print_plan(split: Plan, title: str, fps: float) -> None:
 
 
 def _of_turn(split: Plan) -> str:
-    recalled = f", and {split.recall_frames * split.frames_per_group} recalled frames" if split.recall_frames else ""
+    retrieved = (
+        f", and {split.retrieved_frames * split.frames_per_group} recalled frames" if split.retrieved_frames else ""
+    )
     again = f", and {split.recent_frames} recent frames again" if split.recent_frames else ""
-    return f"a question and its answer{recalled}{again}"
+    return f"a question and its answer{retrieved}{again}"
 
 
 def _of_budget(split: Plan) -> str:
@@ -249,9 +252,9 @@ def policies(context: typer.Context, as_json: JsonFlag = False, quiet: QuietFlag
 def models(context: typer.Context, as_json: JsonFlag = False, quiet: QuietFlag = False) -> None:
     """List the model families that can be loaded from a folder or by hub id."""
     announce(context, as_json=as_json, quiet=quiet)
-    from millpond import families
+    from millpond import models
 
-    rows = families.supported()
+    rows = models.supported()
     if as_json:
         print(json.dumps({"model_types": {row.model_type: row.name for row in rows}}))
         return

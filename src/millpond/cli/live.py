@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from millpond.answer import Usage
-from millpond.budget import format_bytes
+from millpond.memory.budget import format_bytes
 
 if TYPE_CHECKING:
     from millpond.frames import Losses

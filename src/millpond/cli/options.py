@@ -15,8 +15,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from millpond.budget import parse_bytes
 from millpond.errors import BudgetError, SourceError
+from millpond.memory.budget import parse_bytes
 from millpond.printable import printable
 
 __all__ = [
@@ -148,7 +148,7 @@ def budget_for(budget: int | None, device_memory: int | None = None) -> int | No
     """A budget that this machine can hold; None for the model's default, or where the device's memory is given instead."""
     import torch
 
-    from millpond.available import check_memory
+    from millpond.memory.available import check_memory
 
     if device_memory is not None and budget is not None:
         raise typer.BadParameter("give --budget or --device-memory, not both", param_hint="--device-memory")

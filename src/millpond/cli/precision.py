@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from millpond.budget import format_bytes
 from millpond.cli.errors import announce
 from millpond.cli.options import QuietFlag
+from millpond.memory.budget import format_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,7 +97,7 @@ def _load(name: str) -> tuple[Any, Any, Any]:
     from accelerate import init_empty_weights
 
     from millpond.errors import MillpondError, ModelError
-    from millpond.model_folder import check, check_size, safely
+    from millpond.models.model_folder import check, check_size, safely
 
     path = Path(name)
     gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
@@ -130,7 +130,7 @@ def _copy_pixels(name: str, out: Path) -> None:
     """Put the numbers of a model's frames beside its quantized weights."""
     from transformers.utils import cached_file
 
-    from millpond.families.registry import IMAGE_FILES
+    from millpond.models.registry import IMAGE_FILES
 
     for file in dict.fromkeys(file for file, _ in IMAGE_FILES):
         found = None if name.endswith(".gguf") else cached_file(name, file, _raise_exceptions_for_missing_entries=False)
@@ -142,7 +142,7 @@ def _tokenizer(source: str, **gguf: str) -> Any:
     import transformers
 
     from millpond.errors import ModelError
-    from millpond.model_folder import safely
+    from millpond.models.model_folder import safely
 
     try:
         return transformers.AutoTokenizer.from_pretrained(source, **safely(source), **gguf)

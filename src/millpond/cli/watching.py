@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from millpond.cli.errors import note, one_line, say
 from millpond.cli.events import EventLog
+from millpond.cli.interruptible import InterruptibleSource
 from millpond.cli.options import Moment
-from millpond.cli.tap import Tap
 from millpond.errors import MillpondError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Watch:
         self._state = ""
         self._line = LiveLine(lambda: session.usage, shown=not quiet and not prompt, state=lambda: self._state)
         self._knows = knows
-        self._tap = Tap(source, tick=self._tick, look=self._look)
+        self._tap = InterruptibleSource(source, tick=self._tick, look=self._look)
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Watch:

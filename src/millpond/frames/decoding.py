@@ -338,8 +338,8 @@ def _seconds(ticks: int | None, unit: Any) -> float | None:
 
 
 def _plausible(rate: Any) -> float | None:
-    least, most = _PLAUSIBLE_FPS
-    return float(rate) if rate and math.isfinite(rate) and least <= rate <= most else None
+    minimum, most = _PLAUSIBLE_FPS
+    return float(rate) if rate and math.isfinite(rate) and minimum <= rate <= most else None
 
 
 def _reason(error: Exception, timeout: float | None) -> str:

@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig
 
-from millpond.streams.drawing import CELLS, COLOURS, OBJECTS
+from millpond.eval.streams.drawing import CELLS, COLOURS, OBJECTS
 
 __all__ = [
     "HIDDEN",

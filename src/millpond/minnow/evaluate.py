@@ -18,11 +18,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from millpond.accuracy.intervals import Accuracy, wilson
-from millpond.streams import Stream, generate
+from millpond.eval.accuracy.intervals import Accuracy, wilson
+from millpond.eval.streams import Stream, generate
 
 if TYPE_CHECKING:
-    from millpond.families import Family
+    from millpond.models import Family
 
 __all__ = ["SUPPORTED", "evaluate", "main"]
 
@@ -58,12 +58,12 @@ def _measure(job: tuple[Path, str, bool, int, int, str]) -> dict[str, dict[str, 
     """One table of the card, in a process of its own."""
     import torch
 
-    from millpond import families
+    from millpond import models
 
     folder, level, through_mp4, count, groups, split = job
     torch.set_num_threads(1)
     streams = [generate(seed, groups=groups, level=level, split=split) for seed in range(count)]
-    table = evaluate(families.load(folder), streams, through_mp4=through_mp4)
+    table = evaluate(models.load(folder), streams, through_mp4=through_mp4)
     return {name: asdict(accuracy) for name, accuracy in table.items()}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from millpond.streams.drawing import EDGE
+from millpond.eval.streams.drawing import EDGE
 
 __all__ = ["familiar"]
 
@@ -16,7 +16,7 @@ _GREATEST_SHARE = 0.35
 
 
 def familiar(pixels: NDArray[np.uint8]) -> bool:
-    """Whether uint8 [H, W, 3] could be a drawing of `millpond.streams`: its size, few shades, none of which fills the picture."""
+    """Whether uint8 [H, W, 3] could be a drawing of `millpond.eval.streams`: its size, few shades, none of which fills the picture."""
     if pixels.shape[:2] != (EDGE, EDGE):
         return False
     shades = pixels.astype(np.int64) >> (8 - _SHADE_BITS)

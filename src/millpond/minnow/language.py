@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from millpond.eval.streams.drawing import CELLS
+from millpond.eval.streams.questions import Question
 from millpond.minnow.architecture import TOKENS_PER_SECOND
-from millpond.streams.drawing import CELLS
-from millpond.streams.questions import Question
 
 __all__ = ["Asked", "Layout", "answer_loss", "keep_tokens", "layout", "place"]
 

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from millpond.eval.streams.digits import digit_indices, digit_value
+from millpond.eval.streams.drawing import CELLS, COLOURS, DIGIT, LEVELS, Scene, Sight
 from millpond.minnow.architecture import IMAGE_NUMBERS, Codes
-from millpond.streams.digits import digit_indices, digit_value
-from millpond.streams.drawing import CELLS, COLOURS, DIGIT, LEVELS, Scene, Sight
 
 __all__ = ["features", "patches", "round_trip", "sight_batch", "sight_loss"]
 

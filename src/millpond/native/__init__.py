@@ -79,22 +79,28 @@ def infinipot_v(
     Returns:
         int64 [H, slots], ascending; None where there is no kernel.
     """
-    keys, values, time_us, place, recent = view.keys, view.values, view.time_us, view.place, view.protected
-    library = _ready(keys, values, time_us, place, recent, source=_INFINIPOT_V)
-    heads, tokens, width = keys.shape
+    keys, values, time_us, grid_position, recent = (
+        view.keys,
+        view.values,
+        view.time_us,
+        view.grid_position,
+        view.protected,
+    )
+    library = _ready(keys, values, time_us, grid_position, recent, source=_INFINIPOT_V)
+    heads, tokens, head_dim = keys.shape
     if library is None or keys.dtype not in _SUFFIX or values.dtype != keys.dtype or not 0 < slots <= tokens:
         return None
     whole = time_us.stride(1) == 1 and recent.is_contiguous()
-    if not (whole and _rows(keys) and _rows(values) and _rows(place)):
+    if not (whole and _rows(keys) and _rows(values) and _rows(grid_position)):
         return None
     span = max(1, view.block, view.chunk)
     keep = torch.empty(heads, slots, dtype=torch.int64)
     scores, work = torch.empty(heads, tokens), torch.empty(2 * tokens, dtype=torch.int32)
-    table, marked = torch.empty(span, width + 1), torch.empty(heads, tokens, dtype=torch.bool)
-    strides = (each.stride(0) for each in (keys, values, time_us, place))
+    table, marked = torch.empty(span, head_dim + 1), torch.empty(heads, tokens, dtype=torch.bool)
+    strides = (each.stride(0) for each in (keys, values, time_us, grid_position))
     getattr(library, f"millpond_infinipot_v_{_SUFFIX[keys.dtype]}")(
-        *(_pointer(each) for each in (keys, values, time_us, place, recent)),
-        *(ctypes.c_int64(each) for each in (heads, tokens, width, *strides, by_redundancy, slots, kernel)),
+        *(_pointer(each) for each in (keys, values, time_us, grid_position, recent)),
+        *(ctypes.c_int64(each) for each in (heads, tokens, head_dim, *strides, by_redundancy, slots, kernel)),
         (ctypes.c_float * 3)(*thresholds),
         ctypes.c_float(floor),
         ctypes.c_int64(span),
@@ -287,7 +293,7 @@ def turn(keys: Tensor, delta: Tensor, axis: Tensor, inv_freq: Tensor, done: ctyp
         False where there is no kernel; nothing has turned then.
     """
     library = _ready(keys, delta, axis, inv_freq, source=_TURNING)
-    tokens, width = keys.shape[-2:]
+    tokens, head_dim = keys.shape[-2:]
     if library is None or keys.dtype not in _SUFFIX or delta.dtype != torch.int64 or delta.shape[:-1] != (tokens,):
         return False
     if not (_rows(keys) and axis.is_contiguous() and inv_freq.is_contiguous()):
@@ -295,7 +301,7 @@ def turn(keys: Tensor, delta: Tensor, axis: Tensor, inv_freq: Tensor, done: ctyp
     shape, strides = keys.shape[:-2], keys.stride()[:-2]
     if any(shape[at] != 1 and strides[at] != shape[at + 1] * strides[at + 1] for at in range(len(shape) - 1)):
         return False  # heads that do not lie at equal distances
-    heads = keys.view(prod(shape), tokens, width)
+    heads = keys.view(prod(shape), tokens, head_dim)
     getattr(library, f"millpond_turn_{_SUFFIX[keys.dtype]}")(
         _pointer(keys),
         *(ctypes.c_int64(each) for each in (heads.stride(0), *heads.shape)),
@@ -310,7 +316,7 @@ def turn(keys: Tensor, delta: Tensor, axis: Tensor, inv_freq: Tensor, done: ctyp
 
 
 def unpack(codes: Tensor, scales: Tensor, bits: int, by_channel: bool, out: Tensor) -> bool:
-    """Read packed keys or values (`millpond.cache.codec`), the same numbers as in torch.
+    """Read packed keys or values (`millpond.cache.kv_quantizer`), the same numbers as in torch.
 
     Args:
         codes: uint8 [m, G, R]. scales: float16 [m, 2, D] for keys (`by_channel`), [m, G, 2, C] for values. out: [m * G, D], written.

@@ -1,4 +1,4 @@
-// Reading packed keys and values (millpond.cache.codec, which has the same in torch, to the same bits). C++17.
+// Reading packed keys and values (millpond.cache.kv_quantizer, which has the same in torch, to the same bits). C++17.
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -73,7 +73,7 @@ void unpack_any(const uint8_t* packed, const uint16_t* scales, int64_t bits, int
 
 extern "C" {
 
-// Keys (by_channel) or values in few bits (millpond.cache.codec): packed codes [groups, size, bytes] and float16 scales
+// Keys (by_channel) or values in few bits (millpond.cache.kv_quantizer): packed codes [groups, size, bytes] and float16 scales
 // [groups, 2, width], or [groups * size, 2, parts of `size` channels], to out [groups * size, width].
 void millpond_unpack_f32(const uint8_t* packed, const uint16_t* scales, int64_t bits, int64_t by_channel, int64_t groups,
                          int64_t size, int64_t bytes, int64_t width, float* out) {

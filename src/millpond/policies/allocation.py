@@ -135,7 +135,7 @@ class Layered(Policy):
 
     def __post_init__(self) -> None:
         packs = getattr(self.scorer, "tier", None) is not None  # a low-bit tier goes with equal layers only
-        spills = self.scorer.recalls > 0  # frames leave all layers at once
+        spills = self.scorer.retrieved_frames > 0  # frames leave all layers at once
         if packs or spills or not self.scorer.capped or self.scorer.whole_frames or self.scorer.layer_share > 1:
             raise PolicyError(f"the policy {self.scorer.name!r} cannot be given layer budgets")
 
@@ -156,8 +156,8 @@ class Layered(Policy):
         return self.scorer.proxy or self.allocator.proxy
 
     @property
-    def sums(self) -> bool:  # type: ignore[override]
-        return self.scorer.sums
+    def accumulated_attention(self) -> bool:  # type: ignore[override]
+        return self.scorer.accumulated_attention
 
     @property
     def deepest_first(self) -> bool:  # type: ignore[override]
@@ -192,7 +192,7 @@ class Layered(Policy):
         return max(self.scorer.scratch(*shape), self.allocator.scratch(*shape))
 
 
-def apportion(total: int, weights: Sequence[float], least: Sequence[int], most: Sequence[int]) -> list[int]:
+def apportion(total: int, weights: Sequence[float], minimum: Sequence[int], most: Sequence[int]) -> list[int]:
     """Share `total` out in proportion to the weights, in whole numbers within bounds.
 
     Weights that are not numbers, or not positive, count as next to nothing; if none is left, all are equal.
@@ -203,17 +203,17 @@ def apportion(total: int, weights: Sequence[float], least: Sequence[int], most: 
     Raises:
         PolicyError: not even the least fit, or the counts differ.
     """
-    if not len(weights) == len(least) == len(most):
-        raise PolicyError(f"there are {len(weights)} layer budgets for {len(least)} layers")
+    if not len(weights) == len(minimum) == len(most):
+        raise PolicyError(f"there are {len(weights)} layer budgets for {len(minimum)} layers")
     total = min(total, sum(most))
-    if sum(least) > total:
-        raise PolicyError(f"{sum(least)} tokens must stay, and there is room for {total}")
+    if sum(minimum) > total:
+        raise PolicyError(f"{sum(minimum)} tokens must stay, and there is room for {total}")
     known = [weight if 0 < weight < math.inf else 0.0 for weight in weights]
     peak = max(known)
     shares = [max(weight / peak, 1e-9) for weight in known] if peak else [1.0] * len(known)
 
     def bounded(scale: float) -> list[float]:
-        return [min(max(scale * share, low), high) for share, low, high in zip(shares, least, most, strict=True)]
+        return [min(max(scale * share, low), high) for share, low, high in zip(shares, minimum, most, strict=True)]
 
     below, above = 0.0, 1e10 * (total + 1)
     for _ in range(200):

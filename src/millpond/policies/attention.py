@@ -145,7 +145,7 @@ def _own(view: View, head: int) -> Tensor:
     """
     assert view.queries is not None
     count = view.queries.shape[2]
-    own = (view.place[head, :, 0] != TEXT).nonzero()[-count:, 0]
+    own = (view.grid_position[head, :, 0] != TEXT).nonzero()[-count:, 0]
     if not len(own):
         own = torch.full((1,), view.tokens - 1, device=own.device)
     return torch.cat([own[:1].expand(count - len(own)), own])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from millpond import native
 from millpond.errors import PolicyError
-from millpond.resumable import Move
+from millpond.memory.resumable import Move
 
 if TYPE_CHECKING:
     from millpond.cache.tier import Tier
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["LAYER_SHARE", "SEPARATOR", "TEXT", "Policy", "View", "check_between", "keep_top"]
 
 TEXT = -1
-"""`View.place` row and column of a token of a remembered turn."""
+"""`View.grid_position` row and column of a token of a remembered turn."""
 SEPARATOR = -2
-"""`View.place` row and column of a frame's token that lies on no grid (a timestamp, a newline)."""
+"""`View.grid_position` row and column of a frame's token that lies on no grid (a timestamp, a newline)."""
 LAYER_SHARE = 2.0
 """`Policy.layer_share` of the policies here that have layer budgets. Ours: it bounds the scratch of a compaction."""
 
@@ -55,8 +55,8 @@ class View:
             unless the policy declares a `proxy`.
         prompt_keys: [H, P, D], the pinned prompt's keys, which share the softmax with the memory's; with `queries`.
         sums: float32 [H, n], attention that the token received from all stream tokens after it, summed over queries and the
-            group's heads; None unless the policy declares `sums`.
-        deeper: float32 [H, n], what the policy left in `carry` at the next deeper layer for the same token of the same head. NaN
+            group's heads; None unless the policy declares `accumulated_attention`.
+        deeper: float32 [H, n], what the policy left in `carried_scores` at the next deeper layer for the same token of the same head. NaN
             where that layer did not hold it, and for tokens without a place, which cannot be told apart. None unless the policy
             is `deepest_first`; None too at the deepest layer, beside a layer that keeps all it has and was not asked, and where
             packed tokens are chosen from.
@@ -70,7 +70,7 @@ class View:
     keys: Tensor
     values: Tensor
     time_us: Tensor
-    place: Tensor
+    grid_position: Tensor
     protected: Tensor
     layer: int
     layers: int
@@ -78,9 +78,9 @@ class View:
     chunk: int
     queries: Tensor | None = None
     prompt_keys: Tensor | None = None
-    sums: Tensor | None = None
-    deeper: Tensor | None = None
-    carry: Tensor | None = None
+    accumulated_attention: Tensor | None = None
+    deeper_scores: Tensor | None = None
+    carried_scores: Tensor | None = None
     change: Callable[[int, Move], None] | None = None
     positions: Tensor | None = None
     rope: Rope | None = None
@@ -113,11 +113,11 @@ class Policy(ABC):
     template's own tokens behind the video, run for each compaction and taken back; None for nobody's."""
     merges: ClassVar[bool] = False
     """True when `merge` changes what stays."""
-    sums: ClassVar[bool] = False
-    """True when the cache must sum up the attention that every token receives (`View.sums`); 4 bytes a head and slot."""
+    accumulated_attention: ClassVar[bool] = False
+    """True when the cache must sum up the attention that every token receives (`View.accumulated_attention`); 4 bytes a head and slot."""
     deepest_first: ClassVar[bool] = False
     """True when a compaction asks from the deepest layer up and each layer sees what the policy left at the next deeper one
-    (`View.deeper`, `View.carry`)."""
+    (`View.deeper_scores`, `View.carried_scores`)."""
 
     @abstractmethod
     def keep(self, view: View, slots: int) -> Tensor:
@@ -130,12 +130,12 @@ class Policy(ABC):
     def merge(self, view: View, keep: Tensor) -> None:  # noqa: B027  # nothing is merged, unless a policy says so
         """Fold what is about to be forgotten into what stays: rewrite keys and values of kept, unprotected tokens.
 
-        Called with what `keep` returned, when all layers have chosen and before this one moves; `View.carry` is what `keep` left. It is
+        Called with what `keep` returned, when all layers have chosen and before this one moves; `View.carried_scores` is what `keep` left. It is
         called again when it was interrupted. So it writes nothing itself but has `millpond.policies.merging.fold` or `change` do it,
         at most once a head, from the first head on, and what it does in a head depends on nothing but that head.
         """
 
-    def least_memory(self, block: int) -> int:
+    def minimum_memory(self, block: int) -> int:
         """The fewest tokens, in whole groups of `block`, that must be remembered for `keep` to work when one more group comes."""
         return block
 
@@ -154,7 +154,7 @@ class Policy(ABC):
         return None
 
     @property
-    def recalls(self) -> int:
+    def retrieved_frames(self) -> int:
         """Frame groups that a question recalls from host memory, to which what is not kept then goes. Above 0, `keep` must choose
         the same tokens in every head of every layer, and forget frames in stream order."""
         return 0
@@ -220,8 +220,8 @@ def keep_top(scores: Tensor, protected: Tensor, slots: int) -> Tensor:
     keep = torch.empty(scores.shape[0], slots, dtype=torch.int64, device=scores.device)
     for head, row in enumerate(scores):
         # No sort: the least score that stays, what lies above it, and as many of its equals as there is room for.
-        least = row.kthvalue(len(row) - slots + 1).values
-        chosen, ties = row > least, row == least
+        minimum = row.kthvalue(len(row) - slots + 1).values
+        chosen, ties = row > minimum, row == minimum
         room = slots - chosen.sum()
         chosen |= ties & (ties.cumsum(0, dtype=torch.int32) <= room)
         keep[head] = chosen.nonzero()[:, 0]

@@ -31,7 +31,7 @@ class H2O(Policy):
 
     name: ClassVar[str] = "h2o"
     source: ClassVar[str] = "Zhang et al., H2O, NeurIPS 2023 (arXiv 2306.14048): notes on paper and code"
-    sums: ClassVar[bool] = True
+    accumulated_attention: ClassVar[bool] = True
 
     recent_share: float = 0.5
 
@@ -39,9 +39,11 @@ class H2O(Policy):
         check_between(self, 0, 1, "recent_share")
 
     def keep(self, view: View, slots: int) -> Tensor:
-        if view.sums is None:
+        if view.accumulated_attention is None:
             raise PolicyError("h2o: nobody summed up the attention: only a Session does")
-        return keep_top(view.sums.clone(), keep_window(view, round(self.recent_share * slots), slots), slots)
+        return keep_top(
+            view.accumulated_attention.clone(), keep_window(view, round(self.recent_share * slots), slots), slots
+        )
 
     def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
         choice = super().scratch(heads, tokens, head_dim, block, chunk) + heads * tokens

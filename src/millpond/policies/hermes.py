@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from millpond.errors import PolicyError
+from millpond.memory.resumable import Steps
 from millpond.policies.attention import attention_scratch, proxy_attention
 from millpond.policies.base import Policy, View, check_between, keep_top
 from millpond.policies.merging import change
-from millpond.resumable import Steps
 
 __all__ = ["HERMES"]
 
@@ -76,13 +76,15 @@ class HERMES(Policy):
 
     def keep(self, view: View, slots: int) -> Tensor:
         scores = self._blended(view)
-        if view.carry is not None:
-            view.carry.copy_(scores)
+        if view.carried_scores is not None:
+            view.carried_scores.copy_(scores)
         return self._chosen(view, scores, slots)[0]
 
     def merge(self, view: View, keep: Tensor) -> None:
         if self._sums_up(view, keep.shape[1]):
-            scores = self._blended(view) if view.carry is None else view.carry.clone()  # those that chose
+            scores = (
+                self._blended(view) if view.carried_scores is None else view.carried_scores.clone()
+            )  # those that chose
             summaries = self._chosen(view, scores, keep.shape[1])[1]
             for head, summary in enumerate(summaries.tolist()):
                 _sum_up(view, head, keep[head], summary)
@@ -109,9 +111,9 @@ class HERMES(Policy):
                 row.sub_(low).div_(row.max() + 1e-6)
                 if weight:
                     row.mul_(1 - weight).add_(_recency(view.tokens, steepness, row.device), alpha=weight)
-        if view.deeper is not None:
-            for row, deeper in zip(scores, view.deeper, strict=True):
-                row.lerp_(torch.where(deeper.isnan(), row, deeper), share)
+        if view.deeper_scores is not None:
+            for row, deeper_scores in zip(scores, view.deeper_scores, strict=True):
+                row.lerp_(torch.where(deeper_scores.isnan(), row, deeper_scores), share)
         return scores
 
     def _sums_up(self, view: View, slots: int) -> bool:
@@ -178,5 +180,5 @@ def _mean_scratch(tokens: int, head_dim: int, chunk: int) -> int:
 def _recency(tokens: int, steepness: float, device: torch.device) -> Tensor:
     """exp(-k d) of every token, scaled to 0..1: float32 [n]."""
     distance = torch.linspace(1, 0, tokens, device=device)
-    least = exp(-steepness)
-    return distance.mul_(-steepness).exp_().sub_(least).div_(1 - least + 1e-6)
+    minimum = exp(-steepness)
+    return distance.mul_(-steepness).exp_().sub_(minimum).div_(1 - minimum + 1e-6)

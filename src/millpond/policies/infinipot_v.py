@@ -131,20 +131,22 @@ def temporal_redundancy(view: View) -> Tensor:
     # One round does unless the recent frames differ in size and no table of one frame's places covers them.
     span = max(1, view.block, view.chunk)
     for head in range(view.heads):
-        keys, place, recent, out = view.keys[head], view.place[head], view.protected[head], scores[head]
-        _redundancy_of_head(keys, place, recent, view.chunk, span, out)
+        keys, grid_position, recent, out = view.keys[head], view.grid_position[head], view.protected[head], scores[head]
+        _redundancy_of_head(keys, grid_position, recent, view.chunk, span, out)
     return scores
 
 
-def _redundancy_of_head(keys: Tensor, place: Tensor, recent: Tensor, chunk: int, span: int, out: Tensor) -> None:
+def _redundancy_of_head(
+    keys: Tensor, grid_position: Tensor, recent: Tensor, chunk: int, span: int, out: Tensor
+) -> None:
     """Of one head; `span` places at a time."""
-    visual = place[:, 0] >= 0
+    visual = grid_position[:, 0] >= 0
     latest = (recent & visual).nonzero()[:, 0]
-    height, width = (place.index_select(0, latest).amax(dim=0) + 1).tolist() if len(latest) else (0, 0)
-    outside = ~visual | (place[:, 0] >= height) | (place[:, 1] >= width)
-    index = (place[:, 0].to(torch.int32) * width).add_(place[:, 1]).masked_fill_(outside, -1)
+    height, head_dim = (grid_position.index_select(0, latest).amax(dim=0) + 1).tolist() if len(latest) else (0, 0)
+    outside = ~visual | (grid_position[:, 0] >= height) | (grid_position[:, 1] >= head_dim)
+    index = (grid_position[:, 0].to(torch.int32) * head_dim).add_(grid_position[:, 1]).masked_fill_(outside, -1)
     out.zero_()
-    for base in range(0, height * width, span):
+    for base in range(0, height * head_dim, span):
         table, seen = _mean_unit_keys(keys, latest, index, base, span, chunk)
         for first in range(0, len(keys), chunk):
             at = index[first : first + chunk] - base

@@ -65,7 +65,7 @@ class InfiniPotVReleased(Policy):
         if self.release not in _POOLING:
             raise PolicyError(f"{self.name}: release must be {' or '.join(_POOLING)}, not {self.release!r}")
 
-    def least_memory(self, block: int) -> int:
+    def minimum_memory(self, block: int) -> int:
         # One of the frames is recent at least, and TaR's share of the slots holds those that are; see `keep`.
         for frames in range(1, 10_000):
             recent = int((frames + 1) * self.query_ratio)
@@ -84,7 +84,7 @@ class InfiniPotVReleased(Policy):
             raise PolicyError(
                 f"{self.name} needs whole frames: {view.tokens} tokens and {slots} slots, {frame} tokens a frame"
             )
-        if bool((view.place[:, :, 0] < 0).any()):
+        if bool((view.grid_position[:, :, 0] < 0).any()):
             raise PolicyError(f"{self.name} knows frames only: no remembered turns, no separators")
         latest = int(view.tokens // frame * self.query_ratio)
         if latest < 1:
@@ -166,9 +166,9 @@ class InfiniPotVReleased(Policy):
     def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
         # The result (int64 [H, n]) and one head's scores, choice and ranking; before those, the unit keys of its recent frames
         # (norms beside them for a moment) and one piece of the past, its partner and their products.
-        recent, width = int(tokens * self.query_ratio), head_dim + 2
-        pieces = (_span(chunk) + _REGISTER) * (3 * width + recent // block)
-        return heads * tokens * 8 + max(36 * tokens, 4 * tokens + 4 * (width * recent + pieces))
+        recent, head_dim = int(tokens * self.query_ratio), head_dim + 2
+        pieces = (_span(chunk) + _REGISTER) * (3 * head_dim + recent // block)
+        return heads * tokens * 8 + max(36 * tokens, 4 * tokens + 4 * (head_dim * recent + pieces))
 
 
 def _unit(rows: Tensor) -> Tensor:

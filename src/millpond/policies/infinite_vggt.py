@@ -64,7 +64,7 @@ class InfiniteVGGT(Policy):
 def _anchors(view: View) -> list[int]:
     """Tokens of each head up to the end of the first frame."""
     anchors = []
-    for times, place in zip(view.time_us, view.place, strict=True):
-        seen = times[place[:, 0] != TEXT]
+    for times, grid_position in zip(view.time_us, view.grid_position, strict=True):
+        seen = times[grid_position[:, 0] != TEXT]
         anchors.append(int((times <= seen[0]).sum()) if len(seen) else 0)
     return anchors

@@ -8,10 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["carried_over", "matching_scratch"]
+__all__ = ["carried_scores_of", "matching_scratch"]
 
 
-def carried_over(scores: Tensor, time_us: Tensor, place: Tensor, to_time_us: Tensor, to_place: Tensor) -> Tensor:
+def carried_scores_of(
+    scores: Tensor, time_us: Tensor, grid_position: Tensor, to_time_us: Tensor, to_place: Tensor
+) -> Tensor:
     """What one layer's scores say of another layer's tokens: float32 [H, m], NaN where that layer does not hold the token.
 
     Tokens without a place (text, separators) are NaN too: several share a time and a place, and cannot be told apart.
@@ -22,7 +24,7 @@ def carried_over(scores: Tensor, time_us: Tensor, place: Tensor, to_time_us: Ten
     """
     out = torch.empty(to_time_us.shape, device=scores.device)
     for head, row in enumerate(out):
-        held, order = _keys(time_us[head], time_us[head], place[head]).sort(stable=True)
+        held, order = _keys(time_us[head], time_us[head], grid_position[head]).sort(stable=True)
         wanted = _keys(time_us[head], to_time_us[head], to_place[head])
         at = torch.searchsorted(held, wanted).clamp_(max=len(held) - 1)
         same = held[at] == wanted
@@ -37,14 +39,14 @@ def carried_over(scores: Tensor, time_us: Tensor, place: Tensor, to_time_us: Ten
 
 
 def matching_scratch(tokens: int) -> int:
-    """The most bytes that `carried_over` allocates for layers of at most `tokens` tokens, beside its result."""
+    """The most bytes that `carried_scores_of` allocates for layers of at most `tokens` tokens, beside its result."""
     return 72 * tokens + 64
 
 
-def _keys(times: Tensor, time_us: Tensor, place: Tensor) -> Tensor:
+def _keys(times: Tensor, time_us: Tensor, grid_position: Tensor) -> Tensor:
     """One number for each token's time and place, int64 [n]; of the time only its rank among `times`, so that all fits in."""
     key = torch.searchsorted(times, time_us)
     key.bitwise_left_shift_(32)
-    key.add_(place[:, 0].to(torch.int64).add_(2).bitwise_left_shift_(16))
-    key.add_(place[:, 1].to(torch.int64).add_(2))
+    key.add_(grid_position[:, 0].to(torch.int64).add_(2).bitwise_left_shift_(16))
+    key.add_(grid_position[:, 1].to(torch.int64).add_(2))
     return key

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from millpond import native
+from millpond.memory.resumable import Move, Pieces
 from millpond.policies.base import View
-from millpond.resumable import Move, Pieces
 
 __all__ = ["Fold", "change", "distances", "fold", "fold_scratch"]
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from millpond.cache.codec import Codec
+from millpond.cache.kv_quantizer import KVQuantizer
 from millpond.cache.tier import Tier
 from millpond.errors import PolicyError
 from millpond.policies.base import Policy, View
@@ -50,8 +50,8 @@ class MiKV(Policy):
             raise PolicyError(f"mikv: {scorer.name} has layer budgets, and tokens are packed with equal layers only")
         # A frozen dataclass: the parameters stay what was given, and what the base needs becomes this policy's need.
         object.__setattr__(self, "_scorer", scorer)
-        object.__setattr__(self, "_tier", Tier(Codec(self.bits, self.group), self.full_share))
-        for need in ("agnostic", "proxy", "sums", "deepest_first"):
+        object.__setattr__(self, "_tier", Tier(KVQuantizer(self.bits, self.group), self.full_share))
+        for need in ("agnostic", "proxy", "accumulated_attention", "deepest_first"):
             object.__setattr__(self, need, getattr(scorer, need))
 
     @property

@@ -23,22 +23,24 @@ def pool_over_grid(values: Tensor, view: View, kernel: int) -> None:
         kernel: odd window size.
     """
     for head in range(view.heads):
-        visual = (view.place[head, :, 0] >= 0).nonzero()[:, 0]
+        visual = (view.grid_position[head, :, 0] >= 0).nonzero()[:, 0]
         if not len(visual):
             continue
         times = view.time_us[head].index_select(0, visual)
         frame = torch.zeros(len(visual), dtype=torch.int32, device=visual.device)
         torch.cumsum(times[1:] != times[:-1], 0, out=frame[1:])
         del times
-        rows, cols = (view.place[head].amax(dim=0) + 1).tolist()
+        rows, cols = (view.grid_position[head].amax(dim=0) + 1).tolist()
         cells = rows * cols
         at_once = max(1, view.chunk // cells)
         for first in range(0, int(frame[-1]) + 1, at_once):
             ends = torch.tensor([first, first + at_once], dtype=torch.int32, device=frame.device)
             low, high = torch.searchsorted(frame, ends).tolist()
             part = visual[low:high]
-            place = view.place[head].index_select(0, part)
-            at = ((frame[low:high] - first) * cells + place[:, 0].to(torch.int32) * cols + place[:, 1]).long()
+            grid_position = view.grid_position[head].index_select(0, part)
+            at = (
+                (frame[low:high] - first) * cells + grid_position[:, 0].to(torch.int32) * cols + grid_position[:, 1]
+            ).long()
             grid = torch.zeros(2, at_once * cells, dtype=torch.float32, device=values.device)
             grid[0].index_copy_(0, at, values[head].index_select(0, part))
             grid[1].index_fill_(0, at, 1.0)

@@ -19,12 +19,12 @@ class ReKV(Policy):
     """Keep the latest tokens; what leaves them goes to host memory, from which a question recalls whole frames.
 
     The pinned prompt is the sink. A question recalls, in each layer by itself, the frames whose mean key has the
-    largest dot product with its mean query over all heads (`millpond.cache.recall`); they are dropped again behind it. Needs `Session(host_budget=)`.
+    largest dot product with its mean query over all heads (`millpond.cache.retrieval`); they are dropped again behind it. Needs `Session(host_budget=)`.
 
     Differences to the authors' program (Becomebright/ReKV): a question there sees the sink and what it recalls, and nothing of the
     window but what it recalls of it, all frames so far being there to be recalled; here it sees the window too, which lies on the device
     anyway, and recalls from what has left it. Host memory has a cap, and when it is full the oldest frames are forgotten; under a
-    small device budget fewer frames are recalled (half of what lies behind the prompt, at least one; `Plan.recall_frames`). The mean
+    small device budget fewer frames are recalled (half of what lies behind the prompt, at least one; `Plan.retrieved_frames`). The mean
     query runs over the whole turn, theirs over the question's text; text that leaves the window is forgotten.
 
     Attributes:
@@ -41,7 +41,7 @@ class ReKV(Policy):
             raise PolicyError(f"rekv: frames must be a whole number, at least 1, not {self.frames!r}")
 
     @property
-    def recalls(self) -> int:
+    def retrieved_frames(self) -> int:
         return self.frames
 
     def keep(self, view: View, slots: int) -> Tensor:

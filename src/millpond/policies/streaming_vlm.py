@@ -50,9 +50,9 @@ class StreamingVLM(Policy):
         count = view.tokens
         scores = torch.empty(view.heads, count, device=view.keys.device)
         age = torch.arange(count, dtype=torch.float32, device=view.keys.device)
-        for times, place, row in zip(view.time_us, view.place, scores, strict=True):
-            text = (place[:, 0] == TEXT).nonzero()[:, 0]
-            vision = ((place[:, 0] != TEXT) & (times > times[-1] - self.vision_seconds * 1e6)).nonzero()[:, 0]
+        for times, grid_position, row in zip(view.time_us, view.grid_position, scores, strict=True):
+            text = (grid_position[:, 0] == TEXT).nonzero()[:, 0]
+            vision = ((grid_position[:, 0] != TEXT) & (times > times[-1] - self.vision_seconds * 1e6)).nonzero()[:, 0]
             sink = text[: self.text_sink]
             window = text[len(sink) :][max(0, len(text) - len(sink) - self.text_window) :]
             shrink = min(1.0, slots / max(1, len(sink) + len(window) + len(vision)))

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from millpond.budget import format_bytes
 from millpond.errors import BudgetError, MillpondError
+from millpond.memory.budget import format_bytes
 
-__all__ = ["Allocation", "allocate", "level", "linear_bytes"]
+__all__ = ["Allocation", "allocate", "linear_bytes", "water_filling"]
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ def allocate(
     except ImportError:
         raise MillpondError("choosing widths needs scipy: pip install 'millpond[precision]'") from None
     count, choices = errors.shape
-    least = rest + int(nbytes.min(axis=1).sum())
-    if limit < least:
+    minimum = rest + int(nbytes.min(axis=1).sum())
+    if limit < minimum:
         raise BudgetError(
-            f"{format_bytes(limit)} are too few for these weights: the least that works is {least} bytes ({format_bytes(least)})",
-            least=least,
+            f"{format_bytes(limit)} are too few for these weights: the minimum that works is {minimum} bytes ({format_bytes(minimum)})",
+            minimum=minimum,
         )
     each = csr_array(np.kron(np.eye(count), np.ones((1, choices))))
     scale = max(float(np.abs(errors).max()), 1e-300)
@@ -89,7 +89,7 @@ def allocate(
     )
 
 
-def level(
+def water_filling(
     errors: NDArray[np.float64],
     sizes: NDArray[np.float64],
     widths: Sequence[int],

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from millpond.budget import parse_bytes
 from millpond.errors import PrecisionError
-from millpond.precision.allocate import allocate, level, linear_bytes
+from millpond.memory.budget import parse_bytes
+from millpond.precision.allocate import allocate, linear_bytes, water_filling
 from millpond.precision.calibration import Calibration
 from millpond.precision.estimators import choose_estimators, directions, meet_shares
 from millpond.precision.folder import Description, read_layer, read_rest
@@ -123,7 +123,7 @@ def calibrate(
             )
     found = {}
     for target in targets:
-        balanced = level(stored.errors, sizes, stored.widths, limits, target)
+        balanced = water_filling(stored.errors, sizes, stored.widths, limits, target)
         start = dict(zip(stored.names, balanced.tolist(), strict=True))
         pairs = train_pairs(model, samples, target, start=start, alpha=alpha, lr=lr, quiet=quiet)
         choices, _ = choose_estimators(model, pairs, samples, seed=seed)

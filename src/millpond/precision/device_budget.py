@@ -3,7 +3,7 @@
     weights + kv + workspace(kv) <= device
 
 What is above the least of each side is shared: half to the weights, until they are as wide as they can be, the rest to the stream. Knows
-sizes, not models; the stream's own split is `millpond.plan`'s.
+sizes, not models; the stream's own split is `millpond.memory.plan`'s.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from millpond.budget import format_bytes
 from millpond.errors import BudgetError
-from millpond.geometry import Geometry
+from millpond.memory.budget import format_bytes
+from millpond.memory.geometry import Geometry
 from millpond.precision.allocate import linear_bytes
 from millpond.precision.calibration import Calibration
 from millpond.precision.folder import Description
@@ -48,7 +48,7 @@ class Workspace:
         """
         text = config.get_text_config()
         hidden, inner = text.hidden_size, text.intermediate_size
-        item, heads = geometry.dtype.itemsize, geometry.kv_heads * geometry.group
+        item, heads = geometry.dtype.itemsize, geometry.kv_heads * geometry.kv_groups
         rows = block_tokens * item * (6 * hidden + 3 * inner + 4 * heads * geometry.head_dim)
         product = _FLOAT * (block_tokens * (hidden + inner) + _ROWS_AT_ONCE * max(hidden, inner))
         mask = block_tokens * (item + 1)  # in the model's dtype and as booleans; fused attention keeps no scores
@@ -100,7 +100,7 @@ def split_device(
 
     Args:
         weights: bytes of the weights: one number where they are fixed (a plain model, a calibrated one), or a number for each width.
-        kv_least: the least bytes with which a session works (`BudgetError.least` of a plan).
+        kv_least: the least bytes with which a session works (`BudgetError.minimum` of a plan).
 
     Raises:
         BudgetError: not even the least of everything fits; names it.
@@ -110,15 +110,15 @@ def split_device(
     lightest, heaviest = min(sizes), max(sizes)
     each, beside = geometry.bytes_per_token, workspace.per_slot
     least_kv = kv_least + workspace.fixed + beside * -(-kv_least // each)
-    least = lightest + least_kv
-    if device < least:
+    minimum = lightest + least_kv
+    if device < minimum:
         raise BudgetError(
-            f"{format_bytes(device)} are too few for this model and stream: the least that works is {least} bytes "
-            f"({format_bytes(least)}: weights {format_bytes(lightest)}, stream {format_bytes(kv_least)}, "
+            f"{format_bytes(device)} are too few for this model and stream: the minimum that works is {minimum} bytes "
+            f"({format_bytes(minimum)}: weights {format_bytes(lightest)}, stream {format_bytes(kv_least)}, "
             f"workspace {format_bytes(least_kv - kv_least)})",
-            least=least,
+            minimum=minimum,
         )
-    allowed = lightest + min((device - least) // 2, heaviest - lightest)
+    allowed = lightest + min((device - minimum) // 2, heaviest - lightest)
     width, taken = max((choice for choice in choices if choice[1] <= allowed), key=lambda choice: choice[1])
     # kv + fixed + per_slot * slots = what is left, with slots = kv / each rounded up.
     left = device - taken - workspace.fixed
@@ -137,7 +137,7 @@ def weight_bytes(folder: Path) -> int | dict[int, int]:
         PrecisionError: no quantized model, or a file that is cut.
     """
     description = Description.load(folder)
-    least, most = description.widths
+    minimum, most = description.widths
     rest = sum(entry.nbytes for entry in header_of(folder / "rest.safetensors").values())
     shapes: dict[str, int] = {}
     for name in description.files:
@@ -153,7 +153,7 @@ def weight_bytes(folder: Path) -> int | dict[int, int]:
         return {
             width: rest
             + sum(linear_bytes(rows, description.columns[name], width, (width,)) for name, rows in shapes.items())
-            for width in range(least, most + 1)
+            for width in range(minimum, most + 1)
         }
     estimators = [choice.projection for choices in made.targets.values() for choice in choices.values()]
     return (

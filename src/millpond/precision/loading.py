@@ -13,10 +13,10 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 
-from millpond.budget import format_bytes, parse_bytes
 from millpond.errors import BudgetError, MillpondError, ModelError, PrecisionError
-from millpond.heap import give_back
-from millpond.model_folder import check, safely
+from millpond.memory.budget import format_bytes, parse_bytes
+from millpond.memory.heap import give_back
+from millpond.models.model_folder import check, safely
 from millpond.precision.calibration import Calibration
 from millpond.precision.decoder import effective_bits, linears, replace
 from millpond.precision.folder import Description, read_linears, read_rest
@@ -48,7 +48,7 @@ def load(
 
     Raises:
         PrecisionError: not calibrated for this (also `copy.deepcopy` and `save_pretrained` of the model, which it cannot do), no such target or width, or a damaged folder.
-        BudgetError: the weights take more than `memory`; names the least that works.
+        BudgetError: the weights take more than `memory`; names the minimum that works.
     """
     path = Path(folder)
     description = Description.load(path)
@@ -74,7 +74,7 @@ def load(
         raise BudgetError(
             f"these weights take {taken} bytes ({format_bytes(taken)}), more than {memory}: "
             f"run `millpond calibrate {path} --memory {memory}`, or give at least that much",
-            least=taken,
+            minimum=taken,
         )
     model.to(device)
     _give_targets(model, calibration, device)

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from millpond.budget import format_bytes
 from millpond.errors import PrecisionError
+from millpond.memory.budget import format_bytes
 from millpond.precision.decoder import decoder_of, linears
 
 __all__ = ["STATE", "Sensitivity", "samples_of", "sensitivities"]

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from millpond.recompute.ambient import Generators
 from millpond.recompute.errors import RecomputeError
-from millpond.recompute.machine import Machine
+from millpond.recompute.executor import Executor
 from millpond.recompute.plans import Strategy, plan
 from millpond.recompute.probe import Cell, probe
 from millpond.recompute.sequence import Collector, Inputs, flatten, unflatten
@@ -62,7 +62,7 @@ def bptt(
         losses if `loss` is given. Both are copies of what the steps returned.
 
     Raises:
-        BudgetError: the budget is below one step; names the least that works.
+        BudgetError: the budget is below one step; names the minimum that works.
         RecomputeError: the step cannot be recomputed; the message names the cause.
     """
     _refuse_transforms()
@@ -93,7 +93,7 @@ def bptt(
         slots=slots,
         strategy=strategy,
     )
-    machine = Machine(cell, sequence, state, planned, tuple(found.values()), Generators(tensors), seen.random)
+    machine = Executor(cell, sequence, state, planned, tuple(found.values()), Generators(tensors), seen.random)
     results = _Bptt.apply(machine, collector, *tensors)
     count = len(results) - len(state_leaves)
     return collector.finish(list(results[:count])), unflatten(list(results[count:]), state_spec)
@@ -103,7 +103,7 @@ class _Bptt(torch.autograd.Function):
     """Inputs: the leaves of the initial state, of the inputs, and the parameters. Outputs: leaves of outputs and state."""
 
     @staticmethod
-    def forward(ctx: Any, machine: Machine, collector: Collector, *tensors: Any) -> tuple[Any, ...]:
+    def forward(ctx: Any, machine: Executor, collector: Collector, *tensors: Any) -> tuple[Any, ...]:
         ctx.set_materialize_grads(False)
         final, _ = flatten(machine.forward(collector))
         outputs = collector.take()
@@ -122,7 +122,7 @@ class _Bptt(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         _refuse_transforms(*grads)
         _ = ctx.saved_tensors  # raises if freed, or changed in place
-        machine: Machine = ctx.machine
+        machine: Executor = ctx.machine
         initial, inputs, parameters = machine.backward(
             list(grads[: ctx.outputs]), ctx.collector, list(grads[ctx.outputs :]), list(ctx.needs_input_grad[2:])
         )

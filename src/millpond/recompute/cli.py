@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from millpond.budget import format_bytes, parse_bytes
 from millpond.errors import MillpondError
+from millpond.memory.budget import format_bytes, parse_bytes
 from millpond.recompute.plans import Plan, Strategy, plan
 
 __all__ = ["app"]

@@ -12,8 +12,8 @@ from functools import lru_cache
 from math import gcd
 from typing import Any, Literal, TypeAlias, get_args
 
-from millpond.budget import format_bytes, parse_bytes
 from millpond.errors import BudgetError
+from millpond.memory.budget import format_bytes, parse_bytes
 from millpond.recompute.closed_form import hidden_forwards, internal_forwards
 from millpond.recompute.errors import RecomputeError
 from millpond.recompute.schedule import Action, HiddenOnly, InternalOnly, Mixed, Op, Splitter, schedule
@@ -106,7 +106,7 @@ def plan(
         strategy: "hidden" (revolve), "internal", "mixed" (their joint optimum) or "auto", which is the mixed one.
 
     Raises:
-        BudgetError: below one internal state, the least that works (named in the message and in `.least`).
+        BudgetError: below one internal state, the minimum that works (named in the message and in `.least`).
         RecomputeError: an argument that cannot work.
     """
     if strategy not in get_args(Strategy):
@@ -121,14 +121,14 @@ def plan(
     if (budget is None) == (slots is None):
         raise RecomputeError("give either budget (bytes) or slots (stored states)")
     if slots is not None and slots < 0:
-        raise BudgetError(f"slots must not be negative, got {slots}", least=0)
+        raise BudgetError(f"slots must not be negative, got {slots}", minimum=0)
     kind: Strategy = "mixed" if strategy == "auto" else strategy
     cap = None if budget is None else parse_bytes(budget)
     if cap is not None and cap < internal_bytes:
         raise BudgetError(
-            f"a budget of {format_bytes(cap)} is below one step: the least that works is {internal_bytes} bytes "
+            f"a budget of {format_bytes(cap)} is below one step: the minimum that works is {internal_bytes} bytes "
             f"({format_bytes(internal_bytes)}), the internal state of the step at work",
-            least=internal_bytes,
+            minimum=internal_bytes,
         )
     return _plan(length, hidden_bytes, internal_bytes, cap, slots, kind)
 

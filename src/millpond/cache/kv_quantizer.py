@@ -1,0 +1,211 @@
+"""Keys and values in 2, 3, 4 or 8 bits: asymmetric uniform quantization as in KIVI (Liu et al., ICML 2024, section 3.2).
+
+Keys have a few channels of large values, so they are quantized per channel, in groups of G tokens; values have no such
+channels and are quantized per token, in groups of G channels. Written from the paper's formulas; its residual window is the
+caller's business. Knows tensors; nothing about caches, positions or what is worth keeping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from millpond import native
+from millpond.errors import PolicyError
+
+__all__ = ["BITS", "KVQuantizer"]
+
+BITS = (2, 3, 4, 8)
+_SCALE = (
+    torch.float16
+)  # of steps and minima: 11 significant bits, where bfloat16's 8 would cost more than 8-bit codes gain
+
+
+@dataclass(frozen=True)
+class KVQuantizer:
+    """How one head's keys and values are written down.
+
+    A group with minimum m and maximum M has the step s = (M - m) / (2^bits - 1); x becomes q = round((x - m) / s) and is read as
+    q s + m (KIVI, section 2). s and m are rounded to float16 first and q is fitted to the rounded ones, so that an error is at
+    most s / 2, or what the roundings cut off at the group's ends. Writing never fails, because it happens while a cache is half
+    moved: what lies outside float16's range becomes its end, and what is not a number becomes 0.
+
+    Attributes:
+        bits: of a code, one of `BITS`.
+        group: G, tokens that share a key channel's step and minimum, and channels that share a value's.
+
+    Raises:
+        PolicyError: another width, or groups of less than one.
+    """
+
+    bits: int
+    group: int = 32
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise PolicyError(f"keys and values can be stored in {', '.join(map(str, BITS))} bits, not in {self.bits}")
+        if self.group < 1:
+            raise PolicyError(f"a group needs at least one member, not {self.group}")
+
+    # --- sizes --------------------------------------------------------------------------------------------------
+
+    def row_bytes(self, width: int) -> int:
+        """Bytes of the packed codes of one key or value vector of `width` components."""
+        values, size = self._word
+        return -(-width // values) * size
+
+    def value_groups(self, width: int) -> int:
+        """Groups that a value vector is cut into; the last may be shorter."""
+        return -(-width // self.group)
+
+    def group_bytes(self, width: int) -> int:
+        """Bytes of G tokens of one KV head, keys and values: codes, steps and minima."""
+        scales = 2 * _SCALE.itemsize * (width + self.group * self.value_groups(width))
+        return 2 * self.group * self.row_bytes(width) + scales
+
+    def bytes_per_token(self, width: int) -> float:
+        """Bytes of one token of one KV head, its share of the group's steps and minima included."""
+        return self.group_bytes(width) / self.group
+
+    def scratch_bytes(self, tokens: int, width: int) -> int:
+        """The most that encoding or decoding `tokens` tokens of one head allocates, in bytes."""
+        # Two float32 copies, codes and packed words (int32 where a word is wider than a byte), and the groups' bounds.
+        values, size = self._word
+        padded = -(-width // values) * values
+        words = padded // values * (2 if size == 1 else 2 * 4 + 2 * 8)
+        bounds = max(-(-tokens // self.group) * width, tokens) * (4 * 4 + 2 * 2 + 2)
+        return tokens * (2 * 4 * padded + 3 * padded + words) + bounds
+
+    # --- keys: per channel --------------------------------------------------------------------------------------
+
+    def new_keys(self, shape: tuple[int, ...], groups: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Storage for `groups` groups of keys: codes uint8 [*shape, groups, G, R], scales float16 [*shape, groups, 2, D]."""
+        codes = torch.zeros(*shape, groups, self.group, self.row_bytes(width), dtype=torch.uint8, device=device)
+        return codes, torch.zeros(*shape, groups, 2, width, dtype=_SCALE, device=device)
+
+    def quantize_keys(self, keys: Tensor, codes: Tensor, scales: Tensor) -> None:
+        """Write m groups of keys.
+
+        Args:
+            keys: [m * G, D], a floating dtype.
+            codes: uint8 [m, G, R], written. scales: float16 [m, 2, D], steps and minima, written.
+        """
+        floats = _finite(keys).view(-1, self.group, keys.shape[1])
+        step, low = self._bounds(floats, 1)
+        scales[:, 0], scales[:, 1] = step, low
+        self._pack(self._quantize(floats, step[:, None], low[:, None]), codes)
+
+    def dequantize_keys(self, codes: Tensor, scales: Tensor, out: Tensor, step: int | None = None) -> None:
+        """Read m groups of keys back into `out`, [m * G, D], `step` tokens at a time; the arguments of `quantize_keys`."""
+        if native.unpack(codes, scales, self.bits, True, out):
+            return
+        for part in self._parts(step, codes, scales, out):
+            self._dequantize_keys(*part)
+
+    def _dequantize_keys(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
+        floats = self._unpack(codes, out.shape[1])
+        floats.mul_(scales[:, :1]).add_(scales[:, 1:])
+        out.copy_(floats.view(out.shape))
+
+    # --- values: per token --------------------------------------------------------------------------------------
+
+    def new_values(
+        self, shape: tuple[int, ...], groups: int, width: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Storage for `groups` times G values: codes uint8 [*shape, groups, G, R], scales float16 [*shape, groups, G, 2, C]."""
+        codes = torch.zeros(*shape, groups, self.group, self.row_bytes(width), dtype=torch.uint8, device=device)
+        scales = torch.zeros(*shape, groups, self.group, 2, self.value_groups(width), dtype=_SCALE, device=device)
+        return codes, scales
+
+    def quantize_values(self, values: Tensor, codes: Tensor, scales: Tensor) -> None:
+        """Write values.
+
+        Args:
+            values: [m * G, D], a floating dtype.
+            codes: uint8 [m, G, R], written. scales: float16 [m, G, 2, C], steps and minima of C channel groups, written.
+        """
+        floats = _finite(values).view(-1, self.group, values.shape[1])
+        for index, part in enumerate(floats.split(self.group, dim=2)):
+            step, low = self._bounds(part, 2)
+            scales[:, :, 0, index], scales[:, :, 1, index] = step, low
+            self._quantize(part, step[:, :, None], low[:, :, None])
+        self._pack(floats, codes)
+
+    def dequantize_values(self, codes: Tensor, scales: Tensor, out: Tensor, step: int | None = None) -> None:
+        """Read values back into `out`, [m * G, D], `step` tokens at a time; the arguments of `quantize_values`."""
+        if native.unpack(codes, scales, self.bits, False, out):
+            return
+        for part in self._parts(step, codes, scales, out):
+            self._dequantize_values(*part)
+
+    def _dequantize_values(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
+        floats = self._unpack(codes, out.shape[1])
+        for index, part in enumerate(floats.split(self.group, dim=2)):
+            part.mul_(scales[:, :, 0, index, None]).add_(scales[:, :, 1, index, None])
+        out.copy_(floats.view(out.shape))
+
+    def _parts(
+        self, step: int | None, codes: Tensor, scales: Tensor, out: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The arguments of a decoding cut to `step` tokens, whole groups; None: not at all."""
+        groups = max(1, (step or len(out)) // self.group)
+        return zip(codes.split(groups), scales.split(groups), out.split(groups * self.group), strict=True)
+
+    # --- codes --------------------------------------------------------------------------------------------------
+
+    @property
+    def _word(self) -> tuple[int, int]:
+        """Codes in a word, and the word's bytes: the least whole bytes that whole codes fill."""
+        return (8, 3) if self.bits == 3 else (8 // self.bits, 1)
+
+    def _bounds(self, floats: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        """float16 step and minimum of each group."""
+        low, high = floats.aminmax(dim=axis)
+        return ((high - low) / (2**self.bits - 1)).to(_SCALE), low.to(_SCALE)
+
+    def _quantize(self, floats: Tensor, step: Tensor, low: Tensor) -> Tensor:
+        """In place: values to codes, still as floats. A step that vanishes in float16 makes a group constant."""
+        floats.sub_(low).div_(step.to(torch.float32).masked_fill_(step == 0, torch.inf))
+        return floats.round_().clamp_(0, 2**self.bits - 1)
+
+    def _pack(self, floats: Tensor, quantized: Tensor) -> None:
+        """Codes as floats [..., D] into words; the first code is in the lowest bits, missing ones are 0."""
+        values, size = self._word
+        quantized.zero_()
+        if size == 1:
+            for place in range(values):
+                part = floats[..., place::values].to(torch.uint8)
+                quantized[..., : part.shape[-1]].bitwise_or_(part << (self.bits * place))
+            return
+        words = torch.zeros(
+            *quantized.shape[:-1], quantized.shape[-1] // size, dtype=torch.int32, device=quantized.device
+        )
+        for place in range(values):
+            part = floats[..., place::values].to(torch.int32)
+            words[..., : part.shape[-1]].bitwise_or_(part << (self.bits * place))
+        for byte in range(size):
+            quantized[..., byte::size] = ((words >> (8 * byte)) & 255).to(torch.uint8)
+
+    def _unpack(self, quantized: Tensor, width: int) -> Tensor:
+        """Words to codes as float32 [..., D]."""
+        values, size = self._word
+        if size == 1:
+            words = quantized
+        else:
+            words = quantized[..., ::size].to(torch.int32)
+            for byte in range(1, size):
+                words.bitwise_or_(quantized[..., byte::size].to(torch.int32) << (8 * byte))
+        floats = torch.empty(*quantized.shape[:-1], width, device=quantized.device)
+        for place in range(values):
+            part = floats[..., place::values]
+            part.copy_((words[..., : part.shape[-1]] >> (self.bits * place)) & (2**self.bits - 1))
+        return floats
+
+
+def _finite(rows: Tensor) -> Tensor:
+    """A float32 copy within float16's range."""
+    most = torch.finfo(_SCALE).max
+    return rows.to(torch.float32, copy=True).nan_to_num_(nan=0.0).clamp_(-most, most)

@@ -1,0 +1,161 @@
+"""A pond for `model.generate(..., cache=PondCache(...))`: the cap without a session.
+
+Before transformers 5.24 the argument is called `past_key_values`.
+
+Knows no frames: every token is plain text to the policy, unless the caller announces more. For video, positions and
+questions beside a stream, use `millpond.Session`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from millpond import policies
+from millpond.cache.pond import Pond
+from millpond.errors import BudgetError, ModelError, PolicyError
+from millpond.memory.available import check_memory
+from millpond.memory.budget import Budget
+from millpond.memory.geometry import Geometry
+from millpond.memory.plan import make_plan
+from millpond.policies.base import TEXT, Policy
+
+__all__ = ["PondCache"]
+
+
+class PondCache(Pond):
+    """A capped cache for one sequence, to hand to transformers.
+
+    A forward may bring as many tokens as there are free slots: at first all of them, later at least `headroom`. When the cache
+    has filled up, it compacts when the next forward sizes its mask.
+
+    `get_seq_length` counts every token that has gone by, forgotten ones too: from it `generate` tells which tokens are new, and a
+    model where they stand. Masks are sized by what is stored. A padded prompt has no place here: one sequence needs none.
+
+    Args:
+        model: a loaded transformers model; its cache's shape, dtype and device are read off it.
+        budget: bytes; None only with the policy "full".
+        policy: a name or a `Policy`.
+        pinned: first tokens that always survive (attention sinks, a system prompt).
+
+    Raises:
+        BudgetError: too small; names the minimum that works. Or more than the memory that there is.
+        ModelError: layers without plain keys and values, or that see a window only.
+        PolicyError: the policy looks at queries, which a cache is never given, or recalls frames.
+    """
+
+    def __init__(
+        self, model: Any, budget: str | int | None, policy: str | Policy = "infinipot-v", *, pinned: int = 4
+    ) -> None:
+        chosen = policies.read(policy) if isinstance(policy, str) else policy
+        if chosen.proxy or chosen.accumulated_attention:
+            raise PolicyError(f"the policy {chosen.name!r} looks at the model's queries, which only a Session shows it")
+        if chosen.retrieved_frames:
+            raise PolicyError(f"the policy {chosen.name!r} recalls frames from host memory, which only a Session does")
+        if chosen.layer_share > 1:
+            raise PolicyError(f"the policy {chosen.name!r} has layer budgets, which need the masks of a Session")
+        geometry = Geometry.from_config(model.config, model.dtype)
+        plan = make_plan(
+            None if budget is None else int(Budget(budget)),
+            geometry,
+            chosen,
+            prompt_tokens=pinned,
+            reserve_tokens=0,
+            what="this model",
+        )
+        check_memory(plan.total_bytes, model.device)
+        with torch.inference_mode(False):  # else the storage could never be written to outside of it
+            super().__init__(geometry, plan, chosen, model.device)
+        self._seen = 0
+        self._newest = 0  # tokens of the latest forward, which are stored as they came until the next one
+
+    @property
+    def headroom(self) -> int:
+        """The largest block that always fits (use it as `prefill_chunk_size`)."""
+        return self.plan.headroom_tokens
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append [1, H, n, D] keys and values of one layer; the first layer makes the block known to all.
+
+        Raises:
+            BudgetError: the block is larger than the free slots.
+        """
+        if layer_idx == 0:
+            self._arrive(key_states.shape[2])
+        updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return updated
+
+    def _arrive(self, count: int) -> None:
+        if count > self.free:
+            if self.policy.capped:
+                raise BudgetError(
+                    f"a block of {count} tokens does not fit into the {self.free} free slots of the cache: prefill in blocks "
+                    f"of at most {self.headroom} tokens (generate has prefill_chunk_size) or raise the budget"
+                )
+            self.resize(replace(self.plan, slots=2 * (self.length + count)))
+        index = torch.arange(self._seen, self._seen + count)
+        grid_position = torch.full((count, 2), TEXT, dtype=torch.int16)
+        self.write_metadata(index, grid_position, index.expand(self.geometry.axes, -1))
+        behind = max(0, self.length + count - max(self.length, self.plan.prompt_tokens))
+        self.commit(index[count - behind :], grid_position[count - behind :])
+        self._seen += count
+        self._newest = count
+
+    def _settle(self) -> None:
+        """Compact between forwards, when every layer has the same length and less than `headroom` is free."""
+        if self.policy.capped and self.free < self.headroom and self.layers[-1].length == self.length:
+            self._newest = 0
+            self.ensure_capacity(self.headroom)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that have gone by; `length` and `memory_tokens` count those that are stored."""
+        return self._seen
+
+    @property
+    def is_croppable(self) -> bool:
+        """Assisted and prompt-lookup decoding take back what a forward proposed in vain."""
+        return True
+
+    def activate_past_recording(self) -> None:
+        """Nothing to do: the tokens of the latest forward can always be taken back."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the latest `-tokens_to_remove` tokens, as transformers asks for it: a number that is not positive.
+
+        Raises:
+            ModelError: they are not all of the latest forward; those before it may have been compacted.
+        """
+        count = -tokens_to_remove
+        if not 0 <= count <= self._newest:
+            raise ModelError(
+                f"a pond cache can take back the {self._newest} tokens of the latest forward (crop(-n)), not crop({tokens_to_remove})"
+            )
+        length = self.length - count
+        pinned = max(0, min(self.length, self.plan.prompt_tokens) - length)  # those were never counted as the stream's
+        if count > pinned:
+            self._text = (self._text or 0) - (count - pinned)
+        self.truncate(length)
+        self._seen -= count
+        self._newest -= count
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        self._settle()
+        return self.quantized_tokens + self.length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        self._settle()
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        return sizes
+
+    def reset(self) -> None:
+        """Forget everything; the storage stays."""
+        self.finish()
+        for layer in self.layers:
+            layer.reset()
+        self._seen, self._newest, self._text = 0, 0, None
+        self._recent.clear()

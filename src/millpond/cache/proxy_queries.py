@@ -1,0 +1,91 @@
+"""Queries beside the cache: those of a policy's proxy, kept for the next compaction, and the sums of attention that they pay.
+
+Knows nothing about who asks; `millpond.stream.runner` decides whose queries come here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from millpond.cache.layer import turning
+from millpond.memory.geometry import Geometry
+from millpond.policies.attention import add_columns
+from millpond.positions import Rope
+
+if TYPE_CHECKING:
+    from millpond.cache.pond import Pond
+
+__all__ = ["ProxyQueries", "accumulate_attention"]
+
+
+class ProxyQueries:
+    """The queries of at most `size` tokens in every layer, in storage that is allocated once.
+
+    Attributes:
+        rows: [layers, H * g * size * D], of which each layer uses as much as it has queries.
+        counts: tokens noted, per layer.
+    """
+
+    def __init__(self, geometry: Geometry, size: int, device: torch.device) -> None:
+        self._geometry, self._size = geometry, size
+        head_dim = geometry.kv_heads * geometry.kv_groups * size * geometry.head_dim
+        self.rows = torch.zeros(geometry.layers, head_dim, dtype=geometry.dtype, device=device)
+        self.counts = [0] * geometry.layers
+
+    def layer(self, index: int) -> Tensor:
+        """One layer's queries, [H, g, w, D], a view of the storage; w is 0 before anything was noted."""
+        shape = self._geometry.kv_heads, self._geometry.kv_groups, self.counts[index], self._geometry.head_dim
+        return self.rows[index, : torch.Size(shape).numel()].view(shape)
+
+    def note(self, index: int, queries: Tensor, positions: Tensor, rope: Rope) -> None:
+        """Keep a layer's queries of the last tokens of a block; those of the block before are forgotten.
+
+        Args:
+            queries: [n, H * g, D], without their rotation. positions: int64 [axes, n].
+        """
+        latest = queries[-self._size :]
+        self.counts[index] = latest.shape[0]
+        kept = self.layer(index)
+        kept.copy_(latest.transpose(0, 1).view_as(kept))
+        rope.rotate_(kept, positions[:, -latest.shape[0] :].T)
+
+    def turning(self, rope: Rope, by: Tensor, chunk: int) -> list[Callable[[], None]]:
+        """The steps that turn all queries by `by` positions, int64 [axes], `chunk` at a time. See `Steps`."""
+        every = [self.layer(index).view(-1, self._geometry.head_dim) for index in range(len(self.counts))]
+        return [turning(rows, rope, by.expand(len(rows), -1), chunk) for rows in every]
+
+    def adopt(self, other: ProxyQueries) -> None:
+        """Copy what another of the same size holds."""
+        self.rows.copy_(other.rows)
+        self.counts = list(other.counts)
+
+
+def accumulate_attention(pond: Pond, index: int, queries: Tensor, positions: Tensor, rope: Rope) -> None:
+    """Add to each live token's sum the attention that the block just run pays it; called behind the layer's attention.
+
+    The rows of the softmax are built anew from the block's queries, a piece at a time.
+
+    Args:
+        queries: [n, H * g, D] of the last n live tokens, without their rotation. positions: int64 [axes, n].
+    """
+    layer, group, chunk = pond.layers[index], pond.geometry.kv_groups, pond.plan.chunk
+    count = queries.shape[0]
+    at_once = max(1, chunk // group)
+    with pond.ledger.borrow("scratch", pond.plan.scratch_bytes):
+        keys, accumulated_attention = layer.attended()
+        before = keys.shape[1] - count
+        for first in range(0, count, at_once):
+            last = min(first + at_once, count)
+            own = torch.arange(before + first, before + last, device=keys.device)
+            for head in range(keys.shape[0]):
+                piece = (
+                    queries[first:last, head * group : (head + 1) * group].transpose(0, 1).to(torch.float32, copy=True)
+                )
+                rope.rotate_(piece, positions[:, first:last].T)
+                rows = piece.reshape(-1, piece.shape[2])
+                add_columns(rows, keys[head, :0], keys[head], accumulated_attention[head], chunk, own.repeat(group))
+        layer.credit(accumulated_attention)

@@ -1,0 +1,143 @@
+"""One layer's packed tokens, in storage that is allocated once. Knows nothing about what is worth packing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from millpond.cache.kv_quantizer import KVQuantizer
+from millpond.cache.layer import PondLayer
+from millpond.memory.geometry import Geometry
+from millpond.memory.resumable import Pieces, Rows
+from millpond.positions import Rope
+
+__all__ = ["QuantizedStore"]
+
+
+class QuantizedStore:
+    """One layer's packed tokens: `capacity` groups of storage for each head, allocated once.
+
+    Attributes:
+        key_codes, key_scales, value_codes, value_scales: as in `KVQuantizer`, [H, capacity, ...].
+        time_us, place, positions, sums: as in `PondLayer`, [H, capacity, G, ...].
+        groups: live groups, in the order in which they were written.
+    """
+
+    NAMES = (
+        "key_codes",
+        "key_scales",
+        "value_codes",
+        "value_scales",
+        "time_us",
+        "grid_position",
+        "positions",
+        "accumulated_attention",
+    )
+
+    def __init__(self, geometry: Geometry, quantizer: KVQuantizer, capacity: int, device: torch.device) -> None:
+        self.quantizer = quantizer
+        self.groups = 0
+        heads, head_dim, size = geometry.kv_heads, geometry.head_dim, quantizer.group
+        self.key_codes, self.key_scales = quantizer.new_keys((heads,), capacity, head_dim, device)
+        self.value_codes, self.value_scales = quantizer.new_values((heads,), capacity, head_dim, device)
+        self.time_us = torch.zeros(heads, capacity, size, dtype=torch.int64, device=device)
+        self.grid_position = torch.zeros(heads, capacity, size, 2, dtype=torch.int16, device=device)
+        self.positions = torch.zeros(heads, capacity, size, geometry.axes, dtype=torch.int32, device=device)
+        self.accumulated_attention = (
+            torch.zeros(heads, capacity, size, device=device) if geometry.accumulated_attention else None
+        )
+
+    @property
+    def capacity(self) -> int:
+        return self.key_codes.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        return self.groups * self.quantizer.group
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor, [H, capacity, ...]."""
+        return tuple(getattr(self, name) for name in self.NAMES if getattr(self, name) is not None)
+
+    def live(self, name: str) -> Tensor:
+        """One of the metadata tensors of the live tokens, [H, n, ...]."""
+        tensor: Tensor = getattr(self, name)
+        return tensor[:, : self.groups].flatten(1, 2)
+
+    def put(self, layer: PondLayer, leave: Tensor, first: int, step: int) -> None:
+        """Pack tokens of a layer behind the `first` groups, which are the live ones. Can be repeated until the layer's tokens move.
+
+        Args:
+            leave: int64 [H, n], slots, ascending; n is a multiple of G. step: tokens coded at a time.
+        """
+        size = self.quantizer.group
+        groups = leave.shape[1] // size
+        for head, slots in enumerate(leave):
+            for at in range(0, leave.shape[1], step):
+                part = slots[at : at + step]
+                to = slice(first + at // size, first + (at + len(part)) // size)
+                keys = layer.keys[0, head].index_select(0, part)
+                self.quantizer.quantize_keys(keys, self.key_codes[head, to], self.key_scales[head, to])
+                del keys
+                values = layer.values[0, head].index_select(0, part)
+                self.quantizer.quantize_values(values, self.value_codes[head, to], self.value_scales[head, to])
+                del values
+                for name in self.NAMES[4:]:
+                    if (mine := getattr(self, name)) is not None:
+                        mine[head, to].flatten(0, 1).copy_(getattr(layer, name)[head].index_select(0, part))
+        self.groups = first + groups
+
+    def dropping(self, stay: Tensor) -> list[Callable[[], None]]:
+        """The steps that forget all groups but `stay`, int64 [H, g] ascending. See `Steps`."""
+        live = [tensor[:, : self.groups] for tensor in self.tensors()]
+        return [Rows(live, stay, 1).run, partial(self._settle, stay.shape[1])]
+
+    def _settle(self, groups: int) -> None:
+        self.groups = groups
+
+    def read(
+        self, head: int, first: int, last: int, keys: Tensor | None, values: Tensor | None, step: int | None = None
+    ) -> None:
+        """Unpack the tokens `first` to `last` of a head, whole groups, into [last - first, D] each, `step` at a time."""
+        part = slice(first // self.quantizer.group, last // self.quantizer.group)
+        if keys is not None:
+            self.quantizer.dequantize_keys(self.key_codes[head, part], self.key_scales[head, part], keys, step)
+        if values is not None:
+            self.quantizer.dequantize_values(self.value_codes[head, part], self.value_scales[head, part], values, step)
+
+    def turning(self, head: int, rope: Rope, by: Tensor, step: int) -> Callable[[], None]:
+        """The step that turns one head's packed keys by `by`, int64 [n, axes], and writes the new positions down. See `Steps`.
+
+        Tokens of a group may move differently, so a group is unpacked, turned in float32 and packed again: half a step of error
+        each time, where storing keys unturned would cost a rotation of every packed key in every forward.
+        """
+        size, each = self.quantizer.group, step // self.quantizer.group
+
+        def make(index: int) -> tuple[Tensor, ...]:
+            part = slice(index * each, min((index + 1) * each, self.groups))
+            turn = by[part.start * size : part.stop * size]
+            if not bool(turn.any()):
+                return ()
+            keys = torch.empty(len(turn), self.key_scales.shape[3], device=by.device)
+            self.read(head, part.start * size, part.stop * size, keys, None)
+            rope.rotate_(keys, turn)
+            codes = torch.empty_like(self.key_codes[head, part])
+            scales = torch.empty_like(self.key_scales[head, part])
+            self.quantizer.quantize_keys(keys, codes, scales)
+            positions = self.positions[head, part]
+            return codes, scales, positions + turn.to(torch.int32).view_as(positions)
+
+        def write(index: int, *made: Tensor) -> None:
+            for mine, new in zip((self.key_codes, self.key_scales, self.positions), made, strict=False):
+                mine[head, index * each : index * each + len(new)] = new
+
+        return partial(Pieces().run, -(-self.groups // each), make, write)
+
+    def adopt(self, other: QuantizedStore) -> None:
+        """Copy the live groups of a quantized store of the same shapes."""
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine[:, : other.groups].copy_(theirs[:, : other.groups])
+        self.groups = other.groups

@@ -1,0 +1,1 @@
+"""Evaluation: streams with known answers, accuracy, and what it was measured on."""

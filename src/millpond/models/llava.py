@@ -1,0 +1,82 @@
+"""What the LLaVA adapters share: square frames through a CLIP-like tower, pooled, in a row of 1-D positions."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from millpond.errors import SourceError
+from millpond.models.base import Grid, Tokens
+from millpond.models.decoder import DecoderFamily
+from millpond.models.pixels import by_colour, normalise
+from millpond.positions import Clock
+
+__all__ = ["Llava"]
+
+_MOST_ASPECT = 200
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Llava(DecoderFamily):
+    """Base of the LLaVA adapters. `image` may hold `image_mean` and `image_std`; sizes come from the tower.
+
+    Attributes:
+        side: pixels of the square that the vision tower sees.
+        across: vision tokens along it, after pooling.
+    """
+
+    frames_per_group = 1
+    mean: ClassVar[tuple[float, ...]] = _CLIP_MEAN
+    std: ClassVar[tuple[float, ...]] = _CLIP_STD
+    across: int
+
+    def __init__(self, model: Any, tokenizer: Any, image: dict[str, Any] | None = None) -> None:
+        super().__init__(model, tokenizer, image)
+        image = image or {}
+        self.side = int(model.config.vision_config.image_size)
+        self.vision_dtype = next(model.model.vision_tower.parameters()).dtype
+        self._mean = by_colour(image, "image_mean", self.mean)
+        self._std = by_colour(image, "image_std", self.std)
+
+    def grid(self, height: int, width: int) -> Grid:
+        if max(height, width) > _MOST_ASPECT * min(height, width):
+            # Resizing the shorter side of a thin frame would make the longer one enormous.
+            raise SourceError(
+                f"a frame of {width} x {height} is too long and thin for this model (at most {_MOST_ASPECT} to 1)"
+            )
+        return Grid(self.side, self.side, self.across, self.across, self.across**2)
+
+    def pixels(self, frames: list[np.ndarray]) -> Tensor:
+        """Prepared frames -> float32 [1, n, 3, side, side]."""
+        return normalise(frames, self._mean, self._std)[None]
+
+    @torch.no_grad()
+    def encode(self, frames: list[np.ndarray], times_us: list[int]) -> Tokens:
+        config = self.model.config
+        # The pixels' argument has had two names, so it goes by place.
+        out = self.model.model.get_video_features(
+            self.pixels(frames).to(self.device, self.vision_dtype),
+            vision_feature_layer=config.vision_feature_layer,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+        )
+        size = self.across**2
+        count = size * len(frames)
+        # One video, so one row, of one or two dimensions by version. Some versions end OneVision's features with the newline of
+        # the whole video; here it comes with the question.
+        embeds = out.pooler_output[0].reshape(-1, self.hidden)[:count]
+        grid_position = torch.stack(
+            torch.meshgrid(torch.arange(self.across), torch.arange(self.across), indexing="ij"), dim=-1
+        )
+        return Tokens(
+            embeds=embeds.to(self.geometry.dtype),
+            grid_position=grid_position.view(-1, 2).repeat(len(frames), 1).to(torch.int16),
+            time_us=torch.tensor(times_us, dtype=torch.long).repeat_interleave(size),
+            visual=torch.ones(count, dtype=torch.bool),
+        )
+
+    def assign_positions(self, tokens: Tokens, clock: Clock) -> Tensor:
+        return clock.text(len(tokens))[None]

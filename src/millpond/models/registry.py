@@ -1,0 +1,250 @@
+"""From a name, a folder or a loaded model to its adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+
+from millpond.errors import MillpondError, ModelError
+from millpond.models.base import Family
+from millpond.models.llava_next_video import LlavaNextVideo
+from millpond.models.llava_onevision import LlavaOnevision
+from millpond.models.model_folder import check, check_size, read_json, safely
+from millpond.models.qwen2_5_vl import Qwen25VL
+from millpond.models.qwen2_vl import Qwen2VL
+from millpond.models.qwen3_vl import Qwen3VL
+from millpond.precision.folder import is_quantized
+from millpond.precision.loading import load as load_quantized
+
+__all__ = ["IMAGE_FILES", "Supported", "adapt", "load", "supported"]
+
+_ADAPTERS: tuple[tuple[str, type[Family]], ...] = (
+    ("Qwen2-VL", Qwen2VL),
+    ("Qwen2.5-VL", Qwen25VL),
+    ("Qwen3-VL", Qwen3VL),
+    ("LLaVA-OneVision", LlavaOnevision),
+    ("LLaVA-NeXT-Video", LlavaNextVideo),
+)
+# Where a checkpoint keeps the numbers of its pixels, best first: file, and entry in it.
+IMAGE_FILES = (
+    ("video_preprocessor_config.json", None),
+    ("processor_config.json", "video_processor"),
+    ("preprocessor_config.json", None),
+    ("processor_config.json", "image_processor"),
+)
+_SHIPPED = "minnow"
+
+
+@dataclass(frozen=True)
+class Supported:
+    """A model family that can be loaded: the `model_type` of its config, its name, and the adapter's class name."""
+
+    model_type: str
+    name: str
+    adapter: str
+
+
+def supported() -> tuple[Supported, ...]:
+    """Every model family that millpond can run."""
+    return tuple(Supported(kind, name, adapter.__name__) for name, adapter in _ADAPTERS for kind in adapter.model_types)
+
+
+def adapt(model: Any, tokenizer: Any, image: dict[str, Any] | None = None) -> Family:
+    """Wrap a loaded transformers model.
+
+    Args:
+        model: a `...ForConditionalGeneration` of a supported family.
+        tokenizer: its tokenizer, or its processor.
+        image: processor numbers, such as `{"max_pixels": 200_000}`; by default those of the processor, else the family's
+            published ones.
+
+    Raises:
+        ModelError: not a supported family, or a chat template that shows no video.
+    """
+    adapter = _adapter(model.config.model_type)
+    if image is None:
+        processor = getattr(tokenizer, "video_processor", None) or getattr(tokenizer, "image_processor", None)
+        image = processor.to_dict() if processor is not None else {}
+    model.eval()
+    return adapter(model, tokenizer, image)
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | None = None,
+    attn_implementation: str | None = None,
+    max_pixels: int | None = None,
+    width: int | None = None,
+    target_bits: float | None = None,
+    weights: bool = True,
+) -> Family:
+    """Load a model from a folder or by hub id and wrap it; a folder may be one that `millpond quantize` wrote.
+
+    Args:
+        name: a folder, a hub id, or "minnow", the model that ships with millpond.
+        dtype: for example "bfloat16"; the checkpoint's own by default.
+        device: CUDA where there is one by default.
+        attn_implementation: "sdpa", "eager" or "flash_attention_2"; transformers' choice by default.
+        max_pixels: most pixels of a frame after resizing, for families that take frames of any size.
+        width: for a quantized folder: read every linear at that many bits; by default as calibrated, else at the most.
+        target_bits: for a calibrated folder: mean bits of a decoding step.
+        weights: False leaves the weights away: the family can plan and lay out, but not run.
+
+    Raises:
+        ModelError: not found, not readable, not a supported family, a fixed frame size where `max_pixels` is given, or bits where
+            nothing is quantized. PrecisionError: a quantized folder that is damaged or lacks such bits.
+    """
+    kind, target = _torch_dtype(dtype), _device(device)
+    source = str(_shipped() if name == _SHIPPED else name)
+    try:
+        check(source)
+        config = transformers.AutoConfig.from_pretrained(source, **safely(source))
+    except MillpondError:
+        raise
+    except Exception as error:  # a stranger's file: what it makes the library do wrong has no end
+        if Path(source).exists():
+            raise ModelError(f"cannot read the model in {source!r}: {_first_line(error)}") from error
+        raise ModelError(
+            f"no model at {source!r}: give a folder, or a hub id that is cached or can be reached: {_first_line(error)}"
+        ) from error
+    adapter = _adapter(config.model_type)
+    if max_pixels is not None and not adapter.any_size:
+        raise ModelError(f"{config.model_type} resizes every frame to one size: max_pixels does not apply")
+    quantized = is_quantized(source)
+    if not quantized and (width is not None or target_bits is not None):
+        raise ModelError(f"{str(name)!r} is not quantized, so there are no bits to choose: see `millpond quantize`")
+    if quantized and kind != "auto":
+        raise ModelError(f"the dtype of a quantized model is that of the model it was made from: {str(name)!r}")
+    try:
+        if not weights:
+            model = _empty(config, kind)
+        elif quantized:
+            model = load_quantized(source, width=width, target_bits=target_bits, device=target)
+            if attn_implementation:
+                model.set_attn_implementation(attn_implementation)
+        else:
+            model = _complete(source, config, kind, attn_implementation)
+        tokenizer, image = _tokenizer(source), _image_numbers(source, max_pixels)
+        if weights:
+            _move(model, target)
+        return adapter(model.eval(), tokenizer, image)
+    except MillpondError:
+        raise
+    except Exception as error:  # as above
+        raise ModelError(f"cannot load the model at {str(name)!r}: {_first_line(error)}") from error
+
+
+def _device(name: str | None) -> str:
+    """The device to run on.
+
+    Raises:
+        ModelError: there is none of that name, or it holds no numbers.
+    """
+    target = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        kind = torch.device(target).type
+    except RuntimeError as error:
+        raise ModelError(f"cannot move the model to {target!r}: {_first_line(error)}") from error
+    if kind == "meta":
+        raise ModelError(f"cannot move the model to {target!r}: nothing can be computed there")
+    return target
+
+
+def _move(model: Any, target: str) -> None:
+    try:
+        model.to(target)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"cannot move the model to {target!r}: {_first_line(error)}") from error
+
+
+def _complete(source: str, config: Any, dtype: str | torch.dtype, attention: str | None) -> Any:
+    """The model with all its weights."""
+    check_size(source, sum(weight.numel() for weight in _empty(config, dtype).parameters()))
+    model, report = transformers.AutoModelForImageTextToText.from_pretrained(
+        source,
+        dtype=dtype,
+        output_loading_info=True,
+        use_safetensors=True,
+        **safely(source),
+        **({"attn_implementation": attention} if attention else {}),
+    )
+    # transformers fills gaps with random numbers. LLaVA's towers may lack the layers behind the one whose features are used.
+    if missing := sorted(key for key in report["missing_keys"] if "vision_tower" not in key):
+        raise ModelError(
+            f"cannot load the model at {source!r}: the weights are incomplete: {len(missing)} are missing, first {missing[0]}"
+        )
+    return model
+
+
+def _adapter(model_type: str) -> type[Family]:
+    for _, adapter in _ADAPTERS:
+        if model_type in adapter.model_types:
+            return adapter
+    known = ", ".join(row.model_type for row in supported())
+    raise ModelError(f"the model family {model_type!r} is not supported; there are: {known}")
+
+
+def _torch_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
+    if dtype is None or dtype == "auto":
+        return "auto"
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ModelError(f"{dtype!r} is not a floating point type: use float32, bfloat16 or float16")
+    return found
+
+
+def _empty(config: Any, dtype: str | torch.dtype) -> Any:
+    """The model without weights; its small buffers, such as the rotary frequencies, are real."""
+    kind = getattr(config, "dtype", None) if dtype == "auto" else dtype
+    with init_empty_weights(include_buffers=False):
+        model = transformers.AutoModelForImageTextToText.from_config(
+            config, dtype=kind or torch.float32, trust_remote_code=False
+        )
+    return model.eval()
+
+
+def _tokenizer(source: str) -> Any:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safely(source))
+    if not getattr(tokenizer, "chat_template", None):
+        tokenizer.chat_template = _template(source)
+    return tokenizer
+
+
+def _image_numbers(source: str, max_pixels: int | None) -> dict[str, Any]:
+    numbers: dict[str, Any] = {}
+    for file, entry in IMAGE_FILES:
+        numbers = read_json(source, file)
+        if entry is not None:
+            numbers = numbers.get(entry) or {}
+        if numbers:
+            break
+    if max_pixels is None:
+        # What a file says is capped by the family, also where it does not name its processor.
+        return {"image_processor_type": "unnamed", **numbers} if numbers else {}
+    # What a user says is taken as it is.
+    stays = {key: value for key, value in numbers.items() if key in ("image_mean", "image_std", "min_pixels")}
+    return {**stays, "max_pixels": max_pixels}
+
+
+def _template(source: str) -> str | None:
+    """The chat template of older checkpoints, which keep it in a JSON of its own."""
+    template = read_json(source, "chat_template.json").get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+def _shipped() -> Path:
+    # Only here, so that the families do not depend on a model.
+    from millpond.minnow import folder
+
+    return folder()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

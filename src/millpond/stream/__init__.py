@@ -1,0 +1,1 @@
+"""One stream through one model: ingest, the runner, turns, generation, recent frames."""

@@ -1,0 +1,355 @@
+"""The one way into the pond: tokens get positions, room is made, they run through the decoder and stay.
+
+Owns the memory of one stream, its clock and its budget. Knows tokens, not frames or questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from millpond.admission.base import Admission, Verdict
+from millpond.admission.gate import filter_groups
+from millpond.cache.host import HostCache
+from millpond.cache.pond import Pond
+from millpond.cache.proxy_queries import accumulate_attention
+from millpond.cache.rerotation import close_gaps, shift_uniformly
+from millpond.cache.retrieval import Retrieval
+from millpond.errors import BudgetError, MillpondError, ModelError, PolicyError
+from millpond.memory.available import check_memory
+from millpond.memory.budget import Budget
+from millpond.memory.plan import Plan, make_plan
+from millpond.models.base import Family, Grid, Tokens
+from millpond.models.query_recorder import See
+from millpond.policies.base import SEPARATOR, Policy
+from millpond.positions import Clock
+
+if TYPE_CHECKING:
+    from millpond.stream.step import Step
+
+__all__ = ["Positions", "Runner", "dated", "grid_positions"]
+
+Positions = Literal["absolute", "contiguous"]
+
+
+class Runner:
+    """One stream's memory and the way into it.
+
+    Args:
+        family, policy, positions, system, reserve_tokens, admission, recent_frames, host_path: as in `millpond.Session`.
+        budget: bytes; None only for a policy without a cap.
+        host_budget: bytes; None where nothing is recalled, or only planned.
+
+    Attributes:
+        recent_frames: as given.
+        clock: where the next token stands.
+        grid: the largest frame size planned for; None before the first frame.
+        tokens: stream tokens that went in, the prompt among them.
+        reanchorings: how often positions were moved.
+        seconds: spent by stage, see `millpond.Usage`.
+
+    Raises:
+        BudgetError: the budget cannot even hold the prompt and one turn; names the minimum that works.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        *,
+        budget: int | None,
+        policy: Policy,
+        positions: Positions,
+        system: str | None,
+        reserve_tokens: int | None,
+        admission: Admission | None = None,
+        recent_frames: int = 0,
+        host_budget: int | None = None,
+        host_path: str | Path | None = None,
+    ) -> None:
+        if admission is not None and policy.whole_frames:
+            raise PolicyError(f"{policy.name} keeps whole frames of one size, which {admission.name} thins")
+        if not isinstance(recent_frames, int) or recent_frames < 0:
+            raise MillpondError(f"recent_frames must be a whole number, at least 0, not {recent_frames!r}")
+        self.family = family
+        self.policy = policy
+        self.recent_frames = recent_frames
+        self.admission = admission
+        self._seen: Any = None  # the admission's state
+        self.positions = positions
+        self.clock = Clock()
+        self.grid: Grid | None = None
+        self.tokens = self.reanchorings = 0
+        self.seconds = dict.fromkeys(("source", "vision", "decoder", "compaction", "answers", "total"), 0.0)
+        self.open_step: Step | None = None
+        self._budget = budget
+        self._reserve = reserve_tokens
+        self._host_budget, self._host_path = host_budget, host_path
+        self._opening = family.opening(system)
+        self._proxy_tokens = len(family.question("", after_video=True)) if policy.proxy == "prompt" else 0
+        self.plan_for(None)  # refuse now what can never work
+        self._pond: Pond | None = None  # allocated with the first frame or question, when the frames' size is known
+
+    @property
+    def pond(self) -> Pond:
+        """The memory; made, with the prompt pinned in it, when it is first needed."""
+        return self._pond or self._open()
+
+    def _open(self) -> Pond:
+        plan = self.plan_for(self.grid)
+        check_memory(plan.total_bytes, self.family.device)
+        try:
+            pond = self._pond = Pond(self.family.geometry, plan, self.policy, self.family.device)
+            pond.rope = self.family.rope
+            pond.ledger.hold("admission", plan.state_bytes)
+            if self._host_budget is not None:
+                pond.host = HostCache(self.family.geometry, self.family.rope, self._host_budget, self._host_path)
+            with torch.no_grad():
+                self.append(self.family.embed(self._opening), text=True)
+        except BaseException:
+            self._pond, self.clock, self.tokens = None, Clock(), 0
+            raise
+        return pond
+
+    def check_model(self) -> None:
+        """Make sure that the model is still as it was when the stream began.
+
+        Raises:
+            ModelError: it was cast, or moved to another device, since then.
+        """
+        weight, geometry = self.family.model.get_input_embeddings().weight, self.family.geometry
+        if weight.dtype != geometry.dtype:
+            raise ModelError(
+                f"the model was {geometry.dtype} when it was adapted and is {weight.dtype} now: cast it before, and begin a new session"
+            )
+        if self._pond is not None and self.family.device != self._pond.device:
+            raise ModelError(
+                f"the model has moved to {self.family.device} and the stream's memory is on {self._pond.device}: "
+                "move it back, or begin a new session"
+            )
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Count the seconds spent inside as that stage's."""
+        began = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += perf_counter() - began
+
+    # --- tokens -------------------------------------------------------------------------------------------------
+
+    def append(self, tokens: Tokens, *, text: bool) -> None:
+        """Make room for stream tokens, run them through the decoder and keep them."""
+        self.prepare_block(len(tokens))
+        self.put(tokens, text=text)
+
+    def prepare_block(self, tokens: int, clock: int | None = None) -> None:
+        """Compact and re-anchor, if need be, in front of a block of `tokens` tokens that takes `clock` positions, by default as many."""
+        with self.timed("compaction"):
+            self.ensure_capacity(tokens)
+            self._stay_in_range(tokens if clock is None else clock)
+
+    def put(self, tokens: Tokens, *, text: bool, admitted: Tensor | None = None) -> None:
+        """Run stream tokens, for which there is room, through the decoder and keep them; a `Step` takes back what a fault leaves.
+
+        `admitted`, int64 [m], names those that are let in; every token takes its position on the clock all the same.
+        """
+        mark = self.pond.length
+        with self.timed("decoder"):
+            positions = self.family.assign_positions(tokens, self.clock)
+            taken = tokens if admitted is None else tokens.pick(admitted)
+            if len(taken):
+                positions = positions if admitted is None else positions[:, admitted]
+                # A remembered turn is never looked at: it holds a question.
+                see = self._sight(positions) if not text or mark == 0 else None
+                self._forward(taken, positions, text=text, see=see)
+        if mark >= self.pond.plan.prompt_tokens and len(taken):
+            self.pond.commit(taken.time_us, grid_positions(taken, text=text))
+        self.tokens += len(tokens)
+
+    def judge(self, frames: Tokens) -> tuple[Tensor | None, tuple[Verdict, ...], Any]:
+        """What the admission lets in of a block of frames: the tokens (None: all), its verdict on each group, and its next state."""
+        if self.admission is None:
+            return None, (), None
+        return filter_groups(self.admission, frames, self._seen)
+
+    def run(self, tokens: Tokens) -> Tensor:
+        """One forward of the decoder over a turn behind the live tokens; returns hidden states [n, hidden]."""
+        return self._forward(
+            tokens, self.family.assign_positions(tokens, self.clock), text=not bool(tokens.visual.any())
+        )
+
+    @property
+    def retrievable_tokens(self) -> int:
+        """Tokens that a question would recall from host memory now."""
+        return 0 if self.pond.host is None else min(self.pond.plan.retrieved_tokens, self.pond.host.tokens)
+
+    def ask(self, question: Tokens) -> Tensor:
+        """Run a question behind the live tokens and what it recalls; returns hidden states [n, hidden]."""
+        if not self.retrievable_tokens:
+            return self.run(question)
+        retrieval = Retrieval(self.pond, self.family.rope, self.clock, closed=self.positions == "contiguous")
+        positions = self.family.assign_positions(question, self.clock)
+        return self._forward(question, positions, text=True, see=retrieval.fill, before=True)
+
+    def _forward(
+        self, tokens: Tokens, positions: Tensor, *, text: bool, see: See | None = None, before: bool = False
+    ) -> Tensor:
+        self.pond.write_metadata(tokens.time_us, grid_positions(tokens, text=text), positions)
+        with self.family.showing_queries(see, before=before) if see else nullcontext():
+            return self.family.forward(tokens, positions, self.pond)
+
+    def _sight(self, positions: Tensor) -> See | None:
+        """What the policy wants to see of the queries of a block at `positions`, [axes, n]; None when it does not."""
+        pond, rope = self.pond, self.family.rope
+        if self.policy.accumulated_attention:
+            return lambda layer, queries: accumulate_attention(pond, layer, queries, positions, rope)
+        if self.policy.proxy:
+            return lambda layer, queries: pond.queries.note(layer, queries, positions, rope)
+        return None
+
+    def ensure_capacity(self, tokens: int) -> None:
+        """Compact, if `tokens` stream tokens would not fit beside the turn's reserve."""
+        if self.pond.overrun(tokens) > 0:
+            self.ask_proxy()
+        self.pond.ensure_capacity(tokens)
+
+    def ask_proxy(self) -> None:
+        """Run the chat template's tokens behind the live ones, in the turn's reserve, for their queries; then take them back."""
+        if not self._proxy_tokens or self.pond.memory_tokens == 0:
+            return
+        mark, clock = self.pond.length, replace(self.clock)
+        proxy = self.family.question("", after_video=True)
+        try:
+            positions = self.family.assign_positions(proxy, self.clock)
+            self._forward(proxy, positions, text=True, see=self._sight(positions))
+            self.roll_back(mark, replace(clock))
+        except BaseException:
+            # Also when it was the taking back that was interrupted: what stays would be taken for the stream's.
+            self.roll_back(mark, clock)
+            raise
+
+    def _stay_in_range(self, tokens: int) -> None:
+        """Re-anchor when the next block or turn would pass the positions that the weights were trained on."""
+        rope, clock = self.family.rope, self.clock
+        # At most a quarter: tokens of one frame share positions, and a turn that counts them all would re-anchor every block.
+        ahead = min(tokens + self.pond.plan.turn_tokens + self.pond.plan.recent_tokens, rope.limit // 4)
+        if clock.next + ahead <= rope.limit or self.pond.length == 0:
+            return
+        moved = 0
+        if self.positions == "contiguous":
+            moved = close_gaps(self.pond, rope, clock)
+        if clock.next + ahead > rope.limit * 3 // 4:
+            # Nothing (more) to close: true distances stay, the numbers move into the first half of the range.
+            by = clock.next - rope.limit // 2
+            if by > 0:
+                shift_uniformly(self.pond, rope, clock, by)
+                moved += by
+        self.reanchorings += moved > 0
+
+    def roll_back(self, mark: int, clock: Clock) -> None:
+        """Forget everything from slot `mark` on and put the clock back."""
+        self.pond.truncate(mark)
+        self.clock = clock
+
+    def settle(self) -> None:
+        """Put back a step whose taking back was interrupted."""
+        if self.open_step is not None:
+            self.open_step.roll_back()
+
+    # --- the budget ---------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """How the budget is split now: for the largest frames so far, or for text alone before the first."""
+        return self.plan_for(None) if self._pond is None else self._pond.plan
+
+    def plan_for(self, grid: Grid | None, budget: int | None = None) -> Plan:
+        """How the budget, or another one, would be split for frames of that size; None: for text alone."""
+        if grid is not None and self.policy.whole_frames and grid.tokens != grid.rows * grid.cols:
+            raise PolicyError(
+                f"the policy {self.policy.name!r} knows frames only: this model's separators or timestamps between them are none"
+            )
+        if grid is not None and self._host_budget is not None:
+            HostCache.check(self.family.geometry, self._host_budget, grid.tokens)
+        what = "this model's prompt and one turn" if grid is None else f"frames of {grid.width} x {grid.height}"
+        return make_plan(
+            self._budget if budget is None else budget,
+            self.family.geometry,
+            self.policy,
+            prompt_tokens=len(self._opening),
+            group_tokens=1 if grid is None else grid.tokens,
+            frames_per_group=self.family.frames_per_group,
+            frame_bytes=0 if grid is None else grid.height * grid.width * 3,
+            reserve_tokens=self._reserve,
+            state_bytes=0 if self.admission is None else self.admission.state_bytes(self.family.hidden),
+            proxy_tokens=self._proxy_tokens,
+            recent_frames=self.recent_frames,
+            reopening_tokens=len(self.family.reopening()),
+            what=what,
+        )
+
+    def fit(self, grid: Grid) -> None:
+        """Split the budget anew when frames turn out larger than planned for."""
+        known = self.grid
+        if known is not None and grid.tokens <= known.tokens and grid.height * grid.width <= known.height * known.width:
+            return
+        plan = self.plan_for(grid)
+        if self._pond is not None and not self.policy.capped:
+            plan = replace(plan, slots=max(plan.slots, self._pond.capacity))
+        self._move(plan, self._budget, grid)
+
+    def resize(self, budget: str | int) -> None:
+        """Change the budget; a smaller one compacts at once. See `millpond.Session.resize`."""
+        if not self.policy.capped:
+            raise BudgetError(f"the policy {self.policy.name!r} has no budget to resize")
+        size = int(Budget(budget))
+        plan = self.plan_for(self.grid, size)
+        held = 0 if self._pond is None else self._pond.ledger.held
+        check_memory(plan.total_bytes - held, self.family.device)
+        self._move(plan, size, self.grid)
+
+    def _move(self, plan: Plan, budget: int | None, grid: Grid | None) -> None:
+        """Move the memory to another plan, and remember what it was made for."""
+        pond, before = self._pond, (self._budget, self.grid)
+        old = None if pond is None else pond.plan
+        try:
+            self._budget, self.grid = budget, grid
+            if pond is not None:
+                with self.timed("compaction"):
+                    self.ask_proxy()
+                    pond.resize(plan)
+        except BaseException:
+            # A move is whole by itself: it has been made, or it has not begun, or it will be finished before anything else.
+            if pond is None or (pond.plan is old and not pond.moving):
+                self._budget, self.grid = before
+            raise
+
+    def fork(self) -> Runner:
+        """A second flow on a copy of the memory."""
+        other = object.__new__(Runner)
+        other.__dict__.update(self.__dict__)
+        other._pond = self.pond.fork()
+        other._pond.ledger.hold("admission", self.pond.plan.state_bytes)
+        other.clock = replace(self.clock)
+        other.seconds = dict(self.seconds)
+        return other
+
+
+def dated(tokens: Tokens, time_us: int) -> Tokens:
+    """Text tokens with the stream time at which they are said."""
+    return replace(tokens, time_us=torch.full((len(tokens),), time_us, dtype=torch.long))
+
+
+def grid_positions(tokens: Tokens, *, text: bool) -> Tensor:
+    """int16 [n, 2] as the pond stores them: `TEXT` for a turn, `SEPARATOR` for a frame's tokens without a place."""
+    if text:
+        return tokens.grid_position
+    return torch.where(tokens.visual[:, None], tokens.grid_position, torch.tensor(SEPARATOR, dtype=torch.int16))

@@ -1,0 +1,107 @@
+"""One turn: a question, the latest frames that it is shown, its answer; taken back afterwards, or kept as part of the stream.
+
+Knows the way into the pond and what waits in front of it; nothing about threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from millpond.cache.pond import Pond
+from millpond.stream.generate import Generated, generate
+from millpond.stream.ingest import Ingest
+from millpond.stream.recent_frames import Shot
+from millpond.stream.runner import Runner, dated
+from millpond.stream.step import Step
+
+__all__ = ["Turn"]
+
+
+class Turn(Step):
+    """A turn of one question, begun when made.
+
+    `run` it to its end and `commit`; or `roll_back`. Between two pieces of the answer no tensor of the turn is held but its slots.
+
+    Args:
+        remember: `commit` keeps the turn in the stream; otherwise it leaves the stream as it was.
+
+    Attributes:
+        time_us: stream time at which it is asked.
+        done: the answer, once it has been run.
+    """
+
+    def __init__(self, runner: Runner, ingest: Ingest, *, remember: bool) -> None:
+        self._remember = remember
+        self.done = Generated()
+        self.time_us = ingest.at.last_us or 0
+        # A remembered turn may have the proxy asked anew.
+        super().__init__(runner, ingest, queries=remember and runner.policy.proxy == "prompt")
+
+    def run(self, question: str, limit: int) -> Iterator[str]:
+        """Ask, and decode an answer of at most `limit` tokens; yields its pieces.
+
+        Raises:
+            BudgetError: the question does not fit.
+        """
+        runner, ingest, pond = self._runner, self._ingest, self._runner.pond
+        reopening, (*again, waiting) = ingest.shown()
+        after_video = any((*again, waiting)) or ingest.at.video_open
+        if self._remember:
+            runner.ask_proxy()  # while its reserve is free, and before it could see the question
+        retrieved = runner.retrievable_tokens
+        most = len(reopening) + len(runner.family.question(question, after_video=after_video)) + 1
+        pond.ensure_turn_capacity(retrieved + most + self._most_tokens([*again, waiting]))
+        if reopening:
+            # Frames seen again may be older than the turn in front, and are cut out; what is kept follows that turn.
+            time_us = waiting[0][0] if waiting else self.time_us
+            runner.run(dated(runner.family.embed(reopening), time_us))
+        before = pond.length
+        for block in again:
+            runner.run(ingest.encode(block))
+        seen_again = pond.length - before
+        if waiting:
+            runner.run(ingest.encode(waiting))
+        behind = pond.length
+        self.done = yield from generate(
+            runner, self._ask(question, after_video), self.time_us, limit=limit, run_last=self._remember
+        )
+        if self._remember:
+            pond.cut(behind, retrieved)
+            pond.cut(before, seen_again)
+
+    def commit(self) -> None:
+        """End the turn: kept, with room made again for the next, or taken back."""
+        if not self._remember:
+            self.roll_back()
+            return
+        runner, pond = self._runner, self._runner.pond
+        self._ingest.close_video()
+        first, turn = (
+            pond.layers[0],
+            slice(self.start, pond.length),
+        )  # a turn is the same in every head until it is compacted
+        pond.commit(first.time_us[0, turn].cpu(), first.grid_position[0, turn].cpu())
+        runner.tokens += pond.length - self.start
+        lengths = _lengths(pond)
+        try:
+            with runner.timed("compaction"):
+                pond.ensure_capacity(0)  # the turn used the reserve: give it back
+            super().commit()
+        except BaseException:
+            if pond.moving or _lengths(pond) != lengths:
+                super().commit()  # the memory has moved on, or is about to, with the turn in it
+            raise
+
+    def _ask(self, question: str, after_video: bool) -> Tensor:
+        return self._runner.ask(dated(self._runner.family.question(question, after_video=after_video), self.time_us))
+
+    def _most_tokens(self, blocks: Sequence[Sequence[Shot]]) -> int:
+        """Slots that frames take; at most, because a timestamp's text varies in length."""
+        plan = self._runner.pond.plan
+        return sum(-(-len(block) // plan.frames_per_group) for block in blocks) * plan.group_tokens
+
+
+def _lengths(pond: Pond) -> list[int]:
+    return [pond.quantized_tokens, *(layer.length for layer in pond.layers)]

@@ -1,0 +1,89 @@
+"""The split: it adds up, it never passes the budget, and the minimum that works is exactly that."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from millpond.errors import BudgetError
+from millpond.memory.geometry import Geometry
+from millpond.memory.plan import Plan, make_plan
+from tests.cache.text_model import Newest
+
+QWEN_7B = Geometry(layers=28, kv_heads=4, head_dim=128, dtype=torch.bfloat16, axes=3)
+SMALL = Geometry(layers=4, kv_heads=2, head_dim=32, dtype=torch.float32, axes=3)
+
+
+def split(budget: int, geometry: Geometry = SMALL, **changes: int) -> Plan:
+    numbers = {"prompt_tokens": 9, "group_tokens": 16, "frames_per_group": 2, "frame_bytes": 64 * 64 * 3} | changes
+    return make_plan(budget, geometry, Newest(), **numbers)
+
+
+def test_bytes_per_token_of_a_known_model() -> None:
+    """Qwen2-VL-7B in bfloat16: 56 KiB of keys and values a token, and 24 bytes of metadata per layer and head."""
+    assert QWEN_7B.kv_bytes_per_token == 57_344
+    assert QWEN_7B.bytes_per_token == 57_344 + 28 * 4 * 24
+
+
+@settings(deadline=None)
+@given(
+    budget=st.integers(200_000, 10**9),
+    prompt=st.integers(0, 40),
+    group=st.integers(1, 300),
+    frame=st.integers(0, 20_000),
+    reserve=st.none() | st.integers(0, 100),
+)
+def test_the_split_adds_up_under_the_budget(
+    budget: int, prompt: int, group: int, frame: int, reserve: int | None
+) -> None:
+    numbers = {"prompt_tokens": prompt, "group_tokens": group, "frame_bytes": frame, "reserve_tokens": reserve}
+    with pytest.raises(BudgetError) as caught:
+        split(1, **numbers)
+    minimum = caught.value.minimum
+    assert minimum is not None
+    with pytest.raises(BudgetError):
+        split(minimum - 1, **numbers)
+    budget = max(budget, minimum)
+    plan = split(budget, **numbers)
+    assert plan.prompt_tokens + plan.memory_tokens + plan.headroom_tokens + plan.reserve_tokens == plan.slots
+    assert plan.total_bytes <= budget
+    assert plan.memory_tokens >= group
+    assert plan.headroom_tokens >= plan.block_tokens >= group
+    assert plan.headroom_tokens % plan.block_tokens == 0, "part of a block's room would never be used"
+    if reserve is not None:
+        assert plan.reserve_tokens == reserve
+
+
+def test_no_bytes_are_left_lying_about() -> None:
+    for budget in (1_000_000, 3_333_333, 10_000_000):
+        plan = split(budget)
+        assert budget - plan.total_bytes < 3 * plan.bytes_per_token
+
+
+@pytest.mark.parametrize(("geometry", "budget"), [(QWEN_7B, 400 << 20), (SMALL, 4 << 20)])
+def test_scratch_is_at_most_a_twentieth(geometry: Geometry, budget: int) -> None:
+    plan = split(budget, geometry)
+    assert plan.scratch_bytes <= budget / 20
+
+
+def test_whole_frames_round_the_memory_down() -> None:
+    class Whole(Newest):
+        whole_frames = True
+
+    plan = make_plan(2 << 20, SMALL, Whole(), prompt_tokens=9, group_tokens=16, frames_per_group=2, frame_bytes=100)
+    assert plan.memory_tokens % 16 == 0
+    assert plan.prompt_tokens + plan.memory_tokens + plan.headroom_tokens + plan.reserve_tokens == plan.slots
+
+
+def test_the_error_names_the_least_and_what_for() -> None:
+    with pytest.raises(BudgetError, match=r"too small for frames of 64 x 64: the minimum that works is \d+ bytes"):
+        make_plan(1000, SMALL, Newest(), prompt_tokens=9, group_tokens=16, what="frames of 64 x 64")
+    with pytest.raises(BudgetError, match="needs a budget"):
+        make_plan(None, SMALL, Newest(), prompt_tokens=9)
+
+
+def test_seconds_in_full_detail() -> None:
+    plan = replace(split(2 << 20), frames_in_full=60)
+    assert plan.seconds_in_full(2) == 30
