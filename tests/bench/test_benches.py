@@ -81,4 +81,4 @@ def test_overhead(tmp_path: Path) -> None:
     for name in ("share_of_totals", "share_median_block"):
         assert 0 < found[name] < 1
     for name in ("decoder_ms_a_block", "compaction_ms_a_block"):
-        assert 0 < found[name]["minimum"] <= found[name]["median"] <= found[name]["most"]
+        assert 0 < found[name]["least"] <= found[name]["median"] <= found[name]["most"]

@@ -10,10 +10,7 @@ from typing import Any
 import millpond
 
 FOLDER = Path(millpond.__file__).parent
-FILES = {
-    str(FOLDER / f"{name}.py")
-    for name in ("session", "runner", "ingest", "step", "turn", "decoding", "second_look", "exclusive")
-}
+FILES = {str(FOLDER / "session.py"), *map(str, (FOLDER / "stream").glob("*.py"))}
 Line = tuple[str, int]
 
 
