@@ -14,7 +14,7 @@ from millpond.eval.accuracy import Cell, summarise
 from millpond.eval.accuracy.run import Study, outcomes, run
 from millpond.eval.accuracy.table import markdown
 from millpond.eval.accuracy.trial import Mark, Outcome
-from millpond.minnow.evaluate import SUPPORTED
+from millpond.minnow import SUPPORTED
 
 COMMAND = ["bench", "accuracy", "--groups", "24", "--budgets", "1/2", "--policies", "random", "--split", "train"]
 

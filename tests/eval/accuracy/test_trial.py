@@ -12,7 +12,7 @@ from millpond.eval.accuracy import read_cells
 from millpond.eval.accuracy.sharing import SharedStream
 from millpond.eval.accuracy.trial import watch
 from millpond.eval.streams import Stream
-from millpond.minnow.evaluate import SUPPORTED
+from millpond.minnow import SUPPORTED
 from millpond.models.base import Family
 
 
