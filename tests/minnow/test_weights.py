@@ -39,6 +39,7 @@ def test_it_is_small_and_of_the_shape_that_the_script_trains() -> None:
         assert all(tensors.get_tensor(name).isfinite().all() for name in tensors.keys())  # noqa: SIM118
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("through_mp4", [False, True])
 def test_it_answers_about_streams_of_the_test_split(through_mp4: bool) -> None:
     family = models.load(minnow.folder())

@@ -25,6 +25,7 @@ def bench(*options: str) -> dict:
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_study_is_resumed_not_repeated(tmp_path: Path) -> None:
     first = bench("--streams", "2", "--out", str(tmp_path))
     lines = (tmp_path / "outcomes.jsonl").read_text().splitlines()
