@@ -7,7 +7,8 @@ LATEST := $(VENV)/transformers-latest
 TRITON := $(VENV)/triton
 LOCKER := $(VENV)/locker
 # Python compiles what it imports; compiling all that is installed takes longer than installing it.
-PIP_INSTALL := -m pip --disable-pip-version-check -q install --no-compile
+PIP_OPTIONS := --disable-pip-version-check -q install --no-compile
+PIP_INSTALL := -m pip $(PIP_OPTIONS)
 # One thread a process: pytest runs one process per core.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
@@ -80,9 +81,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 $(LOWEST)/.ready: $(VENV)/.ready constraints-lowest.txt
 	rm -rf $(LOWEST)
-	$(PYTHON) -m venv $(LOWEST)
+	$(PYTHON) -m venv --without-pip $(LOWEST)
 	$(BIN)/python $(SITE) > "$$($(LOWEST)/bin/python $(SITE))/other.pth"
-	$(LOWEST)/bin/python $(PIP_INSTALL) -c constraints-lowest.txt --no-build-isolation -e .
+	$(BIN)/python -m pip --python $(LOWEST)/bin/python $(PIP_OPTIONS) -c constraints-lowest.txt --no-build-isolation -e .
 	touch $@
 
 $(TRITON)/.ready: $(VENV)/.ready
