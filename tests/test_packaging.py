@@ -2,6 +2,7 @@
 
 import ctypes
 import tarfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,14 +56,39 @@ def test_a_processor_that_cannot_run_a_wheels_kernels_is_not_given_them(
     assert build.compiled(TURNING) == (None, "no C++ compiler, and the processor lacks one of avx2, bmi2, fma")
 
 
-def test_the_source_archive_carries_tests_docs_and_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source archive, unpacked."""
     from setuptools import build_meta
 
-    monkeypatch.chdir(ROOT)
-    archive = tmp_path / build_meta.build_sdist(str(tmp_path))
-    with tarfile.open(archive) as opened:
-        names = {name.split("/", 1)[-1] for name in opened.getnames()}
+    folder = tmp_path_factory.mktemp("sdist")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        name = build_meta.build_sdist(str(folder))
+    with tarfile.open(folder / name) as opened:
+        opened.extractall(folder, filter="data")
+    return folder / name.removesuffix(".tar.gz")
+
+
+def test_the_source_archive_carries_tests_docs_and_kernels(archive: Path) -> None:
+    names = {str(path.relative_to(archive)) for path in archive.rglob("*")}
     for path in ("CHANGELOG.md", "LICENSE", "setup.py", "constraints.txt", "docs/memory.md", "tests/test_packaging.py"):
         assert path in names
+    assert "training/minnow/train.py" in names
     assert {f"src/{source.relative_to(ROOT / 'src')}" for source in ROOT.glob("src/**/*.cpp")} <= names
     assert not [name for name in names if name.endswith(".so")]
+
+
+def test_the_wheel_carries_what_runs_models_and_nothing_that_trains_minnow(
+    archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from setuptools import build_meta
+
+    monkeypatch.chdir(archive)
+    with zipfile.ZipFile(build_meta.build_wheel(".")) as wheel:
+        names = set(wheel.namelist())
+    assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"millpond"}
+    assert "millpond/minnow/weights/model.safetensors" in names
+    assert {name for name in names if name.startswith("millpond/minnow/") and name.endswith(".py")} == {
+        f"millpond/minnow/{name}.py" for name in ("__init__", "checkpoint", "familiar")
+    }

@@ -88,6 +88,10 @@ def test_minnow(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(1 for _ in frames.open("clip.mp4")) == 128
 
 
+def test_families(run: Any) -> None:
+    assert run("families.md")["Brook"].model_types == ("brook",)
+
+
 def test_policies(run: Any) -> None:
     assert run("policies.md")["KeyDiff"]().name == "keydiff"
 

@@ -36,8 +36,7 @@ from millpond.eval import streams
 from millpond.eval.accuracy.cell import read_budget
 from millpond.eval.accuracy.intervals import sign_flips, wilson
 from millpond.eval.hardware import describe
-from millpond.minnow import checkpoint
-from millpond.minnow.evaluate import SUPPORTED
+from millpond.minnow import SUPPORTED, checkpoint
 from millpond.models.base import Tokens
 from millpond.models.qwen2_vl import Qwen2VL
 

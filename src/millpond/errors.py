@@ -18,6 +18,7 @@ __all__ = [
     "PrecisionError",
     "SnapshotError",
     "SourceError",
+    "first_line",
 ]
 
 
@@ -54,3 +55,8 @@ class PrecisionError(MillpondError):
 
 class SnapshotError(MillpondError):
     """A saved session is damaged, or belongs to another model."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without what a library writes below it; the name of its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""Named, parameterised classes from any package, by entry point. Knows nothing about what they do."""
+"""Named classes from any package, by entry point, and those of them that are parameterised. Knows nothing about what they do."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
-from millpond.errors import PolicyError
+from millpond.errors import MillpondError, PolicyError, first_line
 
-__all__ = ["Plugins"]
+__all__ = ["Plugins", "Registered"]
 
 T = TypeVar("T")
 
 
-class Plugins(Generic[T]):
-    """The frozen dataclasses that packages register under one entry point group. Built-in ones register alike.
+class Registered(Generic[T]):
+    """The classes that packages register under one entry point group. Built-in ones may register alike.
 
     Args:
         group: the entry point group.
-        base: what each must be a subclass of; its class attribute `name` must be the entry point's.
+        base: what each must be a subclass of.
         word: what one is called in messages.
+        error: what is raised of one that cannot be used.
     """
 
-    def __init__(self, group: str, base: type[T], word: str) -> None:
-        self.group, self.base, self.word = group, base, word
+    def __init__(self, group: str, base: type[T], word: str, error: type[MillpondError]) -> None:
+        self.group, self.base, self.word, self.error = group, base, word, error
 
     @cached_property
     def found(self) -> dict[str, EntryPoint]:
@@ -38,27 +39,48 @@ class Plugins(Generic[T]):
                 found[entry.name] = entry
         return found
 
-    def _load(self, entry: EntryPoint) -> type[T]:
+    def load(self, name: str) -> type[T]:
+        """The class that is registered under one of the names in `found`.
+
+        Raises:
+            MillpondError: of the kind `error`: it cannot be imported, or is not what it is registered as.
+        """
+        entry = self.found[name]
         named = f"the {self.word} {entry.name!r} ({entry.value})"
         try:
             loaded = entry.load()
         except Exception as error:
-            raise PolicyError(f"{named} cannot be loaded: {error}") from error
+            raise self.error(f"{named} cannot be loaded: {first_line(error)}") from error
         if not (isinstance(loaded, type) and issubclass(loaded, self.base)):
-            raise PolicyError(f"{named} is not a millpond {self.base.__name__}")
-        if getattr(loaded, "name", None) != entry.name:
-            raise PolicyError(f"{named} must have this as its class attribute `name`")
+            raise self.error(f"{named} is not a millpond {self.base.__name__}")
+        if fault := self.fault(loaded, name):
+            raise self.error(f"{named} {fault}")
         return loaded
+
+    def fault(self, loaded: type[T], name: str) -> str | None:
+        """What is wrong with a class that is registered under `name`, to go on in a sentence about it; None where nothing is."""
+        return None if getattr(loaded, "name", None) == name else "must have this as its class attribute `name`"
+
+    def loadable(self) -> dict[str, type[T]]:
+        """All that can be loaded, by name, in order; one that cannot is left out (`load` says why)."""
+        loaded = {}
+        for name in sorted(self.found):
+            try:
+                loaded[name] = self.load(name)
+            except MillpondError:
+                continue
+        return loaded
+
+
+class Plugins(Registered[T]):
+    """Registered classes that are frozen dataclasses, made with parameters. The class attribute `name` of each is the entry point's."""
+
+    def __init__(self, group: str, base: type[T], word: str) -> None:
+        super().__init__(group, base, word, PolicyError)
 
     def available(self) -> tuple[type[T], ...]:
         """All that can be loaded, by name; one that cannot is left out (`get` says why)."""
-        loaded = []
-        for _, entry in sorted(self.found.items()):
-            try:
-                loaded.append(self._load(entry))
-            except PolicyError:
-                continue
-        return tuple(loaded)
+        return tuple(self.loadable().values())
 
     def get(self, name: str, **parameters: Any) -> T:
         """Make one by name.
@@ -66,10 +88,9 @@ class Plugins(Generic[T]):
         Raises:
             PolicyError: unknown name (lists the known ones), broken package, unknown or impossible parameter.
         """
-        entry = self.found.get(name)
-        if entry is None:
+        if name not in self.found:
             raise PolicyError(f"no {self.word} is called {name!r}; there are: {', '.join(sorted(self.found))}")
-        chosen = self._load(entry)
+        chosen = self.load(name)
         known = [field.name for field in fields(chosen)]  # type: ignore[arg-type]
         if unknown := sorted(set(parameters) - set(known)):
             raise PolicyError(f"{name} has no parameter {unknown[0]!r}; it has: {', '.join(known) or 'none'}")

@@ -13,6 +13,7 @@ from millpond.admission import Admission, Verdict
 from millpond.admission.gate import filter_groups
 from millpond.models.base import Family
 from tests.models.tiny import FAMILIES, tiny
+from tests.nightly import nightly
 from tests.session.frames import moving
 from tests.session.measure import held_bytes
 from tests.session.test_session import state, tight
@@ -37,6 +38,7 @@ class Scripted(Admission):
 QUESTION = "what is there now"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_with_everything_clear_nothing_is_different(name: str) -> None:
     family = tiny(name)
@@ -48,6 +50,7 @@ def test_with_everything_clear_nothing_is_different(name: str) -> None:
     assert gated.usage.compactions == plain.usage.compactions > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_let_in_lies_where_it_would_have_lain(name: str) -> None:
     """Positions, times and places of a thinned stream are those of the whole one, for the tokens that are there."""
@@ -103,8 +106,9 @@ def test_a_reduced_frame_is_half_of_every_row_and_column(monkeypatch: pytest.Mon
         assert torch.equal(part, whole[torch.isin(tokens.visual.nonzero()[:, 0], admitted)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("policy", ["infinipot-v", "keydiff", "uniform", "recent"])
+@pytest.mark.parametrize("policy", nightly(["infinipot-v", "keydiff", "uniform", "recent"], but=["infinipot-v"]))
 def test_the_cap_holds_with_any_policy(name: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     family = tiny(name)
     budget = 150 * family.geometry.bytes_per_token + 120_000

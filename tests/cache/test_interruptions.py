@@ -243,6 +243,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(native, "_library", lambda source=None: (None, "switched off"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind", "compiled"), CASES)
 def test_interrupted_at_any_line(name: str, kind: str, compiled: bool) -> None:
     move, start, offset = MOVES[name][0], scene(kind), CASES.index((name, kind, compiled))
@@ -271,6 +272,7 @@ def test_interrupted_at_any_line(name: str, kind: str, compiled: bool) -> None:
         assert one.pond._move is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind", "compiled"), CASES)
 def test_no_memory_at_any_operator(name: str, kind: str, compiled: bool) -> None:
     move, start, offset = MOVES[name][0], scene(kind), CASES.index((name, kind, compiled))

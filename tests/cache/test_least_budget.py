@@ -19,6 +19,7 @@ ROPE = Rope(1.0 / (10_000 ** (torch.arange(0, WIDTH, 2).float() / WIDTH)), torch
 NAMES = [*(one.name for one in POLICIES.available() if one.capped), "recent+diversity"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=6, deadline=None)
 @given(

@@ -24,6 +24,7 @@ def test_an_ample_budget_equals_plain_generate(attn: str, dtype: torch.dtype) ->
     assert torch.equal(generate(model, PondCache(model, "4MiB", Newest())), generate(model, None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_a_small_budget_is_held_while_generating_ten_times_as_much(attn: str) -> None:
     model = text_model(attn=attn)
@@ -130,6 +131,7 @@ def test_positions_go_on_where_the_sequence_stands_without_being_given() -> None
     assert default.compactions > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["1MiB", 80_000])
 def test_prompt_lookup_and_an_assistant_take_back_what_was_proposed_in_vain(budget: str | int) -> None:
     model, assistant = text_model(), text_model(layers=1)

@@ -32,6 +32,7 @@ def plan_for(policy: Policy, geometry: Geometry, group: int, above: int) -> Plan
     return make_plan(minimum.value.minimum + above * geometry.bytes_per_token, geometry, policy, **numbers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", POLICIES)
 @settings(max_examples=30, deadline=None)
 @given(

@@ -352,6 +352,7 @@ def test_the_plans_bytes_are_those_allocated(bits: int, axes: int, accumulated_a
     assert share == pytest.approx(0.2, abs=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [True, False])
 def test_scratch_of_every_pass_is_within_the_plan(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiled:

@@ -10,6 +10,7 @@ from millpond import frames
 from millpond.cli import app
 
 
+@pytest.mark.slow
 def test_answers_stand_beside_the_truth_inside_a_sixteenth_of_the_full_cache(tmp_path: Path) -> None:
     saved = tmp_path / "demo.mp4"
     result = CliRunner().invoke(app, ["demo", "--groups", "160", "--save", str(saved), "--json", "--quiet"])

@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 
 import millpond
+from tests.nightly import nightly
+
+pytestmark = pytest.mark.slow  # every test starts a process, which imports torch anew
 
 
 def test_it_runs_as_a_module_and_streams_are_kept_apart(clip: Path, model: str, spawn) -> None:
@@ -38,7 +41,7 @@ def test_version(spawn) -> None:
     assert done.stdout == f"millpond {millpond.__version__}\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", nightly([signal.SIGINT, signal.SIGTERM, signal.SIGHUP], but=[signal.SIGTERM]))
 def test_a_signal_ends_the_stream_answers_and_sums_up(
     long_clip: Path, model: str, environment: dict[str, str], number: signal.Signals
 ) -> None:

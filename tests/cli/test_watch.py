@@ -252,6 +252,7 @@ def test_an_error_in_mid_stream_is_reported_and_the_questions_are_asked(
     assert found["usage"]["frames_dropped"] == 3
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_gives_up(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from millpond import Session, frames
     from tests.session.frames import moving

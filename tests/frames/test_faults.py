@@ -185,6 +185,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mp4", "mkv", "ts", "avi"])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
@@ -204,6 +205,7 @@ def test_flipped_bytes_give_frames_or_one_error(small: Path, tmp_path: Path, nam
     assert error is None or "\n" not in str(error)
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_over_a_long_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "long.mp4", (gray(i % 256, 240, 320) for i in range(1500)), options={"preset": "ultrafast"})
     decoded: list[float] = []

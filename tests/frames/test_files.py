@@ -91,6 +91,7 @@ def test_rotation_is_undone_after_stretching(tmp_path: Path) -> None:
     assert (frame.pixels[0, 0] > 100).tolist() == [False, True, False]  # the right upper corner
 
 
+@pytest.mark.slow
 def test_a_decoded_picture_is_gone_when_it_has_been_used(tmp_path: Path) -> None:
     """Not when the garbage collector comes by: at 4K that would be gigabytes."""
     path = write(tmp_path / "clip.mp4", map(gray, LEVELS))

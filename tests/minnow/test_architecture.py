@@ -8,10 +8,10 @@ import torch
 from millpond.eval.streams import LEVELS, generate
 from millpond.eval.streams.drawing import OBJECTS
 from millpond.eval.streams.events import label_grid
-from millpond.minnow.architecture import Codes, configuration, name_words, tokenizer
-from millpond.minnow.language import layout, place
-from millpond.minnow.train import build
 from millpond.models.chat import Chat
+from training.minnow.architecture import Codes, configuration, name_words, tokenizer
+from training.minnow.language import layout, place
+from training.minnow.train import build
 
 
 @pytest.fixture(scope="module")

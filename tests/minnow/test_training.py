@@ -13,17 +13,19 @@ from scipy.stats import binomtest
 from transformers import Qwen2VLImageProcessorPil
 
 from millpond.eval.accuracy import wilson
-from millpond.eval.streams import FAMILIES, generate
-from millpond.minnow.architecture import IMAGE_NUMBERS, Codes, tokenizer
-from millpond.minnow.curriculum import FAMILY_WEIGHTS, LESSONS, Lesson, coded_batch, pick, stream_batch
-from millpond.minnow.evaluate import SUPPORTED, evaluate
-from millpond.minnow.language import answer_loss, keep_tokens, layout, place
-from millpond.minnow.loop import Stage, train
-from millpond.minnow.sight import features, patches, round_trip, sight_batch, sight_loss
-from millpond.minnow.train import build, export, stages
+from millpond.eval.streams import FAMILIES, digits, generate
+from millpond.minnow import SUPPORTED
 from millpond.models import adapt
 from millpond.models.base import Tokens
 from millpond.positions import Clock
+from training.minnow.architecture import IMAGE_NUMBERS, Codes, tokenizer
+from training.minnow.curriculum import FAMILY_WEIGHTS, LESSONS, Lesson, coded_batch, pick, stream_batch
+from training.minnow.digits import arrays
+from training.minnow.evaluate import evaluate
+from training.minnow.language import answer_loss, keep_tokens, layout, place
+from training.minnow.loop import Stage, train
+from training.minnow.sight import features, patches, round_trip, sight_batch, sight_loss
+from training.minnow.train import build, export, stages
 
 LESSON = Lesson(8, 48, 2, 5, (1.0, 1.0))
 
@@ -166,6 +168,14 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tmp_path: Path) -> 
     rows = [json.loads(line) for line in (tmp_path / "whole" / "tiny.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [20, 40, 60]
     assert rows[-1]["rate"] < rows[1]["rate"]
+
+
+def test_the_digits_that_streams_show_are_scikit_learns() -> None:
+    stored = np.load(digits.FILE)
+    assert set(stored) == {"images", "labels"}
+    for name, made in zip(("images", "labels"), arrays(), strict=True):
+        assert stored[name].dtype == made.dtype
+        assert np.array_equal(stored[name], made)
 
 
 def test_stages_train_what_they_name(model) -> None:  # type: ignore[no-untyped-def]

@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGene
 from millpond import minnow, models
 from millpond.errors import ModelError
 from millpond.eval.streams import generate
-from millpond.minnow import checkpoint
-from millpond.minnow.architecture import configuration, tokenizer
-from millpond.minnow.evaluate import SUPPORTED, evaluate
+from millpond.minnow import SUPPORTED, checkpoint
+from training.minnow.architecture import configuration, tokenizer
+from training.minnow.evaluate import evaluate
 
 CARD = Path(__file__).parents[2] / "bench" / "results" / "minnow_card.json"
 
@@ -39,6 +39,7 @@ def test_it_is_small_and_of_the_shape_that_the_script_trains() -> None:
         assert all(tensors.get_tensor(name).isfinite().all() for name in tensors.keys())  # noqa: SIM118
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("through_mp4", [False, True])
 def test_it_answers_about_streams_of_the_test_split(through_mp4: bool) -> None:
     family = models.load(minnow.folder())
@@ -62,5 +63,5 @@ def test_the_card_and_the_log_tell_what_was_measured() -> None:
 
 def test_without_weights_the_folder_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
-    with pytest.raises(ModelError, match=r"millpond\.minnow\.train"):
+    with pytest.raises(ModelError, match="training/minnow"):
         minnow.folder()

@@ -79,6 +79,7 @@ def one_shot(
     return logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("blocks", [[8], [2, 6], [2, 2, 2, 2], [4, 2, 2]])
 @pytest.mark.parametrize("name", FAMILIES)

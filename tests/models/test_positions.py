@@ -82,6 +82,7 @@ def check(session: Session) -> None:
             assert bool((at[:, 0].diff()[later] > 0).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "policy", "mode", "budget", "limit", "count", "minimum"),
     [

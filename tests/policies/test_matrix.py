@@ -179,6 +179,7 @@ def test_scratch_of_any_shape_stays_within_what_is_declared(
     assert 0 < peak <= policy.scratch(heads, view.tokens, width, view.block, view.chunk)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(28, 4, 128, torch.bfloat16, 44, 12, 12), (4, 2, 32, torch.float32, 40, 4, 4)])
 @pytest.mark.parametrize("name", CAPPED)
 def test_scratch_stays_within_what_is_declared(name: str, shape: tuple, kernels: str) -> None:

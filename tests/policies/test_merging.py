@@ -54,6 +54,7 @@ def expect(view: View, changed: View, head: int, groups: dict[int, list[tuple[in
             torch.testing.assert_close(now[head, token].double(), mean, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     tokens=st.integers(1, 60),

@@ -152,6 +152,7 @@ def _tokens(grid_position: torch.Tensor, visual: torch.Tensor, time_us: int) -> 
     return Tokens(torch.empty(count, 0), grid_position.to(torch.int16), torch.full((count,), time_us), visual)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_groups_grids_and_order_outlast_any_number_of_closings(name: str) -> None:
     stream = Stream(tiny(name), torch.Generator().manual_seed(0))

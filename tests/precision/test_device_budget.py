@@ -89,6 +89,7 @@ def test_weights_take_what_the_headers_say(stored: Path, tmp_path: Path) -> None
         weight_bytes(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision"])
 @pytest.mark.parametrize("budget", ["256KiB", "1MiB"])
 def test_the_workspace_is_at_least_what_the_allocator_sees(name: str, budget: str) -> None:

@@ -88,6 +88,7 @@ def test_a_width_reads_its_own_planes_only(either: None) -> None:
         assert torch.equal(product(poisoned, width, x), product(found, width, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [1, 7, 8, 31, 32, 33, 64, 101])
 @pytest.mark.parametrize("vectors", [1, 3, 9])
 def test_the_packed_product_is_the_dense_one(

@@ -75,6 +75,7 @@ def planes_at_random(weight: torch.Tensor, _: torch.Tensor, *, low: int, high: i
     return NestedWeight(planes, tables, columns)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and needs glibc's malloc_trim for a baseline")
 def test_a_process_stays_within_the_device_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With biases, which once kept every layer's file mapped; at rest, what the heap holds of memory that is free shows."""

@@ -84,6 +84,7 @@ class LastRow(nn.Module):
         return rows.mean(), rows[:, -1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["hidden", "internal", "auto"])
 @pytest.mark.parametrize("name", list(sequences()))
 def test_live_bytes_stay_inside_the_budget(name, strategy) -> None:

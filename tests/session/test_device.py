@@ -14,6 +14,7 @@ from millpond.device import least_budget, plan_device
 from millpond.errors import ModelError, PrecisionError
 from millpond.eval.streams import generate
 from millpond.precision.loading import stored_bytes
+from tests.nightly import nightly
 from tests.session.measure import held_bytes, transient_peak
 
 SIZE = {"frame_size": (64, 64)}
@@ -35,7 +36,8 @@ def runner(policy: str = "infinipot-v") -> dict:
     return {"policy": policies.read(policy), "positions": "contiguous", "system": None, "reserve_tokens": None}
 
 
-@pytest.mark.parametrize("memory", ["6448KiB", "8MiB", "11MiB"])
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", nightly(["6448KiB", "8MiB", "11MiB"], but=["8MiB"]))
 @pytest.mark.parametrize("policy", ["infinipot-v", "h2o"])
 def test_everything_together_stays_on_the_device(quantized: Path, memory: str, policy: str) -> None:
     whole = int(memory.removesuffix("KiB").removesuffix("MiB")) * (1024 if "K" in memory else 1 << 20)

@@ -13,6 +13,7 @@ from millpond.models.base import Family
 from millpond.policies.base import Policy, View, keep_top
 from millpond.stream.step import Step
 from tests.models.tiny import tiny
+from tests.nightly import nightly
 from tests.session import faults
 from tests.session.faults import lines_of, raise_at
 from tests.session.frames import moving
@@ -74,9 +75,13 @@ def check_books(session: Session) -> None:
     assert ledger.account("undo") == ledger.account("scratch") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "remember", "error"),
-    [("streammem", True, ValueError), ("streammem", True, KeyboardInterrupt), ("recent", False, KeyboardInterrupt)],
+    nightly(
+        [("streammem", True, ValueError), ("streammem", True, KeyboardInterrupt), ("recent", False, KeyboardInterrupt)],
+        but=[("streammem", True, KeyboardInterrupt)],
+    ),
 )
 def test_a_fault_at_any_line_of_a_turn(family: Family, policy: str, remember: bool, error: type[BaseException]) -> None:
     base = filled(family, policy, 31, recent_frames=2)
@@ -102,6 +107,7 @@ def test_a_fault_at_any_line_of_a_turn(family: Family, policy: str, remember: bo
     assert outcomes == {True, not remember}, "both ends were seen"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "error"), [("infinipot-v", KeyboardInterrupt), ("h2o", ValueError)])
 def test_a_fault_at_any_line_of_a_block(family: Family, policy: str, error: type[BaseException], monkeypatch) -> None:  # type: ignore[no-untyped-def]
     base = filled(family, policy, 30, share=1.0 if policy == "h2o" else 0.9, admission="curvestream")

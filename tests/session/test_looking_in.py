@@ -14,6 +14,7 @@ from millpond.frames import Frame
 from millpond.models.base import Family
 from millpond.stream.step import Step
 from tests.models.tiny import tiny
+from tests.nightly import nightly
 from tests.session.frames import moving
 from tests.session.measure import held_bytes
 
@@ -125,7 +126,10 @@ def storages() -> dict[int, int]:
     return found
 
 
-@pytest.mark.parametrize(("policy", "remember"), [("infinipot-v", False), ("streammem", True)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("policy", "remember"), nightly([("infinipot-v", False), ("streammem", True)], but=[("streammem", True)])
+)
 def test_between_two_pieces_nothing_is_held_that_is_not_counted(policy: str, remember: bool) -> None:
     family = tiny("qwen2_5_vl", seed=1)
     family.stop_ids = frozenset()

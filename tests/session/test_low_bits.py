@@ -12,6 +12,7 @@ from millpond.memory.geometry import Geometry
 from millpond.memory.plan import Plan, make_plan
 from tests.cache.text_model import text_model
 from tests.models.tiny import tiny
+from tests.nightly import nightly
 from tests.session.frames import moving
 from tests.session.measure import held_bytes, transient_peak
 from tests.session.test_cap import QUESTION, Watched
@@ -31,9 +32,13 @@ def hidden(session: Session) -> torch.Tensor:
     return logits.float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "base", "bits"),
-    [("qwen2_5_vl", "infinipot-v", 4), ("qwen2_5_vl", "h2o", 3), ("llava_onevision", "streammem", 2)],
+    nightly(
+        [("qwen2_5_vl", "infinipot-v", 4), ("qwen2_5_vl", "h2o", 3), ("llava_onevision", "streammem", 2)],
+        but=[("qwen2_5_vl", "h2o", 3)],
+    ),
 )
 def test_no_phase_ever_passes_the_budget(name: str, base: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     family = tiny(name, dtype=torch.bfloat16 if base == "infinipot-v" else torch.float32)
@@ -130,13 +135,17 @@ def test_memory_tells_of_packed_tokens_and_the_latest_frame_is_in_full() -> None
     assert session.usage.live_bytes <= session.usage.allocated_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "limit", "base", "positions"),
-    [
-        ("qwen2_5_vl", 120, "infinipot-v", "contiguous"),
-        ("qwen2_5_vl", 120, "h2o", "absolute"),
-        ("llava_onevision", 700, "recent", "contiguous"),
-    ],
+    nightly(
+        [
+            ("qwen2_5_vl", 120, "infinipot-v", "contiguous"),
+            ("qwen2_5_vl", 120, "h2o", "absolute"),
+            ("llava_onevision", 700, "recent", "contiguous"),
+        ],
+        but=[("qwen2_5_vl", 120, "h2o", "absolute")],
+    ),
 )
 def test_a_stream_past_the_trained_range(
     name: str, limit: int, base: str, positions: str, monkeypatch: pytest.MonkeyPatch
@@ -222,6 +231,7 @@ def test_an_admission_thins_what_is_packed() -> None:
     session.ask(QUESTION, max_new_tokens=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [policy.name for policy in policies.available()])
 def test_any_scorer_packs_or_is_refused_in_one_line(base: str) -> None:
     family = tiny("qwen2_5_vl")

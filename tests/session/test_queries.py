@@ -16,6 +16,7 @@ from millpond.cache.rerotation import shift_uniformly
 from millpond.models.base import Family
 from millpond.policies.attention import proxy_attention
 from tests.models.tiny import FAMILIES, tiny
+from tests.nightly import nightly
 from tests.session.frames import moving
 from tests.session.measure import transient_peak
 
@@ -130,7 +131,8 @@ def test_sums_are_the_columns_of_the_model_s_attention(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", nightly(POLICIES, but=["h2o", "kvmerger", "streammem"]))
 def test_a_question_leaves_no_trace_and_streams_repeat(policy: str) -> None:
     family = tiny("qwen3_vl")
     first, second = tight(family, policy), tight(family, policy)
@@ -171,6 +173,7 @@ def test_a_remembered_turn_is_never_looked_at(policy: str) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["snapkv", "h2o"])
 def test_two_threads_on_one_model_do_not_disturb_each_other(policy: str) -> None:
     family = tiny("qwen2_5_vl")
@@ -208,6 +211,7 @@ def test_nobody_else_s_forward_is_seen_and_hooks_go_with_the_family() -> None:
     assert hooks() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["snapkv", "streammem"])
 def test_noted_queries_move_with_the_positions(policy: str) -> None:
     """Only differences of positions count, so what the proxy attends to is the same before and after."""

@@ -13,6 +13,7 @@ from millpond.models.base import Family, Tokens
 from millpond.positions import Clock
 from millpond.stream.runner import Runner
 from tests.models.tiny import FAMILIES, tiny
+from tests.nightly import nightly
 from tests.session.frames import moving
 from tests.session.measure import held_bytes
 from tests.session.test_session import state
@@ -91,6 +92,7 @@ def plain(family: Family, blocks: list[list[Frame]], new: int) -> tuple[list[int
     return ids, first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("count", [3, 12, 17])
 def test_an_answer_is_the_plain_model_s_with_the_frames_given_twice(
@@ -136,7 +138,23 @@ def arguments(name: str) -> dict[str, object]:
     return {"host_budget": "8MiB"} if policies.read(name).retrieved_frames else {}
 
 
-@pytest.mark.parametrize("policy", [*(kind.name for kind in policies.available()), "keydiff+diversity", "mikv:bits=2"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "policy",
+    nightly(
+        [*(kind.name for kind in policies.available()), "keydiff+diversity", "mikv:bits=2"],
+        but=[
+            "full",
+            "h2o",
+            "infinipot-v",
+            "infinipot-v-released",
+            "kvmerger",
+            "rekv",
+            "keydiff+diversity",
+            "mikv:bits=2",
+        ],
+    ),
+)
 def test_every_policy_answers_and_keeps_its_memory(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     family, more = tiny("llava_onevision"), arguments(policy)
     capped = policies.read(policy).capped
@@ -167,9 +185,13 @@ def test_every_policy_answers_and_keeps_its_memory(policy: str, monkeypatch: pyt
     assert not capped or session.usage.peak_bytes <= session.plan.budget  # type: ignore[operator]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "positions"),
-    [*((name, "contiguous") for name in FAMILIES), ("qwen2_5_vl", "absolute"), ("llava_onevision", "absolute")],
+    nightly(
+        [*((name, "contiguous") for name in FAMILIES), ("qwen2_5_vl", "absolute"), ("llava_onevision", "absolute")],
+        but=[("qwen2_5_vl", "contiguous"), ("llava_onevision", "absolute")],
+    ),
 )
 def test_asking_leaves_no_trace_on_a_long_stream(name: str, positions: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Ranges of which a quarter has room for a turn: less than that is never kept free.

@@ -149,6 +149,7 @@ def test_the_frames_recalled_are_those_of_a_brute_force_in_double_precision(
     assert len(different) > 1, "layers choose for themselves"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("frames", [3, 61])
 def test_asking_leaves_no_trace_and_gives_the_same_answer_twice(name: str, frames: int) -> None:
@@ -164,6 +165,7 @@ def test_asking_leaves_no_trace_and_gives_the_same_answer_twice(name: str, frame
     assert (session.usage.host_bytes_out > 0) == (frames > 50)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype", "admission"),
     [("qwen2_5_vl", torch.bfloat16, "curvestream"), ("qwen3_vl", torch.float32, None)],
@@ -315,6 +317,7 @@ def test_a_remembered_turn_drops_what_it_recalled() -> None:
     assert session.ask(QUESTION, max_new_tokens=5).token_ids == session.ask(QUESTION, max_new_tokens=5).token_ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "positions"), [*((name, "contiguous") for name in FAMILIES), ("qwen2_5_vl", "absolute")]
 )

@@ -85,6 +85,7 @@ def test_an_ample_budget_equals_the_plain_model_however_the_frames_arrive(name: 
     assert single.usage.compactions == whole.usage.compactions == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("frames", [0, 1, 30, 31])
 def test_asking_leaves_no_trace_and_gives_the_same_answer_twice(name: str, frames: int) -> None:
@@ -166,6 +167,7 @@ def test_remembering_equals_a_conversation_without_a_cap(qwen: Family) -> None:
         assert int(qwen.logits(hidden[-1]).argmax()) == second.token_ids[0]
 
 
+@pytest.mark.slow
 def test_two_sessions_on_one_model_in_two_threads_do_not_disturb_each_other(qwen: Family) -> None:
     def run(seed: int) -> list[tuple[int, ...]]:
         session = tight(qwen)
@@ -320,6 +322,7 @@ def test_memory_tells_time_and_place_of_every_kept_token(qwen: Family) -> None:
     assert max(times) == 19.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", ["absolute", "contiguous"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_stream_longer_than_the_trained_range_stays_in_it(name: str, positions: str) -> None:

@@ -66,7 +66,7 @@ def accuracy(
     from millpond.eval.accuracy.cell import REFERENCES, Cell, read_cells
     from millpond.eval.accuracy.run import Study, outcomes, run
     from millpond.eval.accuracy.table import markdown, summarise
-    from millpond.minnow.evaluate import SUPPORTED
+    from millpond.minnow import SUPPORTED
     from millpond.policies import available
 
     names = _listed(policies)

@@ -53,7 +53,7 @@ def demo(
     from millpond.cli.watching import Watch
     from millpond.device import least_budget
     from millpond.eval import streams
-    from millpond.minnow.evaluate import SUPPORTED
+    from millpond.minnow import SUPPORTED
     from millpond.session import Session
 
     silence()

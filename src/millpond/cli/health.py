@@ -9,20 +9,30 @@ import importlib.util
 import platform
 import re
 import tempfile
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
 from millpond.cli.errors import one_line
-from millpond.cli.inspect import Check
 from millpond.native.build import compiled
 
-__all__ = ["checks"]
+__all__ = ["Check", "checks"]
 
 _PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy", "pillow", "av", "typer", "rich", "tqdm")
 _CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg2video", "mpeg4", "mjpeg", "prores")
 _FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "avi", "hls", "rtsp", "video4linux2,v4l2")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of `millpond doctor`. `good` is None for what is merely told, False for what is missing."""
+
+    what: str
+    found: str
+    good: bool | None = None
+    needed: bool = False
 
 
 def checks() -> list[Check]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -189,16 +189,6 @@ def _of_turn(split: Plan) -> str:
 
 def _of_budget(split: Plan) -> str:
     return "no cap: it grows" if split.budget is None else f"of {split.budget} bytes"
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of `millpond doctor`. `good` is None for what is merely told, False for what is missing."""
-
-    what: str
-    found: str
-    good: bool | None = None
-    needed: bool = False
 
 
 def doctor(context: typer.Context, as_json: JsonFlag = False, quiet: QuietFlag = False) -> None:

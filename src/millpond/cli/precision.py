@@ -96,7 +96,7 @@ def _load(name: str) -> tuple[Any, Any, Any]:
     import transformers
     from accelerate import init_empty_weights
 
-    from millpond.errors import MillpondError, ModelError
+    from millpond.errors import MillpondError, ModelError, first_line
     from millpond.models.model_folder import check, check_size, safely
 
     path = Path(name)
@@ -123,7 +123,7 @@ def _load(name: str) -> tuple[Any, Any, Any]:
     except MillpondError:
         raise
     except Exception as error:  # a stranger's file: what it makes the library do wrong has no end
-        raise ModelError(f"cannot load the model at {name!r}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load the model at {name!r}: {first_line(error)}") from error
 
 
 def _copy_pixels(name: str, out: Path) -> None:
@@ -141,17 +141,13 @@ def _copy_pixels(name: str, out: Path) -> None:
 def _tokenizer(source: str, **gguf: str) -> Any:
     import transformers
 
-    from millpond.errors import ModelError
+    from millpond.errors import ModelError, first_line
     from millpond.models.model_folder import safely
 
     try:
         return transformers.AutoTokenizer.from_pretrained(source, **safely(source), **gguf)
     except Exception as error:  # as above
-        raise ModelError(f"no tokenizer at {source!r}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"no tokenizer at {source!r}: {first_line(error)}") from error
 
 
 def _runs(tokenizer: Any, file: Path, samples: int, length: int) -> Tensor:

@@ -1,5 +1,5 @@
-"""Minnow: a small trained video model that ships inside the package, and the script that trains it."""
+"""Minnow: a small trained video model that ships inside the package. It is trained outside of it, in training/minnow."""
 
-from millpond.minnow.checkpoint import folder
+from millpond.minnow.checkpoint import SUPPORTED, folder
 
-__all__ = ["folder"]
+__all__ = ["SUPPORTED", "folder"]

@@ -1,10 +1,13 @@
-"""Where the weights lie. Knows nothing about models, so that asking costs no import of torch."""
+"""Where the weights lie and what they were trained to answer. Knows nothing about models, so that asking costs no import of torch."""
 
 from pathlib import Path
 
 from millpond.errors import ModelError
 
-__all__ = ["folder"]
+__all__ = ["SUPPORTED", "folder"]
+
+SUPPORTED = ("colour", "object", "where", "appear", "digit", "first", "last", "now")
+"""The questions of `millpond.eval.streams` that Minnow is trained on and ships for."""
 
 
 def folder() -> Path:
@@ -16,6 +19,6 @@ def folder() -> Path:
     path = Path(__file__).with_name("weights")
     if not (path / "model.safetensors").is_file():
         raise ModelError(
-            "this installation has no Minnow weights: install the wheel, or run `python -m millpond.minnow.train`"
+            "this installation has no Minnow weights: install the wheel, or train them from a source checkout (training/minnow)"
         )
     return path

@@ -89,6 +89,8 @@ class Family(ABC):
             entries fall back to the family's published defaults.
     """
 
+    name: ClassVar[str]
+    """What the family is called, for people."""
     model_types: ClassVar[tuple[str, ...]]
     """`config.model_type` values that this adapter serves."""
     any_size: ClassVar[bool] = False

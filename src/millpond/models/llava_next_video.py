@@ -15,6 +15,7 @@ __all__ = ["LlavaNextVideo"]
 class LlavaNextVideo(Llava):
     """Adapter of LLaVA-NeXT-Video (Zhang et al., 2024): the shorter side is resized to the tower's, the middle is cut out."""
 
+    name: ClassVar[str] = "LLaVA-NeXT-Video"
     model_types: ClassVar[tuple[str, ...]] = ("llava_next_video",)
 
     def __init__(self, model: Any, tokenizer: Any, image: dict[str, Any] | None = None) -> None:

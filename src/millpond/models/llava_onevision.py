@@ -18,6 +18,7 @@ __all__ = ["LlavaOnevision"]
 class LlavaOnevision(Llava):
     """Adapter of LLaVA-OneVision (Li et al., 2024, arXiv 2408.03326). Its tower is a SigLIP, and so are its pixels' numbers."""
 
+    name: ClassVar[str] = "LLaVA-OneVision"
     model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
     mean: ClassVar[tuple[float, ...]] = (0.5, 0.5, 0.5)
     std: ClassVar[tuple[float, ...]] = (0.5, 0.5, 0.5)

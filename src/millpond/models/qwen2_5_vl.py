@@ -19,6 +19,7 @@ class Qwen25VL(Qwen2VL):
     rate, and at a changing one, lie where the weights expect them.
     """
 
+    name: ClassVar[str] = "Qwen2.5-VL"
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl",)
 
     def __init__(self, model: Any, tokenizer: Any, image: dict[str, Any] | None = None) -> None:

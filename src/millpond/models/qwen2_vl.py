@@ -42,6 +42,7 @@ class Qwen2VL(DecoderFamily):
         min_pixels, max_pixels: least and most pixels of a frame after resizing.
     """
 
+    name: ClassVar[str] = "Qwen2-VL"
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
     any_size: ClassVar[bool] = True
     mean: tuple[float, ...] = _CLIP_MEAN

@@ -33,6 +33,7 @@ class Qwen3VL(Qwen2VL):
     have. The cap of 768 tokens a frame holds instead, and the least is what a video of one group would need.
     """
 
+    name: ClassVar[str] = "Qwen3-VL"
     model_types: ClassVar[tuple[str, ...]] = ("qwen3_vl",)
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)

@@ -10,7 +10,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 
-from millpond.errors import MillpondError, ModelError
+from millpond.errors import MillpondError, ModelError, first_line
 from millpond.models.base import Family
 from millpond.models.llava_next_video import LlavaNextVideo
 from millpond.models.llava_onevision import LlavaOnevision
@@ -18,18 +18,17 @@ from millpond.models.model_folder import check, check_size, read_json, safely
 from millpond.models.qwen2_5_vl import Qwen25VL
 from millpond.models.qwen2_vl import Qwen2VL
 from millpond.models.qwen3_vl import Qwen3VL
+from millpond.plugins import Registered
 from millpond.precision.folder import is_quantized
 from millpond.precision.loading import load as load_quantized
 
 __all__ = ["IMAGE_FILES", "Supported", "adapt", "load", "supported"]
 
-_ADAPTERS: tuple[tuple[str, type[Family]], ...] = (
-    ("Qwen2-VL", Qwen2VL),
-    ("Qwen2.5-VL", Qwen25VL),
-    ("Qwen3-VL", Qwen3VL),
-    ("LLaVA-OneVision", LlavaOnevision),
-    ("LLaVA-NeXT-Video", LlavaNextVideo),
-)
+_BUILT_IN: dict[str, type[Family]] = {
+    kind: adapter
+    for adapter in (Qwen2VL, Qwen25VL, Qwen3VL, LlavaOnevision, LlavaNextVideo)
+    for kind in adapter.model_types
+}
 # Where a checkpoint keeps the numbers of its pixels, best first: file, and entry in it.
 IMAGE_FILES = (
     ("video_preprocessor_config.json", None),
@@ -49,9 +48,29 @@ class Supported:
     adapter: str
 
 
+class _Outside(Registered[Family]):
+    """Adapters of other packages, by the `model_type` that each is for. A built-in one cannot be taken over: it is looked up first."""
+
+    def __init__(self) -> None:
+        super().__init__("millpond.models", Family, "model family", ModelError)  # type: ignore[type-abstract]
+
+    def fault(self, loaded: type[Family], name: str) -> str | None:
+        if name not in getattr(loaded, "model_types", ()):
+            return "must have this in its class attribute `model_types`"
+        if not getattr(loaded, "name", None):
+            return "must have a class attribute `name`, for people"
+        if missing := sorted(getattr(loaded, "__abstractmethods__", ())):
+            return f"must have a method {missing[0]!r}"
+        return None
+
+
+OUTSIDE = _Outside()
+
+
 def supported() -> tuple[Supported, ...]:
-    """Every model family that millpond can run."""
-    return tuple(Supported(kind, name, adapter.__name__) for name, adapter in _ADAPTERS for kind in adapter.model_types)
+    """Every model family that millpond can run: its own, then those of other packages that can be loaded."""
+    adapters = _BUILT_IN | {kind: found for kind, found in OUTSIDE.loadable().items() if kind not in _BUILT_IN}
+    return tuple(Supported(kind, adapter.name, adapter.__name__) for kind, adapter in adapters.items())
 
 
 def adapt(model: Any, tokenizer: Any, image: dict[str, Any] | None = None) -> Family:
@@ -104,15 +123,17 @@ def load(
     kind, target = _torch_dtype(dtype), _device(device)
     source = str(_shipped() if name == _SHIPPED else name)
     try:
+        # Before transformers reads the config: a package may have to tell it of a `model_type` of its own.
+        _registered(read_json(source, "config.json").get("model_type"))
         check(source)
         config = transformers.AutoConfig.from_pretrained(source, **safely(source))
     except MillpondError:
         raise
     except Exception as error:  # a stranger's file: what it makes the library do wrong has no end
         if Path(source).exists():
-            raise ModelError(f"cannot read the model in {source!r}: {_first_line(error)}") from error
+            raise ModelError(f"cannot read the model in {source!r}: {first_line(error)}") from error
         raise ModelError(
-            f"no model at {source!r}: give a folder, or a hub id that is cached or can be reached: {_first_line(error)}"
+            f"no model at {source!r}: give a folder, or a hub id that is cached or can be reached: {first_line(error)}"
         ) from error
     adapter = _adapter(config.model_type)
     if max_pixels is not None and not adapter.any_size:
@@ -138,7 +159,7 @@ def load(
     except MillpondError:
         raise
     except Exception as error:  # as above
-        raise ModelError(f"cannot load the model at {str(name)!r}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load the model at {str(name)!r}: {first_line(error)}") from error
 
 
 def _device(name: str | None) -> str:
@@ -151,7 +172,7 @@ def _device(name: str | None) -> str:
     try:
         kind = torch.device(target).type
     except RuntimeError as error:
-        raise ModelError(f"cannot move the model to {target!r}: {_first_line(error)}") from error
+        raise ModelError(f"cannot move the model to {target!r}: {first_line(error)}") from error
     if kind == "meta":
         raise ModelError(f"cannot move the model to {target!r}: nothing can be computed there")
     return target
@@ -161,7 +182,7 @@ def _move(model: Any, target: str) -> None:
     try:
         model.to(target)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"cannot move the model to {target!r}: {_first_line(error)}") from error
+        raise ModelError(f"cannot move the model to {target!r}: {first_line(error)}") from error
 
 
 def _complete(source: str, config: Any, dtype: str | torch.dtype, attention: str | None) -> Any:
@@ -183,10 +204,22 @@ def _complete(source: str, config: Any, dtype: str | torch.dtype, attention: str
     return model
 
 
+def _registered(model_type: Any) -> type[Family] | None:
+    """The adapter for a `model_type`, imported; None where there is none.
+
+    Raises:
+        ModelError: the package that has one is broken.
+    """
+    if not isinstance(model_type, str):
+        return None
+    if model_type in _BUILT_IN:
+        return _BUILT_IN[model_type]
+    return OUTSIDE.load(model_type) if model_type in OUTSIDE.found else None
+
+
 def _adapter(model_type: str) -> type[Family]:
-    for _, adapter in _ADAPTERS:
-        if model_type in adapter.model_types:
-            return adapter
+    if adapter := _registered(model_type):
+        return adapter
     known = ", ".join(row.model_type for row in supported())
     raise ModelError(f"the model family {model_type!r} is not supported; there are: {known}")
 
@@ -244,7 +277,3 @@ def _shipped() -> Path:
     from millpond.minnow import folder
 
     return folder()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

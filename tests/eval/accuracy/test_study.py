@@ -14,7 +14,7 @@ from millpond.eval.accuracy import Cell, summarise
 from millpond.eval.accuracy.run import Study, outcomes, run
 from millpond.eval.accuracy.table import markdown
 from millpond.eval.accuracy.trial import Mark, Outcome
-from millpond.minnow.evaluate import SUPPORTED
+from millpond.minnow import SUPPORTED
 
 COMMAND = ["bench", "accuracy", "--groups", "24", "--budgets", "1/2", "--policies", "random", "--split", "train"]
 
@@ -25,6 +25,7 @@ def bench(*options: str) -> dict:
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_study_is_resumed_not_repeated(tmp_path: Path) -> None:
     first = bench("--streams", "2", "--out", str(tmp_path))
     lines = (tmp_path / "outcomes.jsonl").read_text().splitlines()

@@ -12,7 +12,7 @@ from millpond.eval.accuracy import read_cells
 from millpond.eval.accuracy.sharing import SharedStream
 from millpond.eval.accuracy.trial import watch
 from millpond.eval.streams import Stream
-from millpond.minnow.evaluate import SUPPORTED
+from millpond.minnow import SUPPORTED
 from millpond.models.base import Family
 
 
@@ -44,6 +44,7 @@ def test_groups_are_looked_at_once_and_alike(minnow: Family, stream: Stream) -> 
     assert minnow.encode.__self__ is minnow, "the family itself stays as it was"  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_marks_are_the_answers_of_a_session(minnow: Family, stream: Stream) -> None:
     (cell,) = read_cells(["infinipot-v"], ["1/4"], "contiguous")
     (outcome,) = watch(minnow, stream, [cell], SUPPORTED)
@@ -68,6 +69,7 @@ def test_the_last_frames_baseline_saw_nothing_else(minnow: Family, stream: Strea
     assert outcome.budget_bytes is None
 
 
+@pytest.mark.slow
 def test_frames_are_shown_again(minnow: Family, stream: Stream) -> None:
     (cell,) = read_cells(["keydiff"], ["1/4"], "contiguous", 4)
     (outcome,) = watch(minnow, stream, [cell], SUPPORTED)
@@ -80,6 +82,7 @@ def test_frames_are_shown_again(minnow: Family, stream: Stream) -> None:
     assert outcome.memory_tokens < without.usage.memory_tokens
 
 
+@pytest.mark.slow
 def test_a_policy_that_recalls_is_given_host_memory(minnow: Family, stream: Stream) -> None:
     (cell,) = read_cells(["rekv"], ["1/4"], "contiguous")
     (outcome,) = watch(minnow, stream, [cell], SUPPORTED)
@@ -112,22 +115,19 @@ def test_question_families_are_chosen(minnow: Family, stream: Stream) -> None:
     assert np.isfinite(outcome.seconds_decoder)
 
 
-def test_cells_that_share_blocks_give_what_they_give_alone(minnow: Family, stream: Stream) -> None:
+FEW = ("full", "keydiff", "snapkv", "h2o", "mikv:base=keydiff")
+MANY = (*FEW, "hermes", "rekv", "infinite-vggt", "last-4-frames")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [FEW, pytest.param(MANY, marks=pytest.mark.nightly)], ids=len)
+def test_cells_that_share_blocks_give_what_they_give_alone(
+    names: tuple[str, ...], minnow: Family, stream: Stream
+) -> None:
     """Policies that look at queries, at sums of attention and into low bits too; and only the first session runs what all have in common."""
     runs: list[int] = []
     counting = copy.copy(minnow)
     counting.forward = lambda *given: runs.append(len(given[0])) or minnow.forward(*given)  # type: ignore[assignment,func-returns-value,method-assign]
-    names = [
-        "full",
-        "keydiff",
-        "snapkv",
-        "h2o",
-        "hermes",
-        "rekv",
-        "mikv:base=keydiff",
-        "infinite-vggt",
-        "last-4-frames",
-    ]
     cells = read_cells(names, ["1/2"], "contiguous")
     together = watch(counting, stream, cells, ["where", "now"])
     blocks, runs[:] = sum(count % 16 == 0 for count in runs), []
@@ -138,7 +138,8 @@ def test_cells_that_share_blocks_give_what_they_give_alone(minnow: Family, strea
             key: theirs[key] for key in theirs if "seconds" not in key
         }
         assert mine["refused"] is None
-    assert blocks < sum(count % 16 == 0 for count in runs) * 0.85, "whole groups"
+    spared = sum(count % 16 == 0 for count in runs) - blocks  # whole groups
+    assert spared >= 3 * (len(cells) - 1), "until its first compaction a cell runs nothing that another has run"
 
 
 def test_shared_blocks_leave_the_same_memory_bit_for_bit(minnow: Family, stream: Stream) -> None:

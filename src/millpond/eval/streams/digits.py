@@ -2,7 +2,7 @@
 
 The 1,797 images of 8 x 8 pixels are those of scikit-learn's `load_digits`: the test part of "Optical Recognition of Handwritten
 Digits" (E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998, CC BY 4.0). They lie here as `digits.npz`, so
-that nothing needs scikit-learn. Split by image: indices divisible by 5 are for test streams, those that leave 1 for
+that streams need no scikit-learn. Split by image: indices divisible by 5 are for test streams, those that leave 1 for
 validation, the rest for training. Knows nothing about scenes.
 """
 
@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["digit_indices", "digit_mask", "digit_value"]
+__all__ = ["FILE", "digit_indices", "digit_mask", "digit_value"]
 
-_FILE = Path(__file__).with_name("digits.npz")
+FILE = Path(__file__).with_name("digits.npz")
 
 
 @cache
 def _arrays() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    with np.load(_FILE) as stored:
+    with np.load(FILE) as stored:
         return stored["images"], stored["labels"]
 
 

@@ -1,4 +1,4 @@
-"""Accuracy of Minnow with a full cache, per question family: `python -m millpond.minnow.evaluate --out card.json`.
+"""Accuracy of Minnow with a full cache, per question family: `python -m training.minnow.evaluate --out card.json`.
 
 Streams go through `millpond.Session` with the policy "full", as frames straight from the generator and as real MP4 files.
 """
@@ -16,27 +16,22 @@ from dataclasses import asdict
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+
+from millpond import Session, frames, minnow, models
 from millpond.eval.accuracy.intervals import Accuracy, wilson
 from millpond.eval.streams import Stream, generate
+from millpond.models import Family
 
-if TYPE_CHECKING:
-    from millpond.models import Family
-
-__all__ = ["SUPPORTED", "evaluate", "main"]
-
-SUPPORTED = ("colour", "object", "where", "appear", "digit", "first", "last", "now")
-"""Question families that Minnow is trained on and ships for."""
+__all__ = ["evaluate", "main"]
 
 
 def evaluate(
-    family: Family, streams: Sequence[Stream], families: Sequence[str] = SUPPORTED, *, through_mp4: bool
+    family: Family, streams: Sequence[Stream], questions: Sequence[str] = minnow.SUPPORTED, *, through_mp4: bool
 ) -> dict[str, Accuracy]:
     """Accuracy per question family and over all ("all"), full cache, each question asked at the end of its stream."""
-    from millpond import Session, frames
-
-    marks: dict[str, list[bool]] = {name: [] for name in families}
+    marks: dict[str, list[bool]] = {name: [] for name in questions}
     with tempfile.TemporaryDirectory(prefix="millpond-") as folder:
         for stream in streams:
             session = Session(family, budget=None, policy="full")
@@ -56,10 +51,6 @@ def evaluate(
 
 def _measure(job: tuple[Path, str, bool, int, int, str]) -> dict[str, dict[str, object]]:
     """One table of the card, in a process of its own."""
-    import torch
-
-    from millpond import models
-
     folder, level, through_mp4, count, groups, split = job
     torch.set_num_threads(1)
     streams = [generate(seed, groups=groups, level=level, split=split) for seed in range(count)]
@@ -68,8 +59,6 @@ def _measure(job: tuple[Path, str, bool, int, int, str]) -> dict[str, dict[str, 
 
 
 def main() -> None:
-    from millpond.minnow.checkpoint import folder
-
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
     parser.add_argument("--model", type=Path, help="a folder; by default the weights in the package")
     parser.add_argument("--streams", type=int, default=200)
@@ -82,7 +71,8 @@ def main() -> None:
     ways = {"raw": False, "mp4": True}
     cells = [(level, way) for level in asked.levels for way in ways]
     jobs = [
-        (asked.model or folder(), level, ways[way], asked.streams, asked.groups, asked.split) for level, way in cells
+        (asked.model or minnow.folder(), level, ways[way], asked.streams, asked.groups, asked.split)
+        for level, way in cells
     ]
     with ProcessPoolExecutor(asked.processes, mp_context=get_context("spawn")) as pool:
         tables = dict(zip(cells, pool.map(_measure, jobs), strict=True))

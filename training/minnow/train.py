@@ -1,4 +1,4 @@
-"""Train Minnow from nothing: `python -m millpond.minnow.train --run runs/minnow`.
+"""Train Minnow from nothing: `python -m training.minnow.train --run runs/minnow`.
 
 Three stages, each resumable and logged (RUN/sight.jsonl, codes.jsonl, streams.jsonl):
 
@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from millpond.minnow.architecture import IMAGE_NUMBERS, Codes, configuration, match_words, name_words, tokenizer
-from millpond.minnow.curriculum import FAMILY_WEIGHTS, LESSONS, MORE_WEIGHTS, coded_batch, pick, stream_batch
-from millpond.minnow.language import answer_loss, layout
-from millpond.minnow.loop import Stage, train
-from millpond.minnow.sight import features, sight_batch, sight_loss
+from training.minnow.architecture import IMAGE_NUMBERS, Codes, configuration, match_words, name_words, tokenizer
+from training.minnow.curriculum import FAMILY_WEIGHTS, LESSONS, MORE_WEIGHTS, coded_batch, pick, stream_batch
+from training.minnow.language import answer_loss, layout
+from training.minnow.loop import Stage, train
+from training.minnow.sight import features, sight_batch, sight_loss
 
 __all__ = ["build", "export", "main", "stages"]
 

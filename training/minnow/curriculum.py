@@ -13,9 +13,9 @@ from millpond.eval.streams import generate
 from millpond.eval.streams.drawing import CELLS, LEVELS
 from millpond.eval.streams.events import Event, label_grid, plan
 from millpond.eval.streams.questions import Question, ask
-from millpond.minnow.architecture import Codes
-from millpond.minnow.language import Asked, keep_tokens
-from millpond.minnow.sight import features, patches, round_trip
+from training.minnow.architecture import Codes
+from training.minnow.language import Asked, keep_tokens
+from training.minnow.sight import features, patches, round_trip
 
 __all__ = ["FAMILY_WEIGHTS", "LESSONS", "MORE_WEIGHTS", "Lesson", "coded_batch", "pick", "stream_batch"]
 

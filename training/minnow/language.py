@@ -18,7 +18,7 @@ from torch import Tensor
 
 from millpond.eval.streams.drawing import CELLS
 from millpond.eval.streams.questions import Question
-from millpond.minnow.architecture import TOKENS_PER_SECOND
+from training.minnow.architecture import TOKENS_PER_SECOND
 
 __all__ = ["Asked", "Layout", "answer_loss", "keep_tokens", "layout", "place"]
 

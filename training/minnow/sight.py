@@ -18,7 +18,7 @@ from torch import Tensor
 
 from millpond.eval.streams.digits import digit_indices, digit_value
 from millpond.eval.streams.drawing import CELLS, COLOURS, DIGIT, LEVELS, Scene, Sight
-from millpond.minnow.architecture import IMAGE_NUMBERS, Codes
+from training.minnow.architecture import IMAGE_NUMBERS, Codes
 
 __all__ = ["features", "patches", "round_trip", "sight_batch", "sight_loss"]
 
