@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from millpond.native import build
 
 from millpond import native
-from millpond.native import build
 
 ROOT = Path(__file__).parent.parent
 TURNING = ROOT / "src" / "millpond" / "native" / "turning.cpp"

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from millpond.native import build
 
 import millpond
 from millpond import native
-from millpond.native import build
 from millpond.policies.base import keep_top
 from millpond.policies.infinipot_v import InfiniPotV
 from millpond.policies.keydiff import distinctiveness

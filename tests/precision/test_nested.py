@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from millpond.precision.clusters import nest_row
 
 from millpond.errors import PrecisionError
 from millpond.precision import nested
-from millpond.precision.clusters import nest_row
 from millpond.precision.nested import NestedWeight, nest, product
 
 

@@ -15,9 +15,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
+from millpond.precision.triton_kernel import product  # noqa: E402
+
 from millpond.errors import PrecisionError  # noqa: E402
 from millpond.precision.nested import NestedWeight, nest  # noqa: E402
-from millpond.precision.triton_kernel import product  # noqa: E402
 
 
 def made(rows: int, columns: int) -> NestedWeight:
