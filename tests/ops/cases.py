@@ -286,6 +286,22 @@ def exceed(draw: Draw) -> Case:
     return Case((x, Estimators(columns, lines, projections, scale, 1e-6)), seen=list)
 
 
+def write_metadata(draw: Draw) -> Case:
+    heads, count, axes = draw.any.randint(1, 3), draw.any.choice((1, 4, 9)), draw.any.choice((1, 3))
+    positions = draw.whole(-5, 10**6, axes, count).T  # by axis, as a model's
+    if draw.any.random() < 0.3:
+        positions = draw.whole(0, 99, count, 1).expand(count, axes)
+    layers = []
+    for _ in range(draw.any.randint(1, 3)):
+        start, capacity = draw.any.randint(0, 5), count + draw.any.randint(5, 9)
+        times, sums = draw.whole(0, 9, heads, capacity), draw.cut(draw.randn(heads, capacity), 0)
+        grid_positions = draw.cut(draw.whole(0, 9, heads, capacity, 2).to(torch.int16), 1)
+        rotary = draw.cut(draw.whole(0, 9, heads, capacity, axes).int(), 1)
+        layers.append((start, times, grid_positions, rotary, draw.any.choice((None, sums))))
+    grid_position = draw.whole(-2, 99, count, 2).to(torch.int16)
+    return Case((draw.whole(0, 10**15, count), grid_position, positions, layers))
+
+
 CASES: dict[str, Callable[[Draw], Case]] = {
     each.__name__: each
     for each in (
@@ -305,5 +321,6 @@ CASES: dict[str, Callable[[Draw], Case]] = {
         nested_product,
         nested_rows,
         rerotate,
+        write_metadata,
     )
 }

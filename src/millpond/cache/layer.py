@@ -18,6 +18,7 @@ from millpond.cache.storage import zeros
 from millpond.errors import BudgetError, ModelError
 from millpond.memory.geometry import Geometry
 from millpond.memory.resumable import InPlace, Pieces
+from millpond.ops.metadata import LayerMetadata
 from millpond.positions import Rope
 
 __all__ = ["PondLayer", "turning"]
@@ -128,18 +129,9 @@ class PondLayer(CacheLayerMixin):
 
     # --- what the pond calls ------------------------------------------------------------------------------------
 
-    def write_metadata(self, start: int, time_us: Tensor, grid_position: Tensor, positions: Tensor) -> None:
-        """Write the metadata of n tokens into slots `start`... of every head, before or after their keys arrive.
-
-        Args:
-            time_us: int64 [n]. place: int16 [n, 2]. positions: int [n, axes].
-        """
-        count = time_us.shape[0]
-        self.time_us.narrow(1, start, count).copy_(time_us)
-        self.grid_position.narrow(1, start, count).copy_(grid_position)
-        self.positions.narrow(1, start, count).copy_(positions)
-        if self.accumulated_attention is not None:
-            self.accumulated_attention.narrow(1, start, count).zero_()
+    def metadata(self) -> LayerMetadata:
+        """What `millpond.ops.write_metadata` writes into, behind the live slots."""
+        return self.length, self.time_us, self.grid_position, self.positions, self.accumulated_attention
 
     def compaction(self, keep: Tensor, start: int, chunk: int) -> list[Callable[[], None]]:
         """The steps that move the kept tokens down in place, head by head; the rest is forgotten. See `Steps`.

@@ -13,6 +13,7 @@ from millpond.ops.dequantization import dequantize
 from millpond.ops.dispatch import OPERATIONS
 from millpond.ops.infinipot_v import infinipot_v_selection
 from millpond.ops.merging import distances, fold
+from millpond.ops.metadata import write_metadata
 from millpond.ops.ranking import best, best_and_protected
 from millpond.ops.rerotation import rerotate
 from millpond.ops.similarity import distinctiveness
@@ -39,4 +40,5 @@ __all__ = [
     "rerotate",
     "sources",
     "status",
+    "write_metadata",
 ]

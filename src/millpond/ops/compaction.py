@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from math import prod
 
 from torch import Tensor
 
@@ -86,9 +85,12 @@ def _move_rows(keep: Tensor, tensors: Sequence[Tensor], chunk: int, progress: Pr
         return DECLINED
     layout: list[int] = []
     for tensor in tensors:
-        size, shape, strides = tensor.element_size(), tensor.shape, tensor.stride()
-        row = prod(shape[2:])
-        if not tensor.is_cpu or strides[1] != row or not _contiguous(shape[2:], strides[2:]):
+        size, shape, strides, row = tensor.element_size(), tensor.shape, tensor.stride(), 1
+        for axis in range(len(shape) - 1, 1, -1):  # the elements of a row, one behind the other
+            if strides[axis] != row and shape[axis] != 1:
+                return DECLINED
+            row *= shape[axis]
+        if strides[1] != row or not tensor.is_cpu:
             return DECLINED
         layout += (tensor.data_ptr(), strides[0] * size, row * size)
     heads, slots = keep.shape
@@ -96,13 +98,3 @@ def _move_rows(keep: Tensor, tensors: Sequence[Tensor], chunk: int, progress: Pr
     addresses = (ctypes.c_int64 * len(layout))(*layout)
     run(addresses, len(tensors), keep.data_ptr(), heads, slots, ctypes.byref(progress.count))
     return None
-
-
-def _contiguous(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether the elements of one row lie one behind the other."""
-    expected = 1
-    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
