@@ -1,8 +1,6 @@
 """Every operation's kernel and its reference say the same, for any dtype, layout and size; and which of them runs."""
 
-import os
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +70,12 @@ def test_kernel_and_reference_say_the_same(name: str) -> None:
 
 @compiled_only
 @pytest.mark.parametrize("name", sorted(CASES))
-def test_the_kernel_runs_where_it_can_and_the_reference_where_it_cannot(name: str) -> None:
-    operation, seen = ops.OPERATIONS[name], set()
-    for seed in range(SEEDS):
-        case = CASES[name](Draw(seed))
-        kernel, _ = run(name, seed, operation.kernels["cpu"])
-        found, _ = run(name, seed, operation)
-        assert found is not DECLINED
-        wanted = run(name, seed, operation.reference)[0] if kernel is DECLINED else kernel
-        assert same(case.seen(found), case.seen(wanted), {})
-        seen.add(kernel is DECLINED)
-    assert False in seen
+def test_what_a_kernel_declines_goes_to_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    operation = ops.OPERATIONS[name]
+    monkeypatch.setattr(operation, "reference", lambda *_, **__: "reference")
+    for seed in range(SEEDS // 2):
+        declined = run(name, seed, operation.kernels["cpu"])[0] is DECLINED
+        assert (str(run(name, seed, operation)[0]) == "reference") == declined
 
 
 def test_switched_off_every_operation_runs_its_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,11 +91,12 @@ def test_switched_off_every_operation_runs_its_reference(monkeypatch: pytest.Mon
         run("best", 0, ops.best)
 
 
-def test_the_environment_switches_kernels_off() -> None:
-    code = "from millpond import ops; from millpond.ops import dispatch; print(dispatch.kernels_enabled, ops.status())"
-    given = {**os.environ, "MILLPOND_NATIVE": "0"}
-    said = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, check=True).stdout
-    assert said == "False switched off by MILLPOND_NATIVE=0\n"
+def test_the_environment_switches_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, enabled in (("0", False), ("1", True)):
+        monkeypatch.setenv("MILLPOND_NATIVE", value)
+        assert runpy.run_path(dispatch.__file__)["kernels_enabled"] is enabled
+    monkeypatch.setenv("MILLPOND_NATIVE", "0")
+    assert build.compiled.__wrapped__(ops.sources()[0]) == (None, "switched off by MILLPOND_NATIVE=0")
 
 
 def test_a_device_without_a_kernel_runs_the_reference() -> None:
