@@ -12,8 +12,9 @@ from torch import Tensor
 
 from millpond.memory.resumable import Progress
 from millpond.ops.dequantization import code_word
+from millpond.ops.ranking import best_and_protected
 from millpond.ops.width_choice import Estimators, estimate, rms_norm
-from tests.policies.views import grid_view, joined, with_text
+from tests.policies.views import grid_view, joined, thinned, with_text
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -87,7 +88,7 @@ def check_selection(draw: Draw) -> Case:
     elif fault in ("below", "above"):
         keep[0, -1] = -1 if fault == "below" else tokens
     elif fault == "twice":
-        keep[0, -1] = keep[0, 0]
+        keep[-1, -1] = keep[-1, -2:][0]
     elif fault == "missing":
         protected[-1] = True
     return Case((draw.cut(keep), protected))
@@ -114,6 +115,8 @@ def rerotate(draw: Draw) -> Case:
     keys[..., -1, 0] = torch.nan
     delta = draw.whole(-30_000, 30_000, 3, tokens).T  # by column
     delta[1 : tokens // 2] = delta[0].clone()
+    if draw.any.random() < 0.5:  # tokens that move alike along one axis only
+        delta[:, 2] = 7
     if tokens > 1:
         delta[tokens // 2] = 0
     if draw.any.random() < 0.3:
@@ -213,12 +216,16 @@ def infinipot_v_selection(draw: Draw) -> Case:
     grid = draw.any.choice(((1, 1), (1, 9), (9, 1), (2, 3), (3, 4), (12, 12)))
     width, dtype = draw.any.choice((1, 7, 16, 17, 32, 80, 130)), draw.any.choice(FLOATS)
     made = {"width": width, "dtype": dtype, "seed": draw.any.randrange(1000)}
-    view = grid_view(draw.any.randint(3, 9), *grid, recent=draw.any.randint(1, 2), **made)
-    kind = draw.any.choice(("plain", "text", "sizes", "odd"))
+    view = grid_view(draw.any.randint(4, 9), *grid, recent=draw.any.randint(1, 3), **made)
+    kind = draw.any.choice(("plain", "text", "sizes", "sparse", "odd"))
     if kind == "text" and grid != (1, 1):
         view = with_text(view)
     elif kind == "sizes":
         view = joined(grid_view(4, 4, 5, **made), grid_view(3, 2, 3, recent=1, **made))
+        view.protected[:] = view.time_us >= view.time_us[:, -19:-18]  # frames of both sizes
+    elif kind == "sparse":
+        view = grid_view(20, 4, 5, recent=1, **made)
+        view = thinned(view, best_and_protected(draw.randn(2, 400), view.protected, draw.any.choice((60, 200))), 1)
     keys, values = view.keys, view.values
     if kind == "odd":
         keys, values = (draw.cut(part.clone()) for part in (keys, values))
@@ -228,7 +235,11 @@ def infinipot_v_selection(draw: Draw) -> Case:
     slots = draw.any.randint(recent, view.tokens)
     # The cosines of single numbers are all 1 or -1, give or take a rounding.
     by_redundancy = recent if width == 1 else draw.any.randint(recent, slots)
-    named = {"by_redundancy": by_redundancy, "slots": slots, "thresholds": (0.2, 0.3, 0.4)}
+    named = {
+        "by_redundancy": by_redundancy,
+        "slots": slots,
+        "thresholds": draw.any.choice(((0.2, 0.3, 0.4), (0.4, 0.6, 0.8))),
+    }
     named |= {"pooling": draw.any.choice((None, 1, 3, 5, 7)), "chunk": view.chunk, "span": draw.any.choice((3, 200))}
     return Case((keys, values, view.time_us, view.grid_position, view.protected), named)
 
