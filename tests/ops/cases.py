@@ -221,8 +221,9 @@ def infinipot_v_selection(draw: Draw) -> Case:
     if kind == "text" and grid != (1, 1):
         view = with_text(view)
     elif kind == "sizes":
-        view = joined(grid_view(4, 4, 5, **made), grid_view(3, 2, 3, recent=1, **made))
-        view.protected[:] = view.time_us >= view.time_us[:, -19:-18]  # frames of both sizes
+        small = draw.any.randint(1, 3)
+        view = joined(grid_view(4, 4, 5, **made), grid_view(small, 2, 3, recent=1, **made))
+        view.protected[:] = view.time_us >= view.time_us[:, [-6 * small - 1]]  # frames of both sizes
     elif kind == "sparse":
         view = grid_view(20, 4, 5, recent=1, **made)
         view = thinned(view, best_and_protected(draw.randn(2, 400), view.protected, draw.any.choice((60, 200))), 1)
