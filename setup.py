@@ -13,8 +13,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent / "src"
-BUILD = runpy.run_path(str(ROOT / "millpond" / "native" / "build.py"))
-SOURCES = sorted(ROOT.glob("millpond/*/*.cpp"))
+BUILD = runpy.run_path(str(ROOT / "millpond" / "ops" / "build.py"))
+SOURCES = sorted(ROOT.glob("millpond/ops/*.cpp"))
 
 
 class PlainLibraries(build_ext):

@@ -26,7 +26,7 @@ from time import perf_counter
 
 import torch
 
-from millpond import native, policies
+from millpond import ops, policies
 from millpond.cache import Pond
 from millpond.eval.hardware import write_metadata
 from millpond.memory.geometry import Geometry
@@ -175,7 +175,7 @@ def main() -> None:
         "what": "one compaction pass at Qwen2-VL-7B's shapes, 6,048 -> 4,536 tokens",
         "machine": write_metadata(),
         "noise": "a shared machine with other jobs running; compare the ratios, not the milliseconds",
-        "kernels": "compiled" if native.status().endswith(".so") else native.status(),
+        "kernels": "compiled" if ops.status().endswith(".so") else ops.status(),
         "aim": {"released_over_pass": ">= 20", "pass_over_copy": "<= 2", "scratch_share_of_cache": "<= 0.05"},
         **{str(dtype).split(".")[1]: measure(dtype, options.repetitions) for dtype in (torch.float32, torch.bfloat16)},
     }

@@ -32,7 +32,7 @@ from models import qwen2_vl
 from torch import Tensor
 from tqdm import tqdm
 
-from millpond import Session, native
+from millpond import Session, ops
 from millpond import session as session_module
 from millpond.eval.hardware import describe
 from millpond.frames import Frame
@@ -171,7 +171,7 @@ def main() -> None:
         "command": "OMP_NUM_THREADS=1 python bench/overhead.py --out bench/results/overhead.json",
         "machine": describe(),
         "noise": "a shared machine with other jobs running; processor time; compare the shares, not the milliseconds",
-        "kernels": "compiled" if native.status().endswith(".so") else native.status(),
+        "kernels": "compiled" if ops.status().endswith(".so") else ops.status(),
         "aim": {"share_of_totals": f"<= {AIM}"},
         "layers": {"run": options.layers, "of": 28},
         "vision": "left out: a stub",

@@ -21,7 +21,7 @@ import torch
 from compaction import KEPT, LAYERS, TOKENS, fill, new_pond, peak_bytes
 from tqdm import tqdm
 
-from millpond import native, policies
+from millpond import ops, policies
 from millpond.cache import Pond
 from millpond.eval.hardware import describe
 from millpond.policies.base import Policy
@@ -93,7 +93,7 @@ def main() -> None:
         "what": f"one compaction pass at Qwen2-VL-7B's shapes, {TOKENS} -> {KEPT} tokens, every policy in one run",
         "machine": describe(),
         "noise": "a shared machine with other jobs running; compare the ratios, not the milliseconds",
-        "kernels": "compiled" if native.status().endswith(".so") else native.status(),
+        "kernels": "compiled" if ops.status().endswith(".so") else ops.status(),
         **kinds,
     }
     text = json.dumps(result, indent=2)

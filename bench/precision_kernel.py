@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from millpond.eval.hardware import describe
 from millpond.memory.budget import parse_bytes
-from millpond.precision.nested import NestedWeight, product, status
+from millpond.ops import status
+from millpond.precision.nested import NestedWeight, product
 
 WIDTHS = (3, 4, 5, 6)
 PLANES = max(WIDTHS)

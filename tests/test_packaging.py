@@ -9,43 +9,43 @@ from pathlib import Path
 import pytest
 import torch
 
-from millpond import native
-from millpond.native import build
+from millpond.ops import build, rerotate, rerotation
 
 ROOT = Path(__file__).parent.parent
-TURNING = ROOT / "src" / "millpond" / "native" / "turning.cpp"
+SOURCE = ROOT / "src" / "millpond" / "ops" / "rerotation.cpp"
 
 
 @pytest.fixture
 def without_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """Where the wheel's library of turning.cpp lies on a machine without a compiler; nothing lies there yet."""
-    library = tmp_path / "prebuilt" / "turning.so"
+    """Where the wheel's library of rerotation.cpp lies on a machine without a compiler; nothing lies there yet."""
+    library = tmp_path / "prebuilt" / "rerotation.so"
     if build._compiler() is None:
         pytest.skip("no C++ compiler to make a wheel's library with")
     library.parent.mkdir()
-    build.compile_to(TURNING, library)
+    build.compile_to(SOURCE, library)
     monkeypatch.setattr(build, "_compiler", lambda: None)
     monkeypatch.setattr(build, "prebuilt_name", lambda source: library.parent / f"{source.stem}.so")
     build.compiled.cache_clear()
+    monkeypatch.setattr(rerotation._C_REROTATE, "_found", None)
     yield library
     build.compiled.cache_clear()
 
 
 def test_a_wheels_kernels_run_where_there_is_no_compiler(without_compiler: Path) -> None:
-    loaded, where = build.compiled(TURNING)
+    loaded, where = build.compiled(SOURCE)
     assert isinstance(loaded, ctypes.CDLL)
     assert where == str(without_compiler)
     keys, axis, inv_freq = torch.randn(1, 5, 8), torch.zeros(4, dtype=torch.long), torch.rand(4)
     by = torch.arange(5)[:, None]
     angle = by * inv_freq
     low, high = keys[..., :4].clone(), keys[..., 4:].clone()
-    assert native.turn(keys, by, axis, inv_freq)
+    assert rerotate.kernels["cpu"](keys, by, axis, inv_freq) is None
     torch.testing.assert_close(keys[..., :4], low * angle.cos() - high * angle.sin())
 
 
 def test_a_pure_wheel_says_that_there_is_no_compiler(without_compiler: Path) -> None:
     without_compiler.unlink()
-    assert build.compiled(TURNING) == (None, "no C++ compiler")
+    assert build.compiled(SOURCE) == (None, "no C++ compiler")
 
 
 def test_a_processor_that_cannot_run_a_wheels_kernels_is_not_given_them(
@@ -53,7 +53,7 @@ def test_a_processor_that_cannot_run_a_wheels_kernels_is_not_given_them(
 ) -> None:
     monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(build, "_cpu", lambda: "flags : sse2 avx fma")
-    assert build.compiled(TURNING) == (None, "no C++ compiler, and the processor lacks one of avx2, bmi2, fma")
+    assert build.compiled(SOURCE) == (None, "no C++ compiler, and the processor lacks one of avx2, bmi2, fma")
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import millpond
-from millpond import native, policies
+from millpond import policies
 from millpond.cache import Pond
 from millpond.cache.host import HostCache
 from millpond.cache.rerotation import close_gaps, shift_uniformly
 from millpond.errors import BudgetError, MillpondError
 from millpond.memory.geometry import Geometry
 from millpond.memory.plan import Plan, make_plan
+from millpond.ops import dispatch
 from millpond.policies.base import TEXT, Policy
 from millpond.policies.mikv import MiKV
 from millpond.positions import Clock, Rope
@@ -240,7 +241,7 @@ SHARE = 6  # each case tries every sixth place, beginning with another one: most
 @pytest.fixture(autouse=True)
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if not request.getfixturevalue("compiled"):
-        monkeypatch.setattr(native, "_library", lambda source=None: (None, "switched off"))
+        monkeypatch.setattr(dispatch, "kernels_enabled", False)
 
 
 @pytest.mark.slow

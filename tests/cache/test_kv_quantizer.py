@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from millpond import native
 from millpond.cache.kv_quantizer import BITS, KVQuantizer
 from millpond.errors import PolicyError
+from millpond.ops import dispatch
+from millpond.ops.dequantization import unpack_codes
 from tests.session.measure import transient_peak
 
 CPU = torch.device("cpu")
@@ -77,7 +78,7 @@ def test_packing_is_the_identity_on_every_code(bits: int, width: int) -> None:
     codes = (torch.arange(8 * width) * 7 % 2**bits).float().view(2, 4, width)
     quantized = torch.full((2, 4, quantizer.row_bytes(width)), 255, dtype=torch.uint8)
     quantizer._pack(codes, quantized)
-    assert torch.equal(quantizer._unpack(quantized, width), codes)
+    assert torch.equal(unpack_codes(quantized, bits, width), codes)
     assert quantizer.row_bytes(128) == 128 * bits // 8  # no bit is wasted at a head's width
 
 
@@ -144,7 +145,7 @@ def test_what_float16_cannot_hold_becomes_its_nearest_number(bits: int, bad: flo
 def test_bytes_are_those_of_the_storage_and_scratch_is_bounded(
     bits: int, group: int, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "_library", lambda source=None: (None, "switched off"))  # which takes none
+    monkeypatch.setattr(dispatch, "kernels_enabled", False)  # which takes none
     quantizer = KVQuantizer(bits, group)
     keys, values = quantizer.new_keys((3,), 4, width, CPU), quantizer.new_values((3,), 4, width, CPU)
     stored = sum(tensor.untyped_storage().nbytes() for tensor in (*keys, *values))
@@ -180,7 +181,7 @@ def test_compiled_reading_is_the_torch_one_bit_for_bit(
         return out
 
     compiled = read(None)
-    monkeypatch.setattr(native, "_library", lambda source=None: (None, "switched off"))
+    monkeypatch.setattr(dispatch, "kernels_enabled", False)
     assert bool(compiled.isfinite().any())
     for step in (None, group, 4 * group, 4 * group + 1):
         assert torch.equal(compiled, read(step))

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from millpond import native
 from millpond.cache import Pond
 from millpond.cache.kv_quantizer import KVQuantizer
 from millpond.cache.rerotation import close_gaps, shift_uniformly
@@ -15,6 +14,7 @@ from millpond.cache.tier import Tier, stream_order
 from millpond.errors import PolicyError
 from millpond.memory.geometry import Geometry
 from millpond.memory.plan import Plan, make_plan
+from millpond.ops import dispatch
 from millpond.policies.base import TEXT, Policy, View
 from millpond.policies.mikv import MiKV
 from millpond.positions import Clock
@@ -356,7 +356,7 @@ def test_the_plans_bytes_are_those_allocated(bits: int, axes: int, accumulated_a
 @pytest.mark.parametrize("compiled", [True, False])
 def test_scratch_of_every_pass_is_within_the_plan(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiled:
-        monkeypatch.setattr(native, "_library", lambda source=None: (None, "switched off"))
+        monkeypatch.setattr(dispatch, "kernels_enabled", False)
     stream = tiered(bits=3, slots=300)
     for _ in range(70):
         stream.frame()

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millpond import PolicyError, policies
-from millpond.policies.attention import add_columns, attention_moments, attention_scratch, proxy_attention
+from millpond import PolicyError, ops, policies
+from millpond.policies.attention import attention_moments, attention_scratch, proxy_attention
 from millpond.policies.base import TEXT, View
 from tests.policies.views import VIEWS, grid_view, thinned
 from tests.session.measure import transient_peak
@@ -185,7 +185,7 @@ def test_columns_under_a_causal_mask(chunk: int, dtype: torch.dtype) -> None:
     queries, keys = torch.randn(6, 8), torch.randn(20, 8).to(dtype)
     last = torch.tensor([3, 19, 0, 7, 7, 12])
     out = torch.ones(20)
-    add_columns(queries, keys[:0], keys, out, chunk, last)
+    ops.add_attention(queries, keys[:0], keys, out, chunk, last)
     scores = queries.double() @ keys.double().T / 8**0.5
     scores[torch.arange(20) > last[:, None]] = -torch.inf
     torch.testing.assert_close(out.double(), 1 + scores.softmax(1).sum(0))
@@ -198,7 +198,7 @@ def test_columns_under_a_causal_mask(chunk: int, dtype: torch.dtype) -> None:
 def test_scratch_of_attention_is_bounded(rows: int, tokens: int, width: int, chunk: int) -> None:
     queries, keys, out = torch.randn(rows, width), torch.randn(tokens, width).bfloat16(), torch.zeros(tokens)
     last = torch.arange(rows)
-    peak = transient_peak(lambda: add_columns(queries, keys, keys, out, chunk, last))
+    peak = transient_peak(lambda: ops.add_attention(queries, keys, keys, out, chunk, last))
     assert 0 < peak <= attention_scratch(rows, width, chunk)
 
 

@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millpond import PolicyError, native, policies
+from millpond import PolicyError, policies
 from millpond.cache import Pond
 from millpond.cache.tier import MixedPrecisionLayer
 from millpond.memory.geometry import Geometry
 from millpond.memory.plan import make_plan
+from millpond.ops import dispatch
 from millpond.policies.base import SEPARATOR, TEXT, Policy, View
 from millpond.policies.hermes import HERMES
 from millpond.policies.matching import carried_scores_of, matching_scratch
@@ -29,7 +30,7 @@ ASKED = 5  # the proxy's queries
 @pytest.fixture(params=["compiled", "torch"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "torch":
-        monkeypatch.setattr(native, "_library", lambda source=None: (None, "switched off"))
+        monkeypatch.setattr(dispatch, "kernels_enabled", False)
 
 
 def filled(policy: str | Policy = "hermes", geometry: Geometry = GEOMETRY, slots: int = 160, minimum: int = 90) -> Pond:

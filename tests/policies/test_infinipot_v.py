@@ -8,18 +8,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millpond import PolicyError, native, policies
+from millpond import PolicyError, policies
+from millpond.ops import dispatch
+from millpond.ops.infinipot_v import pool_over_grid, pooling_kernel, temporal_redundancy, value_norms
 from millpond.policies.base import TEXT, View
-from millpond.policies.infinipot_v import InfiniPotV, temporal_redundancy, value_norms
-from millpond.policies.pooling import pool_over_grid
+from millpond.policies.infinipot_v import InfiniPotV
 from tests.policies.views import grid_view, joined, thinned, with_text
 
 
 @pytest.fixture(params=["compiled", "torch"], autouse=True)
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "torch":
-        monkeypatch.setattr(native, "_library", lambda source=None: (None, "switched off"))
+        monkeypatch.setattr(dispatch, "kernels_enabled", False)
     return request.param
+
+
+def redundancy(view: View) -> torch.Tensor:
+    return temporal_redundancy(view.keys, view.grid_position, view.protected, view.chunk, max(view.block, view.chunk))
 
 
 def tar(view: View) -> list[list[float]]:
@@ -100,22 +105,22 @@ def van_of(which: int, kernel: int) -> list[list[float]]:
 def test_redundancy_equals_the_papers_sum(which: int, dtype: torch.dtype) -> None:
     view = views()[which]
     view = replace(view, keys=view.keys.to(dtype))
-    assert torch.allclose(temporal_redundancy(view).double(), torch.tensor(tar(view)).double(), atol=1e-5)
+    assert torch.allclose(redundancy(view).double(), torch.tensor(tar(view)).double(), atol=1e-5)
 
 
 @pytest.mark.parametrize("which", range(7))
 @pytest.mark.parametrize("kernel", [1, 3, 5, 7])
 def test_pooling_counts_neither_padding_nor_holes(which: int, kernel: int) -> None:
     view = views()[which]
-    norms = value_norms(view)
-    pool_over_grid(norms, view, kernel)
+    norms = value_norms(view.values, view.chunk)
+    pool_over_grid(norms, view.time_us, view.grid_position, kernel, view.chunk)
     assert torch.allclose(norms.double(), torch.tensor(van_of(which, kernel)).double(), rtol=1e-5)
 
 
 def test_an_even_frame_stays_even_under_pooling_also_at_its_corners() -> None:
     view = grid_view(2, 5, 5)
     norms = torch.full((2, 50), 3.0)
-    pool_over_grid(norms, view, 7)
+    pool_over_grid(norms, view.time_us, view.grid_position, 7, view.chunk)
     assert torch.allclose(norms, torch.full((2, 50), 3.0))
 
 
@@ -123,15 +128,16 @@ def test_an_even_frame_stays_even_under_pooling_also_at_its_corners() -> None:
 def test_the_layers_variation_chooses_the_kernel(spread: float, kernel: int) -> None:
     """Half the norms at 1 - s, half at 1 + s: mean 1, standard deviation s."""
     norms = torch.tensor([1 - spread, 1 + spread]).repeat(2, 30)
-    assert InfiniPotV().kernel(norms) == kernel
-    assert InfiniPotV(pooling=3).kernel(norms) == 3
+    assert pooling_kernel(norms, InfiniPotV().thresholds) == kernel
 
 
 def oracle(policy: InfiniPotV, which: int, slots: int) -> list[list[int]]:
     """The selection by sorting everything in float64."""
     view = views()[which]
     redundancy = tar_of(which)
-    value = van_of(which, policy.kernel(view.values.float().norm(dim=-1)))
+    norms = view.values.float().norm(dim=-1)
+    kernel = pooling_kernel(norms, policy.thresholds) if policy.pooling == "adaptive" else policy.pooling
+    value = van_of(which, kernel)
     by_value = round((1 - policy.alpha) * max(0, slots - policy.tar_first * view.block))
     out = []
     for head in range(view.heads):
@@ -210,8 +216,8 @@ def test_few_tokens_of_many_frames_are_pooled_as_many_tokens_of_few() -> None:
     view = grid_view(40, 4, 5, recent=1)
     for kept in (60, 200):
         sparse = thinned(view, policies.get("random", seed=kept).keep(view, kept), 1)
-        norms = value_norms(sparse)
-        pool_over_grid(norms, sparse, 3)
+        norms = value_norms(sparse.values, sparse.chunk)
+        pool_over_grid(norms, sparse.time_us, sparse.grid_position, 3, sparse.chunk)
         assert torch.allclose(norms.double(), torch.tensor(van(sparse, 3)).double(), rtol=1e-5)
 
 
@@ -219,13 +225,13 @@ def test_the_variation_is_the_norms_own() -> None:
     norms = torch.rand(3, 500, generator=torch.Generator().manual_seed(0)) + 1
     cv = float(norms.double().std(correction=0) / norms.double().mean())
     just_above, just_below = (cv * 1.0001,) * 3, (cv * 0.9999,) * 3
-    assert InfiniPotV(thresholds=just_above).kernel(norms) == 7
-    assert InfiniPotV(thresholds=just_below).kernel(norms) == 1
+    assert pooling_kernel(norms, just_above) == 7
+    assert pooling_kernel(norms, just_below) == 1
 
 
 def test_a_place_that_no_recent_frame_shows_scores_nought() -> None:
     view = joined(grid_view(3, 4, 4), grid_view(3, 2, 2, recent=1))
-    scores = temporal_redundancy(view)
+    scores = redundancy(view)
     outside = (view.grid_position[0, :, 0] >= 2) | (view.grid_position[0, :, 1] >= 2)
     assert bool((scores[0, outside] == 0).all())
     assert bool((scores[0, ~outside & ~view.protected[0]] != 0).all())

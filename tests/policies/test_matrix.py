@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millpond import PolicyError, native, policies
+from millpond import PolicyError, ops, policies
+from millpond.ops import dispatch
 from millpond.plugins import Plugins
 from millpond.policies.base import Policy, View, keep_top
 from tests.policies.views import grid_view, joined, thinned, with_text
@@ -21,7 +22,7 @@ ANY_VIEW = [name for name in CAPPED if name != "infinipot-v-released"]  # which 
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every policy with the compiled loops, where they can be had, and with torch alone."""
     if request.param == "torch":
-        monkeypatch.setattr(native, "_library", lambda source=None: (None, "switched off"))
+        monkeypatch.setattr(dispatch, "kernels_enabled", False)
     return request.param
 
 
@@ -174,7 +175,7 @@ def test_scratch_of_any_shape_stays_within_what_is_declared(
     slots = min(frames - 1, max(2 * recent + 1, int(share * frames))) * view.block
     with pytest.MonkeyPatch.context() as patch:
         if not compiled:
-            patch.setattr(native, "_library", lambda source=None: (None, "switched off"))
+            patch.setattr(dispatch, "kernels_enabled", False)
         peak = pass_peak(policy, view, slots)
     assert 0 < peak <= policy.scratch(heads, view.tokens, width, view.block, view.chunk)
 
@@ -232,7 +233,7 @@ def test_keep_top_refuses_what_cannot_be_kept(slots: int, kernels: str) -> None:
 
 def test_the_compiled_loops_leave_the_processors_arithmetic_alone() -> None:
     """Linking with -ffast-math would make the whole process flush subnormal numbers to zero."""
-    native.status()
+    ops.status()
     assert float(torch.tensor(1e-40, dtype=torch.float32) * 0.5) > 0
     assert 5e-324 > 0
 

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millpond import PolicyError, native, policies
+from millpond import PolicyError, ops, policies
+from millpond.ops import dispatch
 from millpond.policies.base import View
-from millpond.policies.merging import distances, fold, fold_scratch
+from millpond.policies.merging import fold, fold_scratch
 from tests.policies.test_attention import chosen, probabilities
 from tests.policies.views import VIEWS, grid_view, thinned
 from tests.session.measure import transient_peak
@@ -21,7 +22,7 @@ from tests.session.measure import transient_peak
 def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "torch":
-            patch.setattr(native, "_library", lambda source=None: (None, "switched off"))
+            patch.setattr(dispatch, "kernels_enabled", False)
         yield
 
 
@@ -93,7 +94,7 @@ def test_scratch_of_folding_is_bounded(tokens: int, width: int, chunk: int) -> N
     view = grid_view(tokens, 1, 1, width=width, chunk=chunk, dtype=torch.bfloat16)
     owner = (torch.arange(tokens) // 5 * 5).clamp(max=tokens - 1)
     weight = torch.ones(tokens)
-    for run in (lambda: fold(view, 0, owner, weight), lambda: distances(view.keys[0], owner, chunk)):
+    for run in (lambda: fold(view, 0, owner, weight), lambda: ops.distances(view.keys[0], owner, chunk)):
         # A tensor of the test's own, so that the allocator says something.
         assert transient_peak(lambda run=run: (torch.ones(1), run())) <= fold_scratch(tokens, width, chunk)
 

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from millpond import ops
 from millpond.errors import PrecisionError
-from millpond.precision import nested
-from millpond.precision.clusters import nest_row
+from millpond.ops import bit_planes, dispatch
 from millpond.precision.nested import NestedWeight, nest, product
 
 
@@ -18,9 +18,9 @@ from millpond.precision.nested import NestedWeight, nest, product
 def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test of numbers runs with the compiled kernels and without."""
     if request.param == "torch":
-        monkeypatch.setattr(nested, "compiled", lambda source: (None, "switched off"))
-    elif not nested.status().endswith(".so"):
-        pytest.skip(nested.status())
+        monkeypatch.setattr(dispatch, "kernels_enabled", False)
+    elif not ops.status().endswith(".so"):
+        pytest.skip(ops.status())
 
 
 def matrix(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,21 +45,6 @@ def test_the_seed_is_the_best_of_all_clusterings(either: None) -> None:
         labels = found.labels(3)[row].numpy()[order]
         ours = sum(cost(values[labels == c], by[labels == c]) for c in range(8))
         assert ours == pytest.approx(best, rel=1e-4, abs=1e-9)
-
-
-def test_compiled_and_readable_clusters_agree() -> None:
-    if not nested.status().endswith(".so"):
-        pytest.skip(nested.status())
-    w, g = matrix(6, 75, seed=3)
-    w[2, :40] = 0.5  # many equal weights: empty clusters
-    g[3] = 0
-    found = nest(w, g)
-    for row in range(6):
-        labels, tables = nest_row(w[row].numpy(), g[row].numpy(), 3, 8)
-        for width, table in tables.items():
-            assert np.allclose(found.tables[width][row].float().numpy(), table, rtol=1e-3, atol=1e-4)
-            dense = table[labels >> (8 - width)]
-            assert np.allclose(found.dense(width)[row].numpy(), dense, rtol=1e-3, atol=1e-4)
 
 
 @settings(deadline=None, max_examples=25)
@@ -94,7 +79,7 @@ def test_a_width_reads_its_own_planes_only(either: None) -> None:
 def test_the_packed_product_is_the_dense_one(
     either: None, monkeypatch: pytest.MonkeyPatch, columns: int, vectors: int
 ) -> None:
-    monkeypatch.setattr(nested, "_ROWS_AT_ONCE", 5)
+    monkeypatch.setattr(bit_planes, "_ROWS_AT_ONCE", 5)
     found = nest(*matrix(12, columns))
     x = torch.randn(vectors, columns, generator=torch.Generator().manual_seed(1))
     for width in range(3, 9):
@@ -108,7 +93,7 @@ def test_several_threads_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     found = nest(*matrix(130, 64))
     x = torch.randn(1, 64)
     one = product(found, 4, x)
-    monkeypatch.setattr(nested, "_WEIGHTS_A_THREAD", 1000)
+    monkeypatch.setattr(bit_planes, "_WEIGHTS_A_THREAD", 1000)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     assert torch.equal(product(found, 4, x), one)
 

@@ -15,9 +15,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
-from millpond.errors import PrecisionError  # noqa: E402
+from millpond.ops import bit_planes_triton  # noqa: E402
 from millpond.precision.nested import NestedWeight, nest  # noqa: E402
-from millpond.precision.triton_kernel import product  # noqa: E402
 
 
 def made(rows: int, columns: int) -> NestedWeight:
@@ -25,6 +24,10 @@ def made(rows: int, columns: int) -> NestedWeight:
     found = nest(torch.randn(rows, columns, generator=rng), torch.rand(rows, columns, generator=rng))
     tables = {width: table.to(DEVICE) for width, table in found.tables.items()}
     return NestedWeight(found.planes.to(DEVICE), tables, columns)
+
+
+def product(weight: NestedWeight, width: int, x: torch.Tensor) -> torch.Tensor:
+    return bit_planes_triton.product(weight.planes, weight.tables[width], width, weight.columns, x)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (16, 128), (17, 7), (33, 129), (5, 257)])
@@ -45,9 +48,5 @@ def test_it_reads_its_own_planes_only(width: int) -> None:
     assert torch.equal(product(poisoned, width, x), product(weight, width, x))
 
 
-def test_dtype_empty_input_and_missing_widths() -> None:
-    weight = made(4, 24)
-    assert product(weight, 4, torch.ones(2, 24, dtype=torch.bfloat16, device=DEVICE)).dtype == torch.bfloat16
-    assert product(weight, 4, torch.ones(0, 24, device=DEVICE)).shape == (0, 4)
-    with pytest.raises(PrecisionError, match="5 bits cannot be read; there are: 4"):
-        product(weight.kept(5, {4}), 5, torch.ones(1, 24, device=DEVICE))
+def test_no_vectors_give_no_products() -> None:
+    assert product(made(4, 24), 4, torch.ones(0, 24, device=DEVICE)).shape == (0, 4)

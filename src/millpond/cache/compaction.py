@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from millpond import native
+from millpond import ops
 from millpond.cache.moving import Chosen, Compaction, Forgetting
 from millpond.cache.tier import MixedPrecisionLayer, surviving_groups
 from millpond.errors import BudgetError, PolicyError
@@ -156,9 +156,7 @@ def _check(pond: Pond, keep: Tensor, view: View, slots: int) -> None:
         raise PolicyError(
             f"policy {name!r} returned {tuple(keep.shape)} {keep.dtype}, not ({view.heads}, {slots}) int64"
         )
-    fault = native.check(keep, view.protected)
-    if fault is None:
-        fault = _fault(keep, view.protected)
+    fault = ops.check_selection(keep, view.protected)
     if fault == 1:
         raise PolicyError(f"policy {name!r} must return ascending token indices below {view.tokens}")
     if fault == 2:
@@ -171,12 +169,3 @@ def _check_alike(pond: Pond, keep: Tensor, lead: Tensor | None) -> None:
         raise PolicyError(
             f"policy {pond.policy.name!r} recalls frames: it must keep the same tokens in every head and layer"
         )
-
-
-def _fault(keep: Tensor, protected: Tensor) -> int:
-    """What the compiled check does, in torch."""
-    inside = bool((keep[:, 0] >= 0).all()) and bool((keep[:, -1] < protected.shape[1]).all())
-    if not inside or not bool((keep[:, 1:] > keep[:, :-1]).all()):
-        return 1
-    kept = protected.gather(1, keep).sum(dim=1)
-    return 0 if bool((kept == protected.sum(dim=1)).all()) else 2

@@ -7,14 +7,14 @@ caller's business. Knows tensors; nothing about caches, positions or what is wor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from millpond import native
+from millpond import ops
 from millpond.errors import PolicyError
+from millpond.ops.dequantization import code_word
 
 __all__ = ["BITS", "KVQuantizer"]
 
@@ -54,7 +54,7 @@ class KVQuantizer:
 
     def row_bytes(self, width: int) -> int:
         """Bytes of the packed codes of one key or value vector of `width` components."""
-        values, size = self._word
+        values, size = code_word(self.bits)
         return -(-width // values) * size
 
     def value_groups(self, width: int) -> int:
@@ -73,7 +73,7 @@ class KVQuantizer:
     def scratch_bytes(self, tokens: int, width: int) -> int:
         """The most that encoding or decoding `tokens` tokens of one head allocates, in bytes."""
         # Two float32 copies, codes and packed words (int32 where a word is wider than a byte), and the groups' bounds.
-        values, size = self._word
+        values, size = code_word(self.bits)
         padded = -(-width // values) * values
         words = padded // values * (2 if size == 1 else 2 * 4 + 2 * 8)
         bounds = max(-(-tokens // self.group) * width, tokens) * (4 * 4 + 2 * 2 + 2)
@@ -100,15 +100,7 @@ class KVQuantizer:
 
     def dequantize_keys(self, codes: Tensor, scales: Tensor, out: Tensor, step: int | None = None) -> None:
         """Read m groups of keys back into `out`, [m * G, D], `step` tokens at a time; the arguments of `quantize_keys`."""
-        if native.unpack(codes, scales, self.bits, True, out):
-            return
-        for part in self._parts(step, codes, scales, out):
-            self._dequantize_keys(*part)
-
-    def _dequantize_keys(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
-        floats = self._unpack(codes, out.shape[1])
-        floats.mul_(scales[:, :1]).add_(scales[:, 1:])
-        out.copy_(floats.view(out.shape))
+        ops.dequantize(codes, scales, self.bits, True, out, step)
 
     # --- values: per token --------------------------------------------------------------------------------------
 
@@ -136,30 +128,9 @@ class KVQuantizer:
 
     def dequantize_values(self, codes: Tensor, scales: Tensor, out: Tensor, step: int | None = None) -> None:
         """Read values back into `out`, [m * G, D], `step` tokens at a time; the arguments of `quantize_values`."""
-        if native.unpack(codes, scales, self.bits, False, out):
-            return
-        for part in self._parts(step, codes, scales, out):
-            self._dequantize_values(*part)
-
-    def _dequantize_values(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
-        floats = self._unpack(codes, out.shape[1])
-        for index, part in enumerate(floats.split(self.group, dim=2)):
-            part.mul_(scales[:, :, 0, index, None]).add_(scales[:, :, 1, index, None])
-        out.copy_(floats.view(out.shape))
-
-    def _parts(
-        self, step: int | None, codes: Tensor, scales: Tensor, out: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The arguments of a decoding cut to `step` tokens, whole groups; None: not at all."""
-        groups = max(1, (step or len(out)) // self.group)
-        return zip(codes.split(groups), scales.split(groups), out.split(groups * self.group), strict=True)
+        ops.dequantize(codes, scales, self.bits, False, out, step)
 
     # --- codes --------------------------------------------------------------------------------------------------
-
-    @property
-    def _word(self) -> tuple[int, int]:
-        """Codes in a word, and the word's bytes: the least whole bytes that whole codes fill."""
-        return (8, 3) if self.bits == 3 else (8 // self.bits, 1)
 
     def _bounds(self, floats: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         """float16 step and minimum of each group."""
@@ -173,7 +144,7 @@ class KVQuantizer:
 
     def _pack(self, floats: Tensor, quantized: Tensor) -> None:
         """Codes as floats [..., D] into words; the first code is in the lowest bits, missing ones are 0."""
-        values, size = self._word
+        values, size = code_word(self.bits)
         quantized.zero_()
         if size == 1:
             for place in range(values):
@@ -188,21 +159,6 @@ class KVQuantizer:
             words[..., : part.shape[-1]].bitwise_or_(part << (self.bits * place))
         for byte in range(size):
             quantized[..., byte::size] = ((words >> (8 * byte)) & 255).to(torch.uint8)
-
-    def _unpack(self, quantized: Tensor, width: int) -> Tensor:
-        """Words to codes as float32 [..., D]."""
-        values, size = self._word
-        if size == 1:
-            words = quantized
-        else:
-            words = quantized[..., ::size].to(torch.int32)
-            for byte in range(1, size):
-                words.bitwise_or_(quantized[..., byte::size].to(torch.int32) << (8 * byte))
-        floats = torch.empty(*quantized.shape[:-1], width, device=quantized.device)
-        for place in range(values):
-            part = floats[..., place::values]
-            part.copy_((words[..., : part.shape[-1]] >> (self.bits * place)) & (2**self.bits - 1))
-        return floats
 
 
 def _finite(rows: Tensor) -> Tensor:

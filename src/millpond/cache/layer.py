@@ -6,7 +6,6 @@ budgets, policies or positions' meaning; `millpond.cache.pond` owns those.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from functools import partial
 
@@ -14,11 +13,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from millpond import native
+from millpond import ops
 from millpond.cache.storage import zeros
 from millpond.errors import BudgetError, ModelError
 from millpond.memory.geometry import Geometry
-from millpond.memory.resumable import Pieces, Rows
+from millpond.memory.resumable import InPlace, Pieces
+from millpond.ops.metadata import LayerMetadata
 from millpond.positions import Rope
 
 __all__ = ["PondLayer", "turning"]
@@ -129,28 +129,19 @@ class PondLayer(CacheLayerMixin):
 
     # --- what the pond calls ------------------------------------------------------------------------------------
 
-    def write_metadata(self, start: int, time_us: Tensor, grid_position: Tensor, positions: Tensor) -> None:
-        """Write the metadata of n tokens into slots `start`... of every head, before or after their keys arrive.
-
-        Args:
-            time_us: int64 [n]. place: int16 [n, 2]. positions: int [n, axes].
-        """
-        count = time_us.shape[0]
-        self.time_us.narrow(1, start, count).copy_(time_us)
-        self.grid_position.narrow(1, start, count).copy_(grid_position)
-        self.positions.narrow(1, start, count).copy_(positions)
-        if self.accumulated_attention is not None:
-            self.accumulated_attention.narrow(1, start, count).zero_()
+    def metadata(self) -> LayerMetadata:
+        """What `millpond.ops.write_metadata` writes into, behind the live slots."""
+        return self.length, self.time_us, self.grid_position, self.positions, self.accumulated_attention
 
     def compaction(self, keep: Tensor, start: int, chunk: int) -> list[Callable[[], None]]:
-        """The steps that move the kept tokens down in place, head by head; the rest is forgotten. See `Rows` and `Steps`.
+        """The steps that move the kept tokens down in place, head by head; the rest is forgotten. See `Steps`.
 
         Args:
             keep: int64 [H, S], ascending, relative to `start`; everything below `start` stays where it is.
             chunk: survivors moved at a time.
         """
         live = [tensor.narrow(1, start, self.length - start) for tensor in self.tensors()]
-        return [Rows(live, keep, chunk).run, partial(self.settle, start + keep.shape[1])]
+        return [InPlace(ops.move_rows, keep, live, chunk).run, partial(self.settle, start + keep.shape[1])]
 
     def settle(self, length: int) -> None:
         """From now on so many slots are live."""
@@ -194,19 +185,4 @@ class PondLayer(CacheLayerMixin):
 
 def turning(keys: Tensor, rope: Rope, by: Tensor, chunk: int) -> Callable[[], None]:
     """A step that turns keys [n, D] in place by `by`, int64 [n, axes]; what has turned does not turn again when it is repeated."""
-    done, turned = ctypes.c_int64(0), Pieces()
-
-    def make(index: int) -> tuple[Tensor]:
-        part = slice(index * chunk, (index + 1) * chunk)
-        rows = keys[part].clone()
-        rope.rotate_(rows, by[part])
-        return (rows,)
-
-    def write(index: int, rows: Tensor) -> None:
-        keys[index * chunk : index * chunk + len(rows)] = rows
-
-    def run() -> None:
-        if not native.turn(keys, by, rope.axis, rope.inv_freq, done):
-            turned.run(-(-len(keys) // chunk), make, write)
-
-    return run
+    return InPlace(ops.rerotate, keys, by, rope.axis, rope.inv_freq, chunk).run

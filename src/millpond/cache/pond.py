@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from millpond import ops
 from millpond.cache.arena import Arena
 from millpond.cache.compaction import compact_pond, forget_quantized
 from millpond.cache.host import HostCache
@@ -214,9 +215,9 @@ class Pond(Cache):
         if count > self.free:
             raise BudgetError(f"a block of {count} tokens was not admitted: {self.free} slots are free")
         time_us, grid_position = time_us.to(self.device), grid_position.to(self.device)
-        by_token = positions.T.to(self.device, torch.int32)
-        for layer in self.layers:
-            layer.write_metadata(layer.length, time_us, grid_position, by_token)
+        ops.write_metadata(
+            time_us, grid_position, positions.T.to(self.device), [layer.metadata() for layer in self.layers]
+        )
 
     def commit(self, time_us: Tensor, grid_position: Tensor) -> None:
         """Count a block that has run as part of the stream: its groups become the latest, its text protected.

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from millpond import ops
 from millpond.cache.layer import turning
 from millpond.memory.geometry import Geometry
-from millpond.policies.attention import add_columns
 from millpond.positions import Rope
 
 if TYPE_CHECKING:
@@ -87,5 +87,7 @@ def accumulate_attention(pond: Pond, index: int, queries: Tensor, positions: Ten
                 )
                 rope.rotate_(piece, positions[:, first:last].T)
                 rows = piece.reshape(-1, piece.shape[2])
-                add_columns(rows, keys[head, :0], keys[head], accumulated_attention[head], chunk, own.repeat(group))
+                ops.add_attention(
+                    rows, keys[head, :0], keys[head], accumulated_attention[head], chunk, own.repeat(group)
+                )
         layer.credit(accumulated_attention)

@@ -8,10 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from millpond import ops
 from millpond.cache.kv_quantizer import KVQuantizer
 from millpond.cache.layer import PondLayer
 from millpond.memory.geometry import Geometry
-from millpond.memory.resumable import Pieces, Rows
+from millpond.memory.resumable import InPlace, Pieces
 from millpond.positions import Rope
 
 __all__ = ["QuantizedStore"]
@@ -93,7 +94,7 @@ class QuantizedStore:
     def dropping(self, stay: Tensor) -> list[Callable[[], None]]:
         """The steps that forget all groups but `stay`, int64 [H, g] ascending. See `Steps`."""
         live = [tensor[:, : self.groups] for tensor in self.tensors()]
-        return [Rows(live, stay, 1).run, partial(self._settle, stay.shape[1])]
+        return [InPlace(ops.move_rows, stay, live, 1).run, partial(self._settle, stay.shape[1])]
 
     def _settle(self, groups: int) -> None:
         self.groups = groups

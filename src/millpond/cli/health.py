@@ -16,7 +16,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from millpond.cli.errors import one_line
-from millpond.native.build import compiled
+from millpond.ops.build import compiled
 
 __all__ = ["Check", "checks"]
 
@@ -118,16 +118,16 @@ def _kernels() -> Check:
     """Whether the compiled inner loops are built and give what torch gives; without them everything works, slower."""
     import torch
 
-    from millpond import native
+    from millpond import ops
 
     what = "compiled kernels"
-    sources = sorted(Path(native.__file__).parent.glob("*.cpp"))
+    sources = ops.sources()
     for source in sources:
         library, why = compiled(source)
         if library is None:
             return Check(what, f"{source.name} {why}; torch does its work, several times slower", False)
-    best = native.best(torch.tensor([[1.0, 3.0, 2.0]]), 2)
-    if best is None or best.tolist() != [[1, 2]]:
+    best = ops.best(torch.tensor([[1.0, 3.0, 2.0]]), 2)
+    if best.tolist() != [[1, 2]]:
         return Check(what, "they are built, but give wrong numbers: set MILLPOND_NATIVE=0", False, needed=True)
     return Check(what, f"they run ({len(sources)} libraries)", True)
 

@@ -8,16 +8,16 @@ it changes nothing. Knows rows of tensors; nothing about tokens, layers or budge
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from millpond import native
+__all__ = ["InPlace", "Lazy", "Mask", "Move", "Pieces", "Progress", "Steps"]
 
-__all__ = ["Lazy", "Mask", "Move", "Pieces", "Rows", "Steps"]
+T = TypeVar("T")
 
 
 class Move(Protocol):
@@ -79,47 +79,39 @@ class Pieces:
             self._state = at, None
 
 
-class Rows:
-    """Rows that move to the front of each head, in place, in several tensors alike; what lies behind them is forgotten.
+class Progress:
+    """How far an operation in place has come, so that it can be run again, with the same arguments, where it was interrupted.
 
-    Because `keep` ascends, survivor j comes from row >= j: moving chunks in ascending order never overwrites a survivor that is
-    still to be moved, so the scratch is one chunk of one head.
-
-    Args:
-        live: [H, n, ...] each. keep: int64 [H, S], ascending. chunk: rows moved at a time where there is no kernel.
+    Attributes:
+        count: what compiled code has done; counted by itself, so that no interruption comes between.
+        pieces: what torch has done.
     """
 
-    def __init__(self, live: Sequence[Tensor], keep: Tensor, chunk: int) -> None:
-        self._live, self._keep, self._chunk = live, keep, chunk
-        # Heads that have moved; counted by the kernel itself, so that no interruption comes between.
-        self._heads = ctypes.c_int64(0)
-        self._pieces = Pieces()
+    def __init__(self) -> None:
+        self.count = ctypes.c_int64(0)
+        self.pieces = Pieces()
+        self._made: Any = None
+
+    def once(self, make: Callable[[], T]) -> T:
+        """What `make` gives, worked out before anything has changed and then remembered."""
+        if self._made is None:
+            self._made = (make(),)
+        made: T = self._made[0]
+        return made
+
+
+class InPlace:
+    """An operation in place (`millpond.ops`) as a `Move`.
+
+    Args:
+        operation: takes the arguments and a `Progress`.
+    """
+
+    def __init__(self, operation: Callable[..., None], *arguments: Any) -> None:
+        self._operation, self._arguments, self._progress = operation, arguments, Progress()
 
     def run(self) -> None:
-        kept = self._keep.shape[1]
-        if not kept or native.move_rows(self._live, self._keep, self._heads):
-            return
-        chunks = -(-kept // self._chunk)
-        each = chunks * len(self._keep)
-
-        def place(index: int) -> tuple[Tensor, int, int]:
-            """The tensor's head [n, ...] that a piece lies in, the head's number and the piece's first row."""
-            head, chunk = divmod(index % each, chunks)
-            return self._live[index // each][head], head, chunk * self._chunk
-
-        def make(index: int) -> tuple[Tensor | None]:
-            rows, head, first = place(index)
-            part = self._keep[head, first : first + self._chunk]
-            if int(part[-1]) == first + len(part) - 1:  # the head is unmoved up to here: keep[j] == j
-                return (None,)
-            return (rows.index_select(0, part),)
-
-        def write(index: int, moved: Tensor | None) -> None:
-            rows, _, first = place(index)
-            if moved is not None:
-                rows[first : first + len(moved)] = moved
-
-        self._pieces.run(each * len(self._live), make, write)
+        self._operation(*self._arguments, progress=self._progress)
 
 
 class Mask:

@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from millpond.errors import PolicyError
+from millpond.ops.similarity import mean_unit_key
 from millpond.plugins import Plugins
 from millpond.policies.attention import attention_scratch, attention_spread
 from millpond.policies.base import LAYER_SHARE, Policy, View
-from millpond.policies.keydiff import mean_unit_key
 
 __all__ = ["ALLOCATORS", "Allocator", "Cake", "Diversity", "Layered", "apportion"]
 

@@ -1,6 +1,5 @@
-"""Attention of a few proxy queries over the whole memory, in chunks: softmax(q k / sqrt(D)) over the prompt and the view.
+"""Attention of a few proxy queries over the whole memory: softmax(q k / sqrt(D)) over the prompt and the view.
 
-A first pass gathers each row's log-sum-exp, a second one what is wanted of the probabilities; the w x n matrix is never held.
 The latest tokens' queries see what their model showed them: nothing newer than themselves. A proxy text's queries see all of the
 memory and the prompt; the text's own keys, which a compaction never sees, do not count. Knows nothing about what asks.
 """
@@ -10,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from millpond import native
+from millpond import ops
 from millpond.errors import PolicyError
 from millpond.policies.base import TEXT, View
 
-__all__ = ["add_columns", "attention_moments", "attention_scratch", "attention_spread", "proxy_attention"]
+__all__ = ["attention_moments", "attention_scratch", "attention_spread", "proxy_attention"]
 
 
 def proxy_attention(view: View, *, latest: bool) -> Tensor:
@@ -35,7 +34,7 @@ def proxy_attention(view: View, *, latest: bool) -> Tensor:
         for first in range(0, rows.shape[0], at_once):
             part = slice(first, first + at_once)
             last = None if own is None else own[part]
-            add_columns(rows[part], prompt[head], view.keys[head], row, view.chunk, last)
+            ops.add_attention(rows[part], prompt[head], view.keys[head], row, view.chunk, last)
         row /= rows.shape[0]
     return out
 
@@ -49,28 +48,10 @@ def attention_moments(view: View) -> tuple[Tensor, Tensor]:
         PolicyError: the view shows no queries.
     """
     queries, prompt = _proxy(view)
-    group, count = queries.shape[1:3]
-    mean, variance = torch.zeros(2, view.heads, view.tokens, device=view.keys.device)
+    mean, variance = torch.empty(2, view.heads, view.tokens, device=view.keys.device)
     for head in range(view.heads):
-        own, keys = _own(view, head), view.keys[head]
-        if all(
-            native.attention(_scaled(rows), prompt[head], keys, last=own, sums=mean[head], variances=variance[head])
-            for rows in queries[head]
-        ):
-            mean[head] /= group * count
-            variance[head] /= group
-            continue
-        for members in queries[head].split(max(1, view.chunk // count)):
-            scaled, last = _scaled(members.flatten(0, 1)), own.repeat(members.shape[0])
-            level = _levels(scaled, prompt[head], keys, view.chunk, last)
-            for first in range(0, view.tokens, view.chunk):
-                rows = _scores(scaled, keys, first, view.chunk, last).sub_(level[:, None]).exp_()
-                share = rows.unflatten(0, members.shape[:2])
-                middle = share.mean(1, keepdim=True)
-                mean[head, first : first + view.chunk] += middle.sum((0, 1)) / group
-                if count > 1:
-                    spread = share.sub_(middle).square_().sum((0, 1))
-                    variance[head, first : first + view.chunk] += spread / (group * (count - 1))
+        rows = queries[head], prompt[head], view.keys[head], mean[head], variance[head]
+        ops.attention_moments(*rows, view.chunk, _own(view, head))
     return mean, variance
 
 
@@ -85,45 +66,12 @@ def attention_spread(view: View) -> tuple[float, float]:
         PolicyError: the view shows no queries.
     """
     queries, prompt = _proxy(view)
-    count, entropy, variance = queries.shape[2], 0.0, 0.0
-    others = max(0, view.tokens - count)
-    for head in range(view.heads):
-        own, keys = _own(view, head), view.keys[head]
-        totals = [
-            native.attention(_scaled(rows), prompt[head], keys, last=own, counted=others) for rows in queries[head]
-        ]
-        if None not in totals:
-            entropy += sum(one[0] for one in totals if one)
-            variance += sum(one[1] for one in totals if one)
-            continue
-        for members in queries[head].split(max(1, view.chunk // count)):
-            scaled, last = _scaled(members.flatten(0, 1)), own.repeat(members.shape[0])
-            level = _levels(scaled, prompt[head], keys, view.chunk, last)
-            for first in range(0, others, view.chunk):
-                logs = _scores(scaled, keys[:others], first, view.chunk, last).sub_(level[:, None])
-                share = logs.exp()
-                entropy -= float(logs.mul_(share).nan_to_num_(0).sum())
-                if count > 1:
-                    variance += float(share.unflatten(0, members.shape[:2]).var(dim=1).sum())
-    return entropy, variance
-
-
-def add_columns(
-    queries: Tensor, prompt: Tensor, keys: Tensor, out: Tensor, chunk: int, last: Tensor | None = None
-) -> None:
-    """Add to `out`, float32 [n], the sum over queries [r, D] of their attention on each key [n, D]; `chunk` keys at a time.
-
-    Args:
-        prompt: keys [P, D] that share the softmax but get no sum.
-        last: int64 [r], the last key that each query sees; None for all.
-    """
-    scaled = _scaled(queries)
-    if native.attention(scaled, prompt, keys, last=last, sums=out):
-        return
-    level = _levels(scaled, prompt, keys, chunk, last)
-    for first in range(0, keys.shape[0], chunk):
-        share = _scores(scaled, keys, first, chunk, last).sub_(level[:, None]).exp_()
-        out[first : first + chunk] += share.sum(0)
+    others = max(0, view.tokens - queries.shape[2])
+    spreads = [
+        ops.attention_spread(queries[head], prompt[head], view.keys[head], others, view.chunk, _own(view, head))
+        for head in range(view.heads)
+    ]
+    return sum(entropy for entropy, _ in spreads), sum(variance for _, variance in spreads)
 
 
 def attention_scratch(rows: int, head_dim: int, chunk: int) -> int:
@@ -149,28 +97,3 @@ def _own(view: View, head: int) -> Tensor:
     if not len(own):
         own = torch.full((1,), view.tokens - 1, device=own.device)
     return torch.cat([own[:1].expand(count - len(own)), own])
-
-
-def _scaled(queries: Tensor) -> Tensor:
-    scaled: Tensor = queries.float() * queries.shape[1] ** -0.5
-    return scaled
-
-
-def _scores(scaled: Tensor, keys: Tensor, first: int, chunk: int, last: Tensor | None = None) -> Tensor:
-    """float32 [r, c] scores of the keys from `first` on; -inf for those that a query does not see."""
-    part = keys[first : first + chunk]
-    scores: Tensor = scaled @ part.float().T
-    if last is not None:
-        at = torch.arange(first, first + part.shape[0], device=keys.device)
-        scores.masked_fill_(at > last[:, None], -torch.inf)
-    return scores
-
-
-def _levels(scaled: Tensor, prompt: Tensor, keys: Tensor, chunk: int, last: Tensor | None = None) -> Tensor:
-    """Each row's log-sum-exp over the prompt and the keys that it sees: float32 [r]."""
-    level = torch.full((scaled.shape[0],), -torch.inf, device=scaled.device)
-    for first in range(0, prompt.shape[0], chunk):
-        level = torch.logaddexp(level, _scores(scaled, prompt, first, chunk).logsumexp(1))
-    for first in range(0, keys.shape[0], chunk):
-        level = torch.logaddexp(level, _scores(scaled, keys, first, chunk, last).logsumexp(1))
-    return level

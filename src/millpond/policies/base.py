@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from millpond import native
+from millpond import ops
 from millpond.errors import PolicyError
 from millpond.memory.resumable import Move
 
@@ -212,17 +211,4 @@ def keep_top(scores: Tensor, protected: Tensor, slots: int) -> Tensor:
     """
     if not 0 < slots <= scores.shape[1]:
         raise PolicyError(f"cannot keep {slots} of {scores.shape[1]} tokens")
-    scores.nan_to_num_(nan=-torch.inf, posinf=torch.finfo(scores.dtype).max, neginf=-torch.inf)
-    scores.masked_fill_(protected, torch.inf)
-    keep = native.best(scores, slots)
-    if keep is not None:
-        return keep
-    keep = torch.empty(scores.shape[0], slots, dtype=torch.int64, device=scores.device)
-    for head, row in enumerate(scores):
-        # No sort: the least score that stays, what lies above it, and as many of its equals as there is room for.
-        minimum = row.kthvalue(len(row) - slots + 1).values
-        chosen, ties = row > minimum, row == minimum
-        room = slots - chosen.sum()
-        chosen |= ties & (ties.cumsum(0, dtype=torch.int32) <= room)
-        keep[head] = chosen.nonzero()[:, 0]
-    return keep
+    return ops.best_and_protected(scores, protected, slots)

@@ -6,17 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from millpond import native
+from millpond import ops
 from millpond.errors import PolicyError
-from millpond.policies.base import Policy, View, check_between, keep_top
-from millpond.policies.pooling import pool_over_grid
+from millpond.policies.base import Policy, View, check_between
 
-__all__ = ["InfiniPotV", "temporal_redundancy"]
-
-_NORM_FLOOR = 1e-9
+__all__ = ["InfiniPotV"]
 
 
 @dataclass(frozen=True)
@@ -71,110 +67,26 @@ class InfiniPotV(Policy):
         return max(1, int(self.recent_share * frames))
 
     def keep(self, view: View, slots: int) -> Tensor:
-        by_redundancy = slots - self.by_value(slots, view.block)
-        kernel = 0 if self.pooling == "adaptive" else self.pooling
-        keep = native.infinipot_v(view, by_redundancy, slots, kernel, self.thresholds, _NORM_FLOOR)
-        return self._keep(view, by_redundancy, slots) if keep is None else keep
+        return ops.infinipot_v_selection(
+            view.keys,
+            view.values,
+            view.time_us,
+            view.grid_position,
+            view.protected,
+            by_redundancy=slots - self.by_value(slots, view.block),
+            slots=slots,
+            thresholds=self.thresholds,
+            pooling=None if self.pooling == "adaptive" else self.pooling,
+            chunk=view.chunk,
+            span=max(1, view.block, view.chunk),
+        )
 
     def by_value(self, slots: int, group: int) -> int:
         """Tokens of each head that VaN chooses, of `slots` in all, with `group` tokens a frame group."""
         return round((1 - self.alpha) * max(0.0, slots - self.tar_first * group))
-
-    def _keep(self, view: View, by_redundancy: int, slots: int) -> Tensor:
-        """What the compiled selection does, in torch."""
-        protected = view.protected.clone()
-        if by_redundancy > int(protected[0].sum()):
-            scores = temporal_redundancy(view)
-            protected.scatter_(1, keep_top(scores, protected, by_redundancy), True)
-            # A head with too few placed tokens was filled up with text, which does not compete here.
-            protected &= scores > -torch.inf
-            del scores
-        norms = value_norms(view)
-        kernel = self.kernel(norms)
-        if kernel > 1:
-            pool_over_grid(norms, view, kernel)
-        return keep_top(norms, protected, slots)
-
-    def kernel(self, norms: Tensor) -> int:
-        """The pooling kernel of a layer with these value norms, float32 [H, n]."""
-        if self.pooling != "adaptive":
-            return self.pooling
-        mean = float(norms.mean())
-        variance = float(torch.linalg.vector_norm(norms)) ** 2 / norms.numel() - mean**2
-        cv = max(0.0, variance) ** 0.5 / max(mean, 1e-12)
-        return next((size for size, above in zip((7, 5, 3), self.thresholds, strict=True) if cv < above), 1)
 
     def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
         # [H, n]: scores (float32), marks (bool, twice for a moment) and the kept indices (int64); one head's ranking, or its
         # frames and places (32 bytes a token); the table of mean unit keys, and four float32 chunks of full width.
         table = 4 * (head_dim + 1) * max(block, chunk)
         return heads * tokens * (4 + 2 + 8) + 32 * tokens + table + 4 * 4 * chunk * head_dim
-
-
-def value_norms(view: View) -> Tensor:
-    """||V|| of every token: float32 [H, n]."""
-    norms = torch.empty(view.heads, view.tokens, dtype=torch.float32, device=view.values.device)
-    for head in range(view.heads):
-        for first in range(0, view.tokens, view.chunk):
-            rows = view.values[head, first : first + view.chunk].float()
-            norms[head, first : first + view.chunk] = torch.linalg.vector_norm(rows, dim=-1)
-    return norms
-
-
-def temporal_redundancy(view: View) -> Tensor:
-    """TaR of every token: float32 [H, n]; -inf for protected tokens and those without a place.
-
-    The mean over r frames of cos(k, k') at one place is (k / ||k||) . mean(k' / ||k'||): one dot product a token, and a table
-    of one vector a place instead of an r x f x p x D intermediate.
-    """
-    scores = torch.empty(view.heads, view.tokens, dtype=torch.float32, device=view.keys.device)
-    # One round does unless the recent frames differ in size and no table of one frame's places covers them.
-    span = max(1, view.block, view.chunk)
-    for head in range(view.heads):
-        keys, grid_position, recent, out = view.keys[head], view.grid_position[head], view.protected[head], scores[head]
-        _redundancy_of_head(keys, grid_position, recent, view.chunk, span, out)
-    return scores
-
-
-def _redundancy_of_head(
-    keys: Tensor, grid_position: Tensor, recent: Tensor, chunk: int, span: int, out: Tensor
-) -> None:
-    """Of one head; `span` places at a time."""
-    visual = grid_position[:, 0] >= 0
-    latest = (recent & visual).nonzero()[:, 0]
-    height, head_dim = (grid_position.index_select(0, latest).amax(dim=0) + 1).tolist() if len(latest) else (0, 0)
-    outside = ~visual | (grid_position[:, 0] >= height) | (grid_position[:, 1] >= head_dim)
-    index = (grid_position[:, 0].to(torch.int32) * head_dim).add_(grid_position[:, 1]).masked_fill_(outside, -1)
-    out.zero_()
-    for base in range(0, height * head_dim, span):
-        table, seen = _mean_unit_keys(keys, latest, index, base, span, chunk)
-        for first in range(0, len(keys), chunk):
-            at = index[first : first + chunk] - base
-            shown = (at >= 0) & (at < span)
-            at.masked_fill_(~shown, 0)
-            shown &= seen.index_select(0, at) > 0
-            rows = keys[first : first + chunk].float()
-            dots = torch.linalg.vecdot(rows, table.index_select(0, at))
-            dots /= torch.linalg.vector_norm(rows, dim=-1) + _NORM_FLOOR
-            part = out[first : first + chunk]
-            part.copy_(torch.where(shown, dots.neg_(), part))
-    out.masked_fill_(~visual | recent, -torch.inf)
-
-
-def _mean_unit_keys(
-    keys: Tensor, latest: Tensor, index: Tensor, base: int, span: int, chunk: int
-) -> tuple[Tensor, Tensor]:
-    """The mean unit key of the places base... over the recent frames, float32 [span, D], and how many show each, [span]."""
-    table = torch.zeros(span, keys.shape[1], dtype=torch.float32, device=keys.device)
-    seen = torch.zeros(span, dtype=torch.float32, device=keys.device)
-    for first in range(0, len(latest), chunk):
-        part = latest[first : first + chunk]
-        at = index.index_select(0, part) - base
-        inside = (at >= 0) & (at < span)
-        part, at = part[inside], at[inside]
-        rows = keys.index_select(0, part).float()
-        rows /= torch.linalg.vector_norm(rows, dim=-1, keepdim=True) + _NORM_FLOOR
-        table.index_add_(0, at, rows)
-        seen.index_add_(0, at, torch.ones(len(at), device=keys.device))
-    table /= seen.clamp(min=1)[:, None]
-    return table, seen

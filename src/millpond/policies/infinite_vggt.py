@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from millpond import ops
 from millpond.errors import PolicyError
 from millpond.policies.allocation import Diversity
 from millpond.policies.base import LAYER_SHARE, TEXT, Policy, View, keep_top
-from millpond.policies.keydiff import distinctiveness
 
 __all__ = ["InfiniteVGGT"]
 
@@ -53,7 +53,7 @@ class InfiniteVGGT(Policy):
         scores = torch.empty(view.heads, view.tokens, device=view.keys.device)
         for keys, anchor, row in zip(view.keys, _anchors(view), scores, strict=True):
             row[:anchor] = torch.inf
-            distinctiveness(keys[anchor:], view.chunk, row[anchor:])
+            ops.distinctiveness(keys[anchor:], view.chunk, row[anchor:])
         return keep_top(scores, view.protected, slots)
 
     def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:

@@ -8,10 +8,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from millpond import ops
 from millpond.errors import PolicyError
 from millpond.policies.attention import attention_scratch, proxy_attention
 from millpond.policies.base import Policy, View, check_between
-from millpond.policies.merging import distances, fold, fold_scratch
+from millpond.policies.merging import fold, fold_scratch
 
 __all__ = ["KVMerger"]
 
@@ -73,7 +74,7 @@ class KVMerger(Policy):
             stays[keep[head]] = True
             own = owner == torch.arange(view.tokens, device=owner.device)
             owner = torch.where(stays[owner], owner, -1)
-            apart, alike = distances(view.keys[head], owner, view.chunk)
+            apart, alike = ops.distances(view.keys[head], owner, view.chunk)
             others = ((owner >= 0) & ~own).float()
             groups = owner.clamp_min(0)
             count = torch.zeros_like(apart).index_add_(0, groups, others)
@@ -90,7 +91,7 @@ class KVMerger(Policy):
         fixed[attention.masked_fill(fixed, -torch.inf).topk(heavy).indices] = True
         after = torch.arange(1, view.tokens + 1, device=attention.device)
         after[-1] = -1
-        _, alike = distances(view.keys[head], after, view.chunk)
+        _, alike = ops.distances(view.keys[head], after, view.chunk)
         alike = alike[:-1].nan_to_num_(-1, -1, -1)
         joinable = ~(fixed[1:] | fixed[:-1])
         joins = min(view.tokens - slots, int(joinable.sum()))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from millpond import native
+from millpond import ops
 
 __all__ = ["Clock", "Rope"]
 
@@ -90,18 +90,4 @@ class Rope:
             delta: int64 [..., n, axes], broadcastable to the keys; the keys end up roped at p + delta.
             chunk: tokens turned at a time where there is no kernel; all at once by default. With it, delta is [n, axes].
         """
-        if native.turn(keys, delta, self.axis, self.inv_freq):
-            return
-        if chunk is not None:
-            for part, by in zip(keys.split(chunk, dim=-2), delta.split(chunk), strict=True):
-                self.rotate_(part, by)
-            return
-        half = self.inv_freq.shape[0]
-        # Angles in float64: hundreds of radians in float32 are off by 1e-5, which would add up over re-anchorings.
-        picked = delta.index_select(-1, self.axis.to(delta.device)).to(keys.device, torch.float64)
-        angle = picked * self.inv_freq.to(keys.device, torch.float64)
-        cos, sin = angle.cos().to(torch.float32), angle.sin().to(torch.float32)
-        low, high = keys[..., :half].to(torch.float32), keys[..., half : 2 * half].to(torch.float32)
-        turned = low * cos - high * sin
-        keys[..., half : 2 * half] = high * cos + low * sin
-        keys[..., :half] = turned
+        ops.rerotate(keys, delta, self.axis, self.inv_freq, chunk)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from millpond.errors import PrecisionError
+from millpond.ops.width_choice import estimate
 from millpond.precision.folder import digest, sealed, unsealed
 from millpond.precision.tensor_file import read_tensors
 
@@ -46,11 +47,7 @@ class Choice:
 
     def estimate(self, x: Tensor) -> Tensor:
         """Estimates of ||(W_high - W_low) x|| for rows [T, K]: float32 [T]."""
-        rows = x.float()
-        if self.projection is not None:
-            rows = rows @ self.projection.float().T
-        norm: Tensor = torch.linalg.vector_norm(rows, dim=-1)
-        return norm if self.projection is not None else norm * self.slope + self.intercept
+        return estimate(x, self.projection, self.slope, self.intercept)
 
 
 @dataclass(frozen=True, eq=False)

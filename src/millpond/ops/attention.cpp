@@ -1,5 +1,5 @@
 // Attention probabilities of some queries over a memory, summed up per key without ever holding the matrix. C++17 with the
-// vector types of GCC and Clang; millpond.policies.attention has the same in torch, used where this file could not be compiled.
+// vector types of GCC and Clang; attention.py beside this has the same in torch.
 //
 // Keys are taken sixteen at a time, widened and turned to [D, 16], so that four queries make their scores of all sixteen by
 // plain products of vectors. A first pass over the keys gathers each query's log-sum-exp, a second one the probabilities.
@@ -10,7 +10,7 @@
 #include <limits>
 #include <vector>
 
-#include "bfloat16.h"
+#include "floats.h"
 
 namespace {
 
@@ -169,12 +169,12 @@ extern "C" {
 // queries: float32 [rows, width], scaled. prompt, keys: [.., width]. last: [rows], the last key that each query sees, or null for
 // all. Of the first `counted` keys: sums += the sum of the probabilities over the queries, variances += their unbiased variance over
 // the queries (each [counted], or null), totals[0] += -sum p log p, totals[1] += the sum of the variances (or null).
-void millpond_columns_f32(const float* queries, int64_t rows, int64_t width, const float* prompt, int64_t prompt_count,
+void millpond_attention_columns_f32(const float* queries, int64_t rows, int64_t width, const float* prompt, int64_t prompt_count,
                           const float* keys, int64_t count, const int64_t* last, int64_t counted, float* sums,
                           float* variances, double* totals) {
     columns(queries, rows, width, prompt, prompt_count, keys, count, last, counted, sums, variances, totals);
 }
-void millpond_columns_bf16(const float* queries, int64_t rows, int64_t width, const uint16_t* prompt, int64_t prompt_count,
+void millpond_attention_columns_bf16(const float* queries, int64_t rows, int64_t width, const uint16_t* prompt, int64_t prompt_count,
                            const uint16_t* keys, int64_t count, const int64_t* last, int64_t counted, float* sums,
                            float* variances, double* totals) {
     columns(queries, rows, width, prompt, prompt_count, keys, count, last, counted, sums, variances, totals);

@@ -1,5 +1,6 @@
 // The whole selection of infinipot-v in one layer: redundancy, value norms, pooling and both rankings in one call, because at a small
-// model's shapes a call costs more than its loops. C++17; pointers are to contiguous rows, strides are in elements.
+// model's shapes a call costs more than its loops; infinipot_v.py beside this has the same in torch. C++17; pointers are to contiguous
+// rows, strides are in elements.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -14,7 +15,7 @@ namespace {
 
 constexpr int64_t BATCH = 64;  // tokens whose roots and divisions are done together
 
-// Temporal redundancy of one head; see millpond.policies.infinipot_v.
+// Temporal redundancy of one head.
 template <typename T>
 void redundancy(const T* keys, const int16_t* place, const uint8_t* recent, int64_t tokens, int64_t width, float floor,
                 float* table, int64_t span, float* out) {
@@ -159,7 +160,7 @@ struct Sizes {
     int64_t heads, tokens, width, key_stride, value_stride, time_stride, place_stride;
 };
 
-// The selection of infinipot-v in one layer; see millpond.policies.infinipot_v.
+// The selection of infinipot-v in one layer.
 template <typename T>
 void infinipot_v(const T* keys, const T* values, const int64_t* time_us, const int16_t* place, const uint8_t* recent,
                  const Sizes& size, int64_t by_redundancy, int64_t slots, int64_t kernel, const float* thresholds, float floor,

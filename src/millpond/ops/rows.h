@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "bfloat16.h"
+#include "floats.h"
 
 namespace {
 

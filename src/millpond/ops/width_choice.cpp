@@ -1,11 +1,11 @@
 // Decides between two widths for all linears that read the same input: an optional RMS norm, then a line or a projection for each
-// linear, against its threshold. `millpond.precision.choosing` holds the same in torch.
+// linear, against its threshold. width_choice.py beside this has the same in torch.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
-#include "bfloat16.h"
+#include "floats.h"
 
 namespace {
 
@@ -77,7 +77,7 @@ struct Group {
 };
 
 // x: [rows, columns]. out: [count, rows], 1 for the high width.
-void millpond_choose(const Group* group, const float* x, int64_t rows, uint8_t* out) {
+void millpond_exceed(const Group* group, const float* x, int64_t rows, uint8_t* out) {
     const int64_t columns = group->columns;
     std::vector<float> normed(group->scale ? columns : 0);
     for (int64_t row = 0; row < rows; ++row) {

@@ -1,7 +1,7 @@
 """The packed product on CUDA, in Triton: labels from the bit planes, numbers from the row's table, and their dot with x, in one kernel.
 
-The same contract as `millpond.precision.nested.product`. Imports Triton at once, so import it only where there is one. It has been run in Triton's
-interpreter only: how fast it is on a GPU is not known.
+The same contract as `millpond.ops.bit_planes.nested_product`. Imports Triton at once, so import it only where there is one. It has been run in
+Triton's interpreter only: how fast it is on a GPU is not known.
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ import torch
 import triton  # type: ignore[import-not-found]
 import triton.language as tl  # type: ignore[import-not-found]
 from torch import Tensor
-
-from millpond.errors import PrecisionError
-from millpond.precision.nested import NestedWeight
 
 __all__ = ["product"]
 
@@ -44,21 +41,15 @@ def _kernel(  # type: ignore[no-untyped-def]
     tl.store(y + vector * rows + n, total, mask=inside)
 
 
-def product(weight: NestedWeight, width: int, x: Tensor) -> Tensor:
-    """x W^T at `width` bits, from planes 0 ... width-1: x [T, K] -> [T, N], in x's dtype; sums in float32.
-
-    Raises:
-        PrecisionError: no such width, or no table for it.
-    """
-    if not 0 < width <= weight.width or width not in weight.tables:
-        raise PrecisionError(f"{width} bits cannot be read; there are: {', '.join(map(str, sorted(weight.tables)))}")
-    vectors = x.detach().to(torch.float32).contiguous()
-    planes, table = weight.planes.contiguous(), weight.tables[width].contiguous()
-    out = torch.empty(len(vectors), weight.rows, dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(weight.rows, _ROWS), len(vectors))
+def product(planes: Tensor, table: Tensor, head_dim: int, columns: int, x: Tensor) -> Tensor:
+    """x W^T at `head_dim` bits, from planes 0 ... width-1: float32 [T, K] -> [T, N]; sums in float32."""
+    rows, vectors = len(planes), x.detach().contiguous()
+    planes, table = planes.contiguous(), table.contiguous()
+    out = torch.empty(len(vectors), rows, dtype=torch.float32, device=x.device)
+    grid = (triton.cdiv(rows, _ROWS), len(vectors))
     if len(vectors):
         _kernel[grid](
-            planes, table, vectors, out, weight.rows, weight.columns, planes.stride(0), planes.stride(1),
-            BITS=width, ROWS=_ROWS, COLUMNS=_COLUMNS,
+            planes, table, vectors, out, rows, columns, planes.stride(0), planes.stride(1),
+            BITS=head_dim, ROWS=_ROWS, COLUMNS=_COLUMNS,
         )  # fmt: skip
-    return out.to(x.dtype)
+    return out

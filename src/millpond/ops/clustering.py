@@ -1,4 +1,4 @@
-"""Exact weighted 1-D k-means of one row, and its nested refinement, in numpy: what the compiled kernel does, readable.
+"""Exact weighted 1-D k-means of the rows of a matrix, and its nested refinement.
 
 Sorted, an optimal cluster is a run, so the optimum over all clusterings is a dynamic programme over cuts (Wang and Song, 2011).
 """
@@ -8,14 +8,59 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-__all__ = ["nest_row"]
+from millpond.ops.c_functions import CFunction
+from millpond.ops.dispatch import DECLINED, Declined, operation
+
+__all__ = ["cluster_rows"]
 
 Floats = NDArray[np.float64]
 
+_C_CLUSTER_ROWS = CFunction("clustering.cpp", "cluster_rows", "ppnnnnpp")
 
-def nest_row(
+
+@operation
+def cluster_rows(weight: Tensor, sensitivity: Tensor, low: int, high: int) -> tuple[Tensor, dict[int, Tensor]]:
+    """The optimal 2^low clusters of each row by sensitivity-weighted squared error, each then split in two, again optimally, until 2^high.
+
+    Args:
+        weight, sensitivity: float32 [N, K], contiguous, on a CPU.
+
+    Returns:
+        Labels of `high` bits, uint8 [N, K], and for each width low ... high a table, float32 [N, 2^width], ascending in each row; an empty
+        cluster repeats its neighbour's centroid.
+    """
+    labels = torch.empty(weight.shape, dtype=torch.uint8)
+    tables = {bits: torch.empty(len(weight), 1 << bits) for bits in range(low, high + 1)}
+    for n, (row, by) in enumerate(zip(weight.numpy(), sensitivity.numpy(), strict=True)):
+        found, centroids = _cluster_row(row, by, low, high)
+        labels[n] = torch.from_numpy(found)
+        for bits, table in centroids.items():
+            tables[bits][n] = torch.from_numpy(table)
+    return labels, tables
+
+
+@cluster_rows.kernel("cpu")
+def _cluster_rows(
+    weight: Tensor, sensitivity: Tensor, low: int, high: int
+) -> tuple[Tensor, dict[int, Tensor]] | Declined:
+    run = _C_CLUSTER_ROWS.of()
+    given = weight, sensitivity
+    if run is None or not all(one.is_contiguous() and one.dtype == torch.float32 and one.is_cpu for one in given):
+        return DECLINED
+    rows, columns = weight.shape
+    labels = torch.empty(rows, columns, dtype=torch.uint8)
+    sizes = [rows << bits for bits in range(low, high + 1)]
+    flat = torch.empty(sum(sizes))
+    run(weight.data_ptr(), sensitivity.data_ptr(), rows, columns, low, high, labels.data_ptr(), flat.data_ptr())
+    parts = (part.view(rows, -1) for part in flat.split(sizes))
+    return labels, dict(zip(range(low, high + 1), parts, strict=True))
+
+
+def _cluster_row(
     weight: NDArray[np.float32], sensitivity: NDArray[np.float32], low: int, high: int
 ) -> tuple[NDArray[np.uint8], dict[int, NDArray[np.float32]]]:
     """Labels of `high` bits, uint8 [K], and for each width low ... high a table, float32 [2^width], of one row [K]."""

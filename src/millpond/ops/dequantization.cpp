@@ -1,23 +1,10 @@
-// Reading packed keys and values (millpond.cache.kv_quantizer, which has the same in torch, to the same bits). C++17.
+// Reading keys and values that are stored in few bits; dequantization.py beside this has the same in torch, to the same bits. C++17.
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
-#include "bfloat16.h"
+#include "floats.h"
 
 namespace {
-
-inline float of_half(uint16_t bits) {
-    const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16, exponent = (bits >> 10) & 31u, rest = bits & 1023u;
-    if (!exponent) {  // zero and what is smaller than 2^-14
-        const float small = static_cast<float>(rest) * 0x1p-24f;
-        return sign ? -small : small;
-    }
-    const uint32_t wide = sign | (exponent == 31u ? 255u << 23 : (exponent + 112u) << 23) | rest << 13;
-    float x;
-    std::memcpy(&x, &wide, sizeof x);
-    return x;
-}
 
 // One row of packed codes, the first in the lowest bits of its word: a byte, or three bytes for codes of 3 bits.
 template <int BITS>
@@ -33,7 +20,7 @@ inline void codes_of(const uint8_t* packed, int64_t bytes, uint8_t* codes) {
 
 // Code x step + low; the product is exact in float32 (8 and 11 significant bits), so that a fused addition changes nothing.
 template <int BITS, typename T>
-void unpack(const uint8_t* packed, const uint16_t* scales, bool by_channel, int64_t groups, int64_t size, int64_t bytes,
+void dequantize(const uint8_t* packed, const uint16_t* scales, bool by_channel, int64_t groups, int64_t size, int64_t bytes,
             int64_t width, T* out) {
     std::vector<float> step(static_cast<size_t>(width)), low(static_cast<size_t>(width));
     std::vector<uint8_t> codes(static_cast<size_t>(bytes * 8));
@@ -63,9 +50,9 @@ void unpack(const uint8_t* packed, const uint16_t* scales, bool by_channel, int6
 }
 
 template <typename T>
-void unpack_any(const uint8_t* packed, const uint16_t* scales, int64_t bits, int64_t by_channel, int64_t groups,
+void dequantize_any(const uint8_t* packed, const uint16_t* scales, int64_t bits, int64_t by_channel, int64_t groups,
                 int64_t size, int64_t bytes, int64_t width, T* out) {
-    const auto run = bits == 2 ? unpack<2, T> : bits == 3 ? unpack<3, T> : bits == 4 ? unpack<4, T> : unpack<8, T>;
+    const auto run = bits == 2 ? dequantize<2, T> : bits == 3 ? dequantize<3, T> : bits == 4 ? dequantize<4, T> : dequantize<8, T>;
     run(packed, scales, by_channel != 0, groups, size, bytes, width, out);
 }
 
@@ -73,14 +60,14 @@ void unpack_any(const uint8_t* packed, const uint16_t* scales, int64_t bits, int
 
 extern "C" {
 
-// Keys (by_channel) or values in few bits (millpond.cache.kv_quantizer): packed codes [groups, size, bytes] and float16 scales
+// Keys (by_channel) or values in few bits: packed codes [groups, size, bytes] and float16 scales
 // [groups, 2, width], or [groups * size, 2, parts of `size` channels], to out [groups * size, width].
-void millpond_unpack_f32(const uint8_t* packed, const uint16_t* scales, int64_t bits, int64_t by_channel, int64_t groups,
+void millpond_dequantize_f32(const uint8_t* packed, const uint16_t* scales, int64_t bits, int64_t by_channel, int64_t groups,
                          int64_t size, int64_t bytes, int64_t width, float* out) {
-    unpack_any(packed, scales, bits, by_channel, groups, size, bytes, width, out);
+    dequantize_any(packed, scales, bits, by_channel, groups, size, bytes, width, out);
 }
-void millpond_unpack_bf16(const uint8_t* packed, const uint16_t* scales, int64_t bits, int64_t by_channel, int64_t groups,
+void millpond_dequantize_bf16(const uint8_t* packed, const uint16_t* scales, int64_t bits, int64_t by_channel, int64_t groups,
                           int64_t size, int64_t bytes, int64_t width, uint16_t* out) {
-    unpack_any(packed, scales, bits, by_channel, groups, size, bytes, width, out);
+    dequantize_any(packed, scales, bits, by_channel, groups, size, bytes, width, out);
 }
 }

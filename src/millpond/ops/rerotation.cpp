@@ -1,20 +1,20 @@
-// Turning keys along their rotary embedding, in place (millpond.positions.Rope.rotate_, which has the same in torch). C++17.
+// Rotating stored keys to other positions of their rotary embedding, in place; rerotation.py beside this has the same in torch. C++17.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
-#include "bfloat16.h"
+#include "floats.h"
 
 namespace {
 
 template <typename T>
-void turn(T* keys, int64_t head_stride, int64_t heads, int64_t tokens, int64_t width, const int64_t* delta, int64_t token_step,
+void rerotate(T* keys, int64_t head_stride, int64_t heads, int64_t tokens, int64_t width, const int64_t* delta, int64_t token_step,
           int64_t axis_step, int64_t axes, const int64_t* axis, const float* inverse, int64_t half, int64_t* done) {
     if (done && *done) return;
     std::vector<float> cosine(half), sine(half);
     std::vector<int64_t> by(axes);
-    bool known = false;  // cosine and sine are those of `by`: neighbours mostly turn alike
+    bool known = false;  // cosine and sine are those of `by`: neighbours mostly move alike
     for (int64_t n = 0; n < tokens; ++n) {
         for (int64_t a = 0; a < axes; ++a) {
             const int64_t wanted = delta[n * token_step + a * axis_step];
@@ -48,17 +48,17 @@ void turn(T* keys, int64_t head_stride, int64_t heads, int64_t tokens, int64_t w
 
 extern "C" {
 
-// keys: [heads, tokens, width], rows contiguous, heads `head_stride` elements apart. delta: positions to turn by, the same for every head,
+// keys: [heads, tokens, width], rows contiguous, heads `head_stride` elements apart. delta: positions to move by, the same for every head,
 // with its strides in elements. axis, inverse: [half], the axis that each frequency reads, and the frequency. done: may be null; 1 once the
-// keys have turned, which then never turn again.
-void millpond_turn_f32(float* keys, int64_t head_stride, int64_t heads, int64_t tokens, int64_t width, const int64_t* delta,
+// keys are rotated, which then never rotate again.
+void millpond_rerotate_f32(float* keys, int64_t head_stride, int64_t heads, int64_t tokens, int64_t width, const int64_t* delta,
                        int64_t token_step, int64_t axis_step, int64_t axes, const int64_t* axis, const float* inverse, int64_t half,
                        int64_t* done) {
-    turn(keys, head_stride, heads, tokens, width, delta, token_step, axis_step, axes, axis, inverse, half, done);
+    rerotate(keys, head_stride, heads, tokens, width, delta, token_step, axis_step, axes, axis, inverse, half, done);
 }
-void millpond_turn_bf16(uint16_t* keys, int64_t head_stride, int64_t heads, int64_t tokens, int64_t width, const int64_t* delta,
+void millpond_rerotate_bf16(uint16_t* keys, int64_t head_stride, int64_t heads, int64_t tokens, int64_t width, const int64_t* delta,
                         int64_t token_step, int64_t axis_step, int64_t axes, const int64_t* axis, const float* inverse,
                         int64_t half, int64_t* done) {
-    turn(keys, head_stride, heads, tokens, width, delta, token_step, axis_step, axes, axis, inverse, half, done);
+    rerotate(keys, head_stride, heads, tokens, width, delta, token_step, axis_step, axes, axis, inverse, half, done);
 }
 }

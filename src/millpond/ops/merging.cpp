@@ -1,12 +1,12 @@
-// Weighted means of runs of tokens, and how far keys lie from those of their owners. C++17; millpond.policies.merging has the same in
-// torch, used where this file could not be compiled. Rows are contiguous.
+// Weighted means of runs of tokens, and how far keys lie from those of their owners; merging.py beside this has the same in torch. C++17;
+// rows are contiguous.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
-#include "bfloat16.h"
+#include "floats.h"
 
 namespace {
 
