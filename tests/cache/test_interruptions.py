@@ -22,7 +22,7 @@ from millpond.errors import BudgetError, MillpondError
 from millpond.memory.geometry import Geometry
 from millpond.memory.plan import Plan, make_plan
 from millpond.policies.base import TEXT, Policy
-from millpond.policies.mikv import MiKV
+from millpond.policies.methods.mikv import MiKV
 from millpond.positions import Clock, Rope
 from tests.cache.text_model import Scattered
 from tests.session.test_layer_budgets import layered

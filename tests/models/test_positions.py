@@ -9,7 +9,7 @@ import torch
 from millpond import Session
 from millpond.cache import Pond
 from millpond.policies.base import TEXT, Policy
-from millpond.policies.mikv import MiKV
+from millpond.policies.methods.mikv import MiKV
 from tests.models.tiny import tiny
 from tests.session.frames import moving
 

@@ -9,7 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millpond import PolicyError, policies
-from millpond.policies.allocation import Cake, Diversity, Layered, apportion
+from millpond.policies.allocators.base import apportion
+from millpond.policies.allocators.cake import Cake
+from millpond.policies.allocators.diversity import Diversity
+from millpond.policies.layered import Layered
 from tests.policies.test_attention import probabilities
 from tests.policies.views import grid_view, with_text
 from tests.session.measure import transient_peak

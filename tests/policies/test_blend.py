@@ -15,8 +15,8 @@ from millpond.cache.tier import MixedPrecisionLayer
 from millpond.memory.geometry import Geometry
 from millpond.memory.plan import make_plan
 from millpond.policies.base import SEPARATOR, TEXT, Policy, View
-from millpond.policies.hermes import HERMES
-from millpond.policies.matching import carried_scores_of, matching_scratch
+from millpond.policies.methods.hermes import HERMES
+from millpond.policies.scoring.matching import carried_scores_of, matching_scratch
 from tests.cache.test_pond import Breaks
 from tests.policies.test_attention import chosen_by_hermes, hermes_score
 from tests.policies.views import rope

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from millpond import PolicyError, native, policies
 from millpond.policies.base import TEXT, View
-from millpond.policies.infinipot_v import InfiniPotV, temporal_redundancy, value_norms
-from millpond.policies.pooling import pool_over_grid
+from millpond.policies.methods.infinipot_v import InfiniPotV, temporal_redundancy, value_norms
+from millpond.policies.scoring.pooling import pool_over_grid
 from tests.policies.views import grid_view, joined, thinned, with_text
 
 

@@ -14,8 +14,8 @@ import millpond
 from millpond import native
 from millpond.native import build
 from millpond.policies.base import keep_top
-from millpond.policies.infinipot_v import InfiniPotV
-from millpond.policies.keydiff import distinctiveness
+from millpond.policies.methods.infinipot_v import InfiniPotV
+from millpond.policies.scoring.keys import distinctiveness
 from millpond.positions import Rope
 from tests.policies.views import grid_view
 

@@ -250,7 +250,7 @@ def test_a_broken_package_breaks_only_its_own_policy(monkeypatch: pytest.MonkeyP
         policies.get("broken")
     with pytest.raises(PolicyError, match="not a millpond Policy"):
         policies.get("wrong")
-    found["mine"] = EntryPoint("mine", "millpond.policies.recent:Recent", registry.POLICIES.group)
+    found["mine"] = EntryPoint("mine", "millpond.policies.methods.recent:Recent", registry.POLICIES.group)
     with pytest.raises(PolicyError, match=r"'mine' .* must have this as its class attribute"):
         policies.get("mine")
 
@@ -262,12 +262,12 @@ def test_no_package_can_take_the_name_of_a_built_in_policy(monkeypatch: pytest.M
     from millpond.policies import registry
 
     both = [
-        EntryPoint("recent", "millpond.policies.recent:Recent", registry.POLICIES.group),
+        EntryPoint("recent", "millpond.policies.methods.recent:Recent", registry.POLICIES.group),
         EntryPoint("recent", "elsewhere:Recent", registry.POLICIES.group),
     ]
     monkeypatch.setattr("millpond.plugins.entry_points", lambda group: both[::order])
     fresh = Plugins(registry.POLICIES.group, Policy, "policy")
-    assert fresh.found["recent"].module == "millpond.policies.recent"
+    assert fresh.found["recent"].module == "millpond.policies.methods.recent"
 
 
 @pytest.mark.parametrize("value", ["nan", "1e999", "x"])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from millpond import PolicyError, native, policies
 from millpond.policies.base import View
-from millpond.policies.merging import distances, fold, fold_scratch
+from millpond.policies.scoring.merging import distances, fold, fold_scratch
 from tests.policies.test_attention import chosen, probabilities
 from tests.policies.views import VIEWS, grid_view, thinned
 from tests.session.measure import transient_peak

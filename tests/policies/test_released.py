@@ -172,7 +172,7 @@ def test_every_bit_of_it(
 
 def test_scores_have_the_same_bits_however_they_are_cut() -> None:
     """A selection hides most differences in a last bit; the scores show each of them."""
-    from millpond.policies.infinipot_v_released import InfiniPotVReleased
+    from millpond.policies.methods.infinipot_v_released import InfiniPotVReleased
 
     for seed, (size, frames) in enumerate(product((1, 2, 3, 5, 9, 12, 25, 49, 64, 144), (4, 23, 44, 81))):
         recent = frames // 4 * size

@@ -12,8 +12,9 @@ from millpond import BudgetError, PolicyError, PondCache, Session, policies
 from millpond.cache.pond import Pond
 from millpond.models.base import Family
 from millpond.models.transformers_insides import cache_argument
-from millpond.policies.allocation import Allocator, Layered
+from millpond.policies.allocators.base import Allocator
 from millpond.policies.base import View
+from millpond.policies.layered import Layered
 from tests.models.tiny import FAMILIES, tiny
 from tests.session.frames import moving
 from tests.session.measure import held_bytes, transient_peak

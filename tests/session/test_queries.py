@@ -14,7 +14,7 @@ from millpond.cache import PondCache
 from millpond.cache.pond import Pond
 from millpond.cache.rerotation import shift_uniformly
 from millpond.models.base import Family
-from millpond.policies.attention import proxy_attention
+from millpond.policies.scoring.attention import proxy_attention
 from tests.models.tiny import FAMILIES, tiny
 from tests.session.frames import moving
 from tests.session.measure import transient_peak

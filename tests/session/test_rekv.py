@@ -14,7 +14,7 @@ from millpond.cache.pond import Pond
 from millpond.cache.pond_cache import PondCache
 from millpond.models.base import Family, Tokens
 from millpond.policies.base import View
-from millpond.policies.rekv import ReKV
+from millpond.policies.methods.rekv import ReKV
 from millpond.stream.runner import Runner
 from tests.models.tiny import FAMILIES, tiny
 from tests.session.frames import moving

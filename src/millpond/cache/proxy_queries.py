@@ -13,7 +13,7 @@ from torch import Tensor
 
 from millpond.cache.layer import turning
 from millpond.memory.geometry import Geometry
-from millpond.policies.attention import add_columns
+from millpond.policies.scoring.attention import add_columns
 from millpond.positions import Rope
 
 if TYPE_CHECKING:

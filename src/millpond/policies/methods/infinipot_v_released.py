@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from millpond.errors import PolicyError
-from millpond.policies.base import Policy, View
+from millpond.policies.base import Needs, Policy, Shape, View
 
 __all__ = ["InfiniPotVReleased"]
 
@@ -48,7 +48,6 @@ class InfiniPotVReleased(Policy):
 
     name: ClassVar[str] = "infinipot-v-released"
     source: ClassVar[str] = "aiha-lab/InfiniPot-V, kvcache_utils.py at 2a3b136 and 81a4dbe (code read line by line)"
-    whole_frames: ClassVar[bool] = True
 
     tar_ratio: float = 0.5
     query_ratio: float = 0.25
@@ -64,6 +63,10 @@ class InfiniPotVReleased(Policy):
             raise PolicyError(f"{self.name}: rows must be at least 1, not {self.rows}")
         if self.release not in _POOLING:
             raise PolicyError(f"{self.name}: release must be {' or '.join(_POOLING)}, not {self.release!r}")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(whole_frames=True)
 
     def minimum_memory(self, block: int) -> int:
         # One of the frames is recent at least, and TaR's share of the slots holds those that are; see `keep`.
@@ -163,12 +166,14 @@ class InfiniPotVReleased(Policy):
         pooled: Tensor = average(frames, kernel, 1, kernel // 2)
         return pooled.reshape(-1)
 
-    def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
-        # The result (int64 [H, n]) and one head's scores, choice and ranking; before those, the unit keys of its recent frames
-        # (norms beside them for a moment) and one piece of the past, its partner and their products.
-        recent, head_dim = int(tokens * self.query_ratio), head_dim + 2
-        pieces = (_span(chunk) + _REGISTER) * (3 * head_dim + recent // block)
-        return heads * tokens * 8 + max(36 * tokens, 4 * tokens + 4 * (head_dim * recent + pieces))
+    def scratch(self, shape: Shape) -> int:
+        # One head's scores, choice and ranking; before those the unit keys of its recent frames (norms beside them for a moment)
+        # and one piece of the past, its partner and their products.
+        recent, head_dim = int(shape.tokens * self.query_ratio), shape.head_dim + 2
+        pieces = (_span(shape.chunk) + _REGISTER) * (3 * head_dim + recent // shape.block)
+        redundancy = shape.of_head(torch.float32) + 4 * (head_dim * recent + pieces)
+        ranking = shape.of_head(torch.float32) + 4 * shape.of_head(torch.int64)
+        return shape.of_all(torch.int64) + max(ranking, redundancy)
 
 
 def _unit(rows: Tensor) -> Tensor:

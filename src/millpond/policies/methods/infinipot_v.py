@@ -11,8 +11,8 @@ from torch import Tensor
 
 from millpond import native
 from millpond.errors import PolicyError
-from millpond.policies.base import Policy, View, check_between, keep_top
-from millpond.policies.pooling import pool_over_grid
+from millpond.policies.base import Policy, Shape, View, check_between, keep_top
+from millpond.policies.scoring.pooling import pool_over_grid
 
 __all__ = ["InfiniPotV", "temporal_redundancy"]
 
@@ -104,11 +104,16 @@ class InfiniPotV(Policy):
         cv = max(0.0, variance) ** 0.5 / max(mean, 1e-12)
         return next((size for size, above in zip((7, 5, 3), self.thresholds, strict=True) if cv < above), 1)
 
-    def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
-        # [H, n]: scores (float32), marks (bool, twice for a moment) and the kept indices (int64); one head's ranking, or its
-        # frames and places (32 bytes a token); the table of mean unit keys, and four float32 chunks of full width.
-        table = 4 * (head_dim + 1) * max(block, chunk)
-        return heads * tokens * (4 + 2 + 8) + 32 * tokens + table + 4 * 4 * chunk * head_dim
+    def scratch(self, shape: Shape) -> int:
+        # Frames and places of one head, when they are pooled, take no more than the ranking.
+        marks = shape.of_all(torch.bool, torch.bool)
+        return super().scratch(shape) + marks + _redundancy_scratch(shape)
+
+
+def _redundancy_scratch(shape: Shape) -> int:
+    """The most bytes that `temporal_redundancy` allocates for a head: the table of mean unit keys, and four float32 chunks of full width."""
+    table = 4 * (shape.head_dim + 1) * max(shape.block, shape.chunk)
+    return table + 4 * 4 * shape.chunk * shape.head_dim
 
 
 def value_norms(view: View) -> Tensor:

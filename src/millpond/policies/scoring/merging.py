@@ -12,7 +12,7 @@ from torch import Tensor
 
 from millpond import native
 from millpond.memory.resumable import Move, Pieces
-from millpond.policies.base import View
+from millpond.policies.base import Shape, View
 
 __all__ = ["Fold", "change", "distances", "fold", "fold_scratch"]
 
@@ -127,6 +127,6 @@ class Fold:
         return self._keys if index < len(self._groups[3]) else self._values
 
 
-def fold_scratch(tokens: int, head_dim: int, chunk: int) -> int:
-    """The most bytes that `fold` and `distances` allocate for a head of `tokens`, with owners, weights and masks."""
-    return 4 * (5 * chunk + 4) * (head_dim + 4) + 48 * tokens
+def fold_scratch(shape: Shape) -> int:
+    """The most bytes that `fold` and `distances` allocate for a head, with owners, weights and masks."""
+    return 4 * (5 * shape.chunk + 4) * (shape.head_dim + 4) + 6 * shape.of_head(torch.int64)
