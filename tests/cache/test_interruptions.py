@@ -69,7 +69,7 @@ def scene(kind: str, above: int = 12) -> Scene:
     pond.rope = ROPE
     pond.queries.rows.normal_()
     pond.queries.counts = [pond.plan.query_bytes // GEOMETRY.query_bytes] * GEOMETRY.layers
-    if policy.retrieved_frames:
+    if policy.needs.retrieved_frames:
         pond.host = HostCache(GEOMETRY, ROPE, 60 * HostCache.token_bytes(GEOMETRY))
     clock = Clock(step=STEP)
     grid = torch.cartesian_prod(torch.arange(ROWS), torch.arange(COLS))

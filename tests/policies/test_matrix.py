@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from millpond import PolicyError, native, policies
 from millpond.plugins import Plugins
-from millpond.policies.base import Policy, View, keep_top
+from millpond.policies.base import Policy, Shape, View, keep_top
 from tests.policies.views import grid_view, joined, thinned, with_text
 from tests.session.measure import transient_peak
 
@@ -61,7 +61,7 @@ def merged(policy: Policy, view: View, keep: torch.Tensor) -> View:
     for mine, theirs in ((view.keys, after.keys), (view.values, after.values)):
         moved = (mine.view(torch.uint8) != theirs.view(torch.uint8)).view(*mine.shape, -1).any(-1).any(-1)
         assert not bool((moved & ~free).any()), "a protected or forgotten token was changed"
-        assert policy.merges or not bool(moved.any())
+        assert policy.needs.merging or not bool(moved.any())
         assert bool(theirs[moved].isfinite().all()) or not bool(mine[free].isfinite().all())
     return after
 
@@ -176,7 +176,7 @@ def test_scratch_of_any_shape_stays_within_what_is_declared(
         if not compiled:
             patch.setattr(native, "_library", lambda source=None: (None, "switched off"))
         peak = pass_peak(policy, view, slots)
-    assert 0 < peak <= policy.scratch(heads, view.tokens, width, view.block, view.chunk)
+    assert 0 < peak <= policy.scratch(Shape(heads, view.tokens, width, view.block, view.chunk))
 
 
 @pytest.mark.parametrize("shape", [(28, 4, 128, torch.bfloat16, 44, 12, 12), (4, 2, 32, torch.float32, 40, 4, 4)])
@@ -188,11 +188,11 @@ def test_scratch_stays_within_what_is_declared(name: str, shape: tuple, kernels:
     view = grid_view(frames, rows, cols, recent=recent, heads=heads, width=width, dtype=dtype, layers=layers, chunk=20)
     slots = view.tokens * 3 // 4 // view.block * view.block
     peak = pass_peak(policy, view, slots)
-    declared = policy.scratch(heads, view.tokens, width, view.block, view.chunk)
+    declared = policy.scratch(Shape(heads, view.tokens, width, view.block, view.chunk))
     assert 0 < peak <= declared
     cache = layers * heads * view.tokens * (2 * width * dtype.itemsize + 24)
     # A head's vectors of indices weigh more where a token has 2 KB in all; merging needs several.
-    assert declared <= cache / (8 if policy.merges and layers == 4 else 20)
+    assert declared <= cache / (8 if policy.needs.merging and layers == 4 else 20)
 
 
 def test_names_and_parameters() -> None:

@@ -226,7 +226,7 @@ def test_an_admission_thins_what_is_packed() -> None:
 def test_any_scorer_packs_or_is_refused_in_one_line(base: str) -> None:
     family = tiny("qwen2_5_vl")
     if base in ("full", "infinipot-v-released", "infinite-vggt", "mikv"):
-        with pytest.raises(PolicyError, match=r"^mikv: "):
+        with pytest.raises(PolicyError, match=r"^the policy 'mikv': "):
             policies.read(f"mikv:base={base}")
         return
     session = Session(family, budget=budget_for(family, 150), policy=f"mikv:bits=2:group=8:full_share=0.4:base={base}")
