@@ -71,9 +71,7 @@ def test_scratch_is_at_most_a_twentieth(geometry: Geometry, budget: int) -> None
 
 def test_whole_frames_round_the_memory_down() -> None:
     class Whole(Newest):
-        @property
-        def needs(self) -> Needs:
-            return Needs(whole_frames=True)
+        needs = Needs(whole_frames=True)
 
     plan = make_plan(2 << 20, SMALL, Whole(), prompt_tokens=9, group_tokens=16, frames_per_group=2, frame_bytes=100)
     assert plan.memory_tokens % 16 == 0

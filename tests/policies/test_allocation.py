@@ -124,7 +124,7 @@ def test_any_policy_takes_an_allocator_by_name_and_passes_the_rest_on() -> None:
     for text, words in [
         ("full+diversity", "layer budgets and no cap do not go together"),
         ("infinipot-v-released+diversity", "whole frames and layer budgets do not go together"),
-        ("infinite-vggt+diversity", "infinite-vggt has layer budgets already"),
+        ("infinite-vggt+diversity", "has layer budgets already"),
         ("recent+nonesuch", "no allocator is called"),
         ("recent+", "name an allocator"),
         ("recent+diversity:temperature=0", "temperature"),

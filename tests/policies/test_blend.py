@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -292,9 +293,7 @@ def test_a_pass_stays_within_the_scratch_of_the_plan(policy: str | Policy, shape
 
 @dataclass(frozen=True)
 class BreaksUpwards(Breaks):
-    @property
-    def needs(self) -> Needs:
-        return Needs(deeper_scores=True)
+    needs: ClassVar[Needs] = Needs(deeper_scores=True)
 
 
 @pytest.mark.parametrize("layer", range(4))

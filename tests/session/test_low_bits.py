@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from millpond import PolicyError, Session, policies
+from millpond import Session, policies
 from millpond.cache import PondCache
 from millpond.memory.geometry import Geometry
 from millpond.memory.plan import Plan, make_plan
@@ -220,25 +220,6 @@ def test_an_admission_thins_what_is_packed() -> None:
     assert session._runner.pond.quantized_tokens > 0
     assert held_bytes(session) <= usage.allocated_bytes <= usage.peak_bytes <= session.plan.budget
     session.ask(QUESTION, max_new_tokens=3)
-
-
-@pytest.mark.parametrize("base", [policy.name for policy in policies.available()])
-def test_any_scorer_packs_or_is_refused_in_one_line(base: str) -> None:
-    family = tiny("qwen2_5_vl")
-    if base in ("full", "infinipot-v-released", "infinite-vggt", "mikv"):
-        with pytest.raises(PolicyError, match=r"^the policy 'mikv': "):
-            policies.read(f"mikv:base={base}")
-        return
-    session = Session(family, budget=budget_for(family, 150), policy=f"mikv:bits=2:group=8:full_share=0.4:base={base}")
-    session.feed(list(moving(46)))
-    assert session._runner.pond.quantized_tokens > 0
-    assert session._runner.pond.evicted > 0
-    assert held_bytes(session) <= session.usage.peak_bytes <= session.plan.budget
-
-
-def test_layer_budgets_are_refused() -> None:
-    with pytest.raises(PolicyError, match="layer budgets"):
-        policies.read("mikv+diversity")
 
 
 def qwen2_vl_7b(policy: str, budget: int = 2 << 30) -> Plan:

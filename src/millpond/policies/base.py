@@ -178,7 +178,7 @@ class Policy(ABC):
 
     @property
     def needs(self) -> Needs:
-        """What the cache must show the policy and do for it."""
+        """What the cache must show the policy and do for it; a class attribute where no parameter changes it."""
         return Needs()
 
     @abstractmethod

@@ -97,7 +97,12 @@ def check(policy: Policy, *meets: str) -> None:
     for one, other in combinations([*features(policy), *meets], 2):
         why = REFUSED.get((one, other)) or REFUSED.get((other, one))
         if why:
-            raise PolicyError(f"the policy {policy.name!r}: {one} and {other} do not go together: {why}")
+            raise PolicyError(f"{_named(policy)}: {one} and {other} do not go together: {why}")
+
+
+def _named(policy: Policy) -> str:
+    around = f" around {policy.inner.name!r}" if isinstance(policy, Wrapper) else ""
+    return f"the policy {policy.name!r}{around}"
 
 
 class _Delegated:
@@ -128,7 +133,7 @@ class Wrapper(Policy):
 
     def __post_init__(self) -> None:
         if self.adds in features(self.inner):
-            raise PolicyError(f"the policy {self.name!r}: {self.inner.name} has {self.adds} already")
+            raise PolicyError(f"{_named(self)}: that one has {self.adds} already")
         check(self)
 
     def keep(self, view: View, slots: int) -> Tensor:

@@ -206,14 +206,21 @@ class Runner:
         with self.family.showing_queries(see, before=before) if see else nullcontext():
             return self.family.forward(tokens, positions, self.pond)
 
-    def _sight(self, positions: Tensor) -> See | None:
-        """What the policy wants to see of the queries of a block at `positions`, [axes, n]; None when it does not."""
-        pond, rope = self.pond, self.family.rope
-        if self.policy.needs.accumulated_attention:
-            return lambda layer, queries: accumulate_attention(pond, layer, queries, positions, rope)
-        if self.policy.needs.proxy:
-            return lambda layer, queries: pond.queries.note(layer, queries, positions, rope)
-        return None
+    def _sight(self, positions: Tensor, *, proxy_text: bool = False) -> See | None:
+        """What the policy needs of the queries of a block at `positions`, [axes, n]; None when it needs nothing.
+
+        A proxy text is no part of the stream: its attention is not summed up.
+        """
+        pond, rope, noted = self.pond, self.family.rope, self.policy.needs.proxy is not None
+        summed = self.policy.needs.accumulated_attention and not proxy_text
+
+        def see(layer: int, queries: Tensor) -> None:
+            if noted:
+                pond.queries.note(layer, queries, positions, rope)
+            if summed:
+                accumulate_attention(pond, layer, queries, positions, rope)
+
+        return see if noted or summed else None
 
     def ensure_capacity(self, tokens: int) -> None:
         """Compact, if `tokens` stream tokens would not fit beside the turn's reserve."""
@@ -229,7 +236,7 @@ class Runner:
         proxy = self.family.question("", after_video=True)
         try:
             positions = self.family.assign_positions(proxy, self.clock)
-            self._forward(proxy, positions, text=True, see=self._sight(positions))
+            self._forward(proxy, positions, text=True, see=self._sight(positions, proxy_text=True))
             self.roll_back(mark, replace(clock))
         except BaseException:
             # Also when it was the taking back that was interrupted: what stays would be taken for the stream's.

@@ -30,15 +30,12 @@ class H2O(Scorer):
 
     name: ClassVar[str] = "h2o"
     source: ClassVar[str] = "Zhang et al., H2O, NeurIPS 2023 (arXiv 2306.14048): notes on paper and code"
+    needs: ClassVar[Needs] = Needs(accumulated_attention=True)
 
     recent_share: float = 0.5
 
     def __post_init__(self) -> None:
         check_between(self, 0, 1, "recent_share")
-
-    @property
-    def needs(self) -> Needs:
-        return Needs(accumulated_attention=True)
 
     def score(self, view: View) -> Tensor:
         if view.accumulated_attention is None:

@@ -48,6 +48,7 @@ class InfiniPotVReleased(Policy):
 
     name: ClassVar[str] = "infinipot-v-released"
     source: ClassVar[str] = "aiha-lab/InfiniPot-V, kvcache_utils.py at 2a3b136 and 81a4dbe (code read line by line)"
+    needs: ClassVar[Needs] = Needs(whole_frames=True)
 
     tar_ratio: float = 0.5
     query_ratio: float = 0.25
@@ -63,10 +64,6 @@ class InfiniPotVReleased(Policy):
             raise PolicyError(f"{self.name}: rows must be at least 1, not {self.rows}")
         if self.release not in _POOLING:
             raise PolicyError(f"{self.name}: release must be {' or '.join(_POOLING)}, not {self.release!r}")
-
-    @property
-    def needs(self) -> Needs:
-        return Needs(whole_frames=True)
 
     def minimum_memory(self, block: int) -> int:
         # One of the frames is recent at least, and TaR's share of the slots holds those that are; see `keep`.

@@ -33,15 +33,12 @@ class StreamMem(Policy):
 
     name: ClassVar[str] = "streammem"
     source: ClassVar[str] = "Yang et al., StreamMem, 2025 (arXiv 2508.15717): notes on the paper"
+    needs: ClassVar[Needs] = Needs(proxy="prompt", merging=True)
 
     prototypes: float = 0.5
 
     def __post_init__(self) -> None:
         check_between(self, 0, 1, "prototypes")
-
-    @property
-    def needs(self) -> Needs:
-        return Needs(proxy="prompt", merging=True)
 
     def keep(self, view: View, slots: int) -> Tensor:
         scores = proxy_attention(view, latest=False).nan_to_num_(0)
