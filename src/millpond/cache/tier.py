@@ -24,13 +24,13 @@ from millpond.errors import PolicyError
 from millpond.memory.geometry import Geometry
 from millpond.memory.ledger import Ledger
 from millpond.policies.base import View
-from millpond.policies.scoring.matching import stream_order
+from millpond.policies.scoring.matching import order_keys
 from millpond.positions import Rope
 
 if TYPE_CHECKING:
     from millpond.memory.plan import Plan
 
-__all__ = ["DequantizationBuffer", "MixedPrecisionLayer", "Tier", "surviving_groups"]
+__all__ = ["DequantizationBuffer", "MixedPrecisionLayer", "Tier", "stream_order", "surviving_groups"]
 
 
 @dataclass(frozen=True)
@@ -248,6 +248,16 @@ class MixedPrecisionLayer(PondLayer):
         super().adopt(other)
         if isinstance(other, MixedPrecisionLayer):
             self.quantized_store.adopt(other.quantized_store)
+
+
+def stream_order(time: Tensor, grid_position: Tensor) -> Tensor:
+    """The order in which tokens stood in the stream, int64 [n].
+
+    Args:
+        time: int32 [n], first rotary position, which grows along the stream and is shared only within a frame.
+        place: int16 [n, 2], which orders a frame by rows.
+    """
+    return order_keys(time.to(torch.int64, copy=True), grid_position).argsort(stable=True)
 
 
 def surviving_groups(

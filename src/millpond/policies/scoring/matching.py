@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["carried_scores_of", "matching_scratch", "stream_order"]
+__all__ = ["carried_scores_of", "matching_scratch", "order_keys"]
 
 
 def carried_scores_of(
@@ -24,11 +24,8 @@ def carried_scores_of(
     """
     out = torch.empty(to_time_us.shape, device=scores.device)
     for head, row in enumerate(out):
-        # Of the time only its rank among those that the layer holds, so that all fits in.
-        held, order = _stream_keys(torch.searchsorted(time_us[head], time_us[head]), grid_position[head]).sort(
-            stable=True
-        )
-        wanted = _stream_keys(torch.searchsorted(time_us[head], to_time_us[head]), to_place[head])
+        held, order = _keys(time_us[head], time_us[head], grid_position[head]).sort(stable=True)
+        wanted = _keys(time_us[head], to_time_us[head], to_place[head])
         at = torch.searchsorted(held, wanted).clamp_(max=len(held) - 1)
         same = held[at] == wanted
         del held, wanted
@@ -46,18 +43,17 @@ def matching_scratch(tokens: int) -> int:
     return 72 * tokens + 64
 
 
-def stream_order(time: Tensor, grid_position: Tensor) -> Tensor:
-    """The order in which tokens stood in the stream, int64 [n].
+def order_keys(time: Tensor, grid_position: Tensor) -> Tensor:
+    """One number for each token's time and place, int64 [n], that ascends in the order of the stream.
 
     Args:
-        time: int [n] below 2^31, first rotary position, which grows along the stream and is shared only within a frame.
-        place: int16 [n, 2], which orders a frame by rows.
+        time: int64 [n], below 2^31; overwritten. place: int16 [n, 2], which orders a frame by rows.
     """
-    return _stream_keys(time.to(torch.int64, copy=True), grid_position).argsort(stable=True)
-
-
-def _stream_keys(time: Tensor, grid_position: Tensor) -> Tensor:
-    """One number for each token's time, int64 [n] below 2^31 and overwritten, and its place, which grows along the stream."""
     time.bitwise_left_shift_(32)
     time.add_(grid_position[:, 0].to(torch.int64).add_(2).bitwise_left_shift_(16))
     return time.add_(grid_position[:, 1].to(torch.int64).add_(2))
+
+
+def _keys(times: Tensor, time_us: Tensor, grid_position: Tensor) -> Tensor:
+    """Those of one layer's tokens, or of another's, int64 [n]; of the time only its rank among `times`, so that all fits in."""
+    return order_keys(torch.searchsorted(times, time_us), grid_position)
