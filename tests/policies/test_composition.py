@@ -254,5 +254,6 @@ def test_the_tables_in_the_docs_are_those_of_the_code() -> None:
             goes(partial(PondCache, model, "1MiB" if kind.capped else None, kind.name)),
         )
         for kind in policies.available()
+        if kind.__module__.startswith("millpond.")
     ]
     assert [row for row in rows if len(row) == 5][1:] == expected

@@ -10,6 +10,8 @@ from millpond import Session, policies
 from millpond.cache import PondCache
 from millpond.memory.geometry import Geometry
 from millpond.memory.plan import Plan, make_plan
+from millpond.policies.base import Policy
+from millpond.policies.methods.hermes import HERMES
 from tests.cache.text_model import text_model
 from tests.models.tiny import tiny
 from tests.session.frames import moving
@@ -33,12 +35,14 @@ def hidden(session: Session) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("name", "base", "bits"),
-    [("qwen2_5_vl", "infinipot-v", 4), ("qwen2_5_vl", "h2o", 3), ("llava_onevision", "streammem", 2)],
+    [("qwen2_5_vl", "infinipot-v", 4), ("qwen2_5_vl", "h2o", 3), ("llava_onevision", HERMES(deep=0), 2)],
 )
-def test_no_phase_ever_passes_the_budget(name: str, base: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_phase_ever_passes_the_budget(
+    name: str, base: str | Policy, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     family = tiny(name, dtype=torch.bfloat16 if base == "infinipot-v" else torch.float32)
     budget = budget_for(family, 200)
-    session = Session(family, budget=budget, policy=f"mikv:bits={bits}:group=8:full_share=0.4:base={base}")
+    session = Session(family, budget=budget, policy=policies.get("mikv", bits=bits, group=8, full_share=0.4, base=base))
     watched = Watched(session, monkeypatch)
     session.feed(list(moving(51)))
     assert session.usage.evicted_tokens > 0, "the tier overflowed too"
