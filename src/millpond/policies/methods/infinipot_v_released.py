@@ -160,8 +160,10 @@ class InfiniPotVReleased(Policy):
         if axes == 3:
             frames = frames[None]
         average = (functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d)[axes - 1]
+        if axes == 3 and frames.is_cpu:
+            frames = frames.float()  # torch cannot do this in half precision
         pooled: Tensor = average(frames, kernel, 1, kernel // 2)
-        return pooled.reshape(-1)
+        return pooled.reshape(-1).to(scores.dtype)
 
     def scratch(self, shape: Shape) -> int:
         # One head's scores, choice and ranking; before those the unit keys of its recent frames (norms beside them for a moment)
