@@ -36,7 +36,7 @@ def copy_all(pond: Pond) -> None:
 
 
 def _needs(policy: Policy) -> tuple[object, ...]:
-    return policy.sums, policy.proxy, policy.queries
+    return policy.needs.accumulated_attention, policy.needs.proxy, policy.needs.queries
 
 
 def measure(names: list[str], dtype: torch.dtype, repetitions: int) -> dict[str, object]:
@@ -84,7 +84,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     kept = [policies.get(kind.name) for kind in policies.available() if kind.capped]
-    names = options.policies or [policy.name for policy in kept if not policy.tier and not policy.retrieved_frames]
+    names = options.policies or [
+        policy.name for policy in kept if not policy.needs.quantized_tier and not policy.needs.retrieved_frames
+    ]
     kinds = {
         str(dtype).split(".")[1]: measure(names, dtype, options.repetitions)
         for dtype in (torch.float32, torch.bfloat16)

@@ -20,13 +20,15 @@ from millpond import policies
 from millpond.admission.base import Admission
 from millpond.answer import Answer, LayerMemory, Usage
 from millpond.device import DEFAULT_FRAME, default_budget, load_within
-from millpond.errors import BudgetError, MillpondError, PolicyError
+from millpond.errors import BudgetError, MillpondError
 from millpond.frames import Frame
 from millpond.memory.available import check_memory
 from millpond.memory.budget import Budget
 from millpond.memory.plan import Plan
 from millpond.models.base import Family
+from millpond.policies import DEFAULT_POLICY
 from millpond.policies.base import Policy
+from millpond.policies.composition import HOST_MEMORY, NO_HOST_MEMORY, TURNS, check
 from millpond.stream.exclusive import Exclusive
 from millpond.stream.ingest import Ingest
 from millpond.stream.runner import Positions, Runner
@@ -34,7 +36,6 @@ from millpond.stream.turn import Turn
 
 __all__ = ["Session"]
 
-DEFAULT_POLICY = "infinipot-v"
 DEFAULT_POSITIONS: Positions = "contiguous"
 
 
@@ -82,12 +83,8 @@ class Session:
         if positions not in ("absolute", "contiguous"):
             raise MillpondError(f"positions must be 'absolute' or 'contiguous', not {positions!r}")
         chosen = policies.read(policy) if isinstance(policy, str) else policy
-        if chosen.retrieved_frames and host_budget is None:
-            raise PolicyError(f"the policy {chosen.name!r} recalls frames from host memory: give it a host_budget")
-        if not chosen.retrieved_frames and (host_budget is not None or host_path is not None):
-            raise PolicyError(
-                f"the policy {chosen.name!r} moves nothing to host memory: leave out host_budget and host_path"
-            )
+        check(chosen, *([NO_HOST_MEMORY] if host_budget is None else []))
+        check(chosen, *([HOST_MEMORY] if (host_budget, host_path) != (None, None) else []))
         self._runner = Runner(
             family,
             budget=None if budget is None else int(Budget(budget)),
@@ -251,10 +248,8 @@ class Session:
             raise MillpondError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         if not question.strip():
             raise MillpondError("the question is empty")
-        if remember and self.policy.whole_frames:
-            raise PolicyError(
-                f"the policy {self.policy.name!r} knows frames only: no turn can be remembered beside them"
-            )
+        if remember:
+            check(self.policy, TURNS)
         with self._turn.held():
             began = perf_counter()
             turn: Turn | None = None

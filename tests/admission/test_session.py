@@ -169,7 +169,7 @@ def test_a_block_that_fails_leaves_the_admission_as_it_was(qwen: Family, monkeyp
 
 
 def test_what_cannot_go_together_is_refused(qwen: Family) -> None:
-    with pytest.raises(PolicyError, match="whole frames of one size, which curvestream thins"):
+    with pytest.raises(PolicyError, match="whole frames and an admission do not go together"):
         Session(qwen, budget="1MiB", policy="infinipot-v-released", admission="curvestream")
     with pytest.raises(PolicyError, match="no admission is called"):
         Session(qwen, budget="1MiB", admission="open")

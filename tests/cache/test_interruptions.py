@@ -23,7 +23,7 @@ from millpond.memory.geometry import Geometry
 from millpond.memory.plan import Plan, make_plan
 from millpond.ops import dispatch
 from millpond.policies.base import TEXT, Policy
-from millpond.policies.mikv import MiKV
+from millpond.policies.methods.mikv import MiKV
 from millpond.positions import Clock, Rope
 from tests.cache.text_model import Scattered
 from tests.session.test_layer_budgets import layered
@@ -70,7 +70,7 @@ def scene(kind: str, above: int = 12) -> Scene:
     pond.rope = ROPE
     pond.queries.rows.normal_()
     pond.queries.counts = [pond.plan.query_bytes // GEOMETRY.query_bytes] * GEOMETRY.layers
-    if policy.retrieved_frames:
+    if policy.needs.retrieved_frames:
         pond.host = HostCache(GEOMETRY, ROPE, 60 * HostCache.token_bytes(GEOMETRY))
     clock = Clock(step=STEP)
     grid = torch.cartesian_prod(torch.arange(ROWS), torch.arange(COLS))

@@ -42,7 +42,7 @@ def test_the_least_budget_carries_many_blocks(
     pond.rope = ROPE
     pond.queries.rows.normal_()
     pond.queries.counts = [plan.query_bytes // geometry.query_bytes] * layers
-    if policy.retrieved_frames:
+    if policy.needs.retrieved_frames:
         pond.host = HostCache(geometry, ROPE, 1 << 20)
     cells = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])).view(-1, 2).to(torch.int16)
     grid_position = cells.repeat(plan.block_groups, 1)

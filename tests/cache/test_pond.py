@@ -12,7 +12,7 @@ from millpond.cache import Ledger, Pond
 from millpond.errors import BudgetError, ModelError, PolicyError
 from millpond.memory.geometry import Geometry
 from millpond.memory.plan import make_plan
-from millpond.policies.base import TEXT, Policy
+from millpond.policies.base import TEXT, Needs, Policy
 from tests.cache.text_model import Newest, Scattered
 
 GEOMETRY = Geometry(layers=3, kv_heads=2, head_dim=8, dtype=torch.float32, axes=3)
@@ -205,7 +205,7 @@ class Unmerged(Newest):
     """Fails in every merge."""
 
     name: ClassVar[str] = "unmerged"
-    merges: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(merging=True)
 
     def merge(self, view, keep):  # type: ignore[no-untyped-def]
         raise PolicyError("on purpose")

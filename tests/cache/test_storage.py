@@ -12,7 +12,7 @@ from millpond.errors import BudgetError
 from millpond.memory.geometry import Geometry
 from millpond.memory.plan import Plan, make_plan
 from millpond.policies.base import Policy
-from millpond.policies.mikv import MiKV
+from millpond.policies.methods.mikv import MiKV
 from tests.cache.test_pond import Stream
 from tests.cache.text_model import Scattered
 from tests.session.measure import held_bytes

@@ -16,7 +16,7 @@ from millpond.memory.geometry import Geometry
 from millpond.memory.plan import Plan, make_plan
 from millpond.ops import dispatch
 from millpond.policies.base import TEXT, Policy, View
-from millpond.policies.mikv import MiKV
+from millpond.policies.methods.mikv import MiKV
 from millpond.positions import Clock
 from tests.cache.test_rerotation import ROPE, Stream, roped
 from tests.cache.text_model import Scattered

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from millpond.errors import BudgetError
 from millpond.memory.geometry import Geometry
 from millpond.memory.plan import Plan, make_plan
+from millpond.policies.base import Needs
 from tests.cache.text_model import Newest
 
 QWEN_7B = Geometry(layers=28, kv_heads=4, head_dim=128, dtype=torch.bfloat16, axes=3)
@@ -70,7 +71,7 @@ def test_scratch_is_at_most_a_twentieth(geometry: Geometry, budget: int) -> None
 
 def test_whole_frames_round_the_memory_down() -> None:
     class Whole(Newest):
-        whole_frames = True
+        needs = Needs(whole_frames=True)
 
     plan = make_plan(2 << 20, SMALL, Whole(), prompt_tokens=9, group_tokens=16, frames_per_group=2, frame_bytes=100)
     assert plan.memory_tokens % 16 == 0

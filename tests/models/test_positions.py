@@ -9,7 +9,7 @@ import torch
 from millpond import Session
 from millpond.cache import Pond
 from millpond.policies.base import TEXT, Policy
-from millpond.policies.mikv import MiKV
+from millpond.policies.methods.mikv import MiKV
 from tests.models.tiny import tiny
 from tests.session.frames import moving
 
@@ -115,5 +115,5 @@ def test_positions_and_keys_of_a_long_stream(
             before = session.usage.reanchorings
             check(session)
     assert before >= minimum
-    if not session._runner.policy.tier:
+    if not session._runner.policy.needs.quantized_tier:
         assert witness.worst(session._runner.pond) <= 1e-4

@@ -9,7 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millpond import PolicyError, policies
-from millpond.policies.allocation import Cake, Diversity, Layered, apportion
+from millpond.policies.allocators.base import apportion
+from millpond.policies.allocators.cake import Cake
+from millpond.policies.allocators.diversity import Diversity
+from millpond.policies.base import Needs, Shape
+from millpond.policies.layered import Layered
 from tests.policies.test_attention import probabilities
 from tests.policies.views import grid_view, with_text
 from tests.session.measure import transient_peak
@@ -87,14 +91,14 @@ def test_cake_is_entropy_times_variance_of_what_the_proxy_attends_to(tau: tuple[
     cake = Cake(tau1=tau[0], tau2=tau[1])
     assert cake.weights(iter(views)) == pytest.approx(expected, rel=1e-4)
     peak = transient_peak(lambda: cake.weights(iter(views[:1])))
-    assert 0 < peak <= cake.scratch(views[0].heads, views[0].tokens, 16, views[0].block, views[0].chunk)
+    assert 0 < peak <= cake.scratch(Shape(views[0].heads, views[0].tokens, 16, views[0].block, views[0].chunk))
 
 
 def test_an_allocator_brings_its_proxy_along() -> None:
     """`keydiff` looks at no queries, so CAKE's budgets bring their own; `snapkv` shows what it looks at."""
-    assert (policies.read("keydiff+cake").proxy, policies.read("keydiff+cake").queries) == ("latest", 32)
-    assert policies.read("snapkv:window=8+cake").queries == 8
-    assert policies.read("streammem+cake").proxy == "prompt"
+    assert policies.read("keydiff+cake").needs == Needs(proxy="latest", queries=32, layer_share=2.0)
+    assert policies.read("snapkv:window=8+cake").needs.queries == 8
+    assert policies.read("streammem+cake").needs.proxy == "prompt"
     for bad in ("window=1", "tau1=0", "tau2=-1"):
         with pytest.raises(PolicyError, match="cake"):
             policies.read(f"recent+cake:{bad}")
@@ -110,17 +114,17 @@ def test_layers_whose_keys_differ_more_get_more() -> None:
 def test_any_policy_takes_an_allocator_by_name_and_passes_the_rest_on() -> None:
     layered = policies.read("infinipot-v:alpha=0.3+diversity:temperature=1.0")
     assert isinstance(layered, Layered)
-    assert (layered.name, layered.layer_share) == ("infinipot-v+diversity", 2.0)
+    assert (layered.name, layered.needs.layer_share) == ("infinipot-v+diversity", 2.0)
     scorer = policies.get("infinipot-v", alpha=0.3)
     view = grid_view(12, 3, 4, recent=3)
     assert torch.equal(layered.keep(view, 84), scorer.keep(view, 84))
     assert layered.recent(12) == scorer.recent(12) == 3
-    shape = (2, view.tokens, 8, view.block, view.chunk)
-    assert layered.scratch(*shape) >= scorer.scratch(*shape)
+    shape = Shape(2, view.tokens, 8, view.block, view.chunk)
+    assert layered.scratch(shape) >= scorer.scratch(shape)
     for text, words in [
-        ("full+diversity", "cannot be given layer budgets"),
-        ("infinipot-v-released+diversity", "cannot be given layer budgets"),
-        ("infinite-vggt+diversity", "cannot be given layer budgets"),
+        ("full+diversity", "layer budgets and no cap do not go together"),
+        ("infinipot-v-released+diversity", "whole frames and layer budgets do not go together"),
+        ("infinite-vggt+diversity", "has layer budgets already"),
         ("recent+nonesuch", "no allocator is called"),
         ("recent+", "name an allocator"),
         ("recent+diversity:temperature=0", "temperature"),
@@ -129,4 +133,4 @@ def test_any_policy_takes_an_allocator_by_name_and_passes_the_rest_on() -> None:
             policies.read(text)
     with pytest.raises(PolicyError, match="infinite-vggt"):
         policies.get("infinite-vggt", temperature=-1)
-    assert policies.get("infinite-vggt", temperature=None).layer_share == 1
+    assert policies.get("infinite-vggt", temperature=None).needs.layer_share == 1

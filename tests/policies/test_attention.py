@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millpond import PolicyError, ops, policies
-from millpond.policies.attention import attention_moments, attention_scratch, proxy_attention
 from millpond.policies.base import TEXT, View
+from millpond.policies.scoring.attention import attention_moments, attention_scratch, proxy_attention
 from tests.policies.views import VIEWS, grid_view, thinned
 from tests.session.measure import transient_peak
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millpond import policies
-from millpond.policies.uniform import _spread
+from millpond.policies.methods.uniform import _spread
 from tests.policies.views import grid_view, thinned
 
 

@@ -15,9 +15,10 @@ from millpond.cache.tier import MixedPrecisionLayer
 from millpond.memory.geometry import Geometry
 from millpond.memory.plan import make_plan
 from millpond.ops import dispatch
-from millpond.policies.base import SEPARATOR, TEXT, Policy, View
-from millpond.policies.hermes import HERMES
-from millpond.policies.matching import carried_scores_of, matching_scratch
+from millpond.policies.base import SEPARATOR, TEXT, Needs, Policy, View
+from millpond.policies.methods.hermes import HERMES
+from millpond.policies.methods.mikv import MiKV
+from millpond.policies.scoring.matching import carried_scores_of, matching_scratch
 from tests.cache.test_pond import Breaks
 from tests.policies.test_attention import chosen_by_hermes, hermes_score
 from tests.policies.views import rope
@@ -173,8 +174,8 @@ class Granted(HERMES):
     shares: tuple[float, ...] = ()
 
     @property
-    def layer_share(self) -> float:
-        return 2.0
+    def needs(self) -> Needs:
+        return replace(super().needs, layer_share=2.0)
 
     def layer_weights(self, views: Iterator[View]) -> list[float]:
         return list(self.shares)
@@ -219,7 +220,7 @@ class Noted(HERMES):
 def test_packed_tokens_are_chosen_without_the_full_ones_scores() -> None:
     notes: list[tuple[int, int, bool, bool]] = []
     geometry = replace(GEOMETRY, layers=4)
-    policy = policies.get("mikv", base=Noted(seen=(notes,)), bits=8, group=8, full_share=0.4)
+    policy = policies.get("mikv", base=Noted(seen=(notes,), deep=0), bits=8, group=8, full_share=0.4)
     pond = filled(policy, geometry, slots=220, minimum=60)
     for frame in range(60):
         pond.ensure_capacity(13)
@@ -277,9 +278,9 @@ def test_scratch_of_matching_is_bounded(count: int) -> None:
     assert 4 * 3 * count < peak <= matching_scratch(count) + 4 * 3 * count
 
 
-@pytest.mark.parametrize("policy", ["hermes", "hermes+diversity", "mikv:base=hermes:group=8:full_share=0.4"])
+@pytest.mark.parametrize("policy", ["hermes", "hermes+diversity", MiKV(base=HERMES(deep=0), group=8, full_share=0.4)])
 @pytest.mark.parametrize("shape", [(4, 1, 16), (4, 4, 64)])
-def test_a_pass_stays_within_the_scratch_of_the_plan(policy: str, shape: tuple[int, int, int]) -> None:
+def test_a_pass_stays_within_the_scratch_of_the_plan(policy: str | Policy, shape: tuple[int, int, int]) -> None:
     geometry = Geometry(*shape, torch.bfloat16, axes=3, kv_groups=2)
     pond = filled(policy, geometry, slots=400, minimum=1000)
     assert pond.overrun(13) > 0
@@ -293,7 +294,7 @@ def test_a_pass_stays_within_the_scratch_of_the_plan(policy: str, shape: tuple[i
 
 @dataclass(frozen=True)
 class BreaksUpwards(Breaks):
-    deepest_first: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(deeper_scores=True)
 
 
 @pytest.mark.parametrize("layer", range(4))

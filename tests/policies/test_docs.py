@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from millpond.policies import keydiff
+from millpond.policies.methods import keydiff
 
 
 def test_the_policy_shown_in_the_docs_is_the_one_in_the_package() -> None:

@@ -12,7 +12,7 @@ from millpond import PolicyError, policies
 from millpond.ops import dispatch
 from millpond.ops.infinipot_v import pool_over_grid, pooling_kernel, temporal_redundancy, value_norms
 from millpond.policies.base import TEXT, View
-from millpond.policies.infinipot_v import InfiniPotV
+from millpond.policies.methods.infinipot_v import InfiniPotV
 from tests.policies.views import grid_view, joined, thinned, with_text
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from millpond import PolicyError, ops, policies
 from millpond.ops import dispatch
 from millpond.plugins import Plugins
-from millpond.policies.base import Policy, View, keep_top
+from millpond.policies.base import Policy, Shape, View, keep_top
 from tests.policies.views import grid_view, joined, thinned, with_text
 from tests.session.measure import transient_peak
 
@@ -62,7 +62,7 @@ def merged(policy: Policy, view: View, keep: torch.Tensor) -> View:
     for mine, theirs in ((view.keys, after.keys), (view.values, after.values)):
         moved = (mine.view(torch.uint8) != theirs.view(torch.uint8)).view(*mine.shape, -1).any(-1).any(-1)
         assert not bool((moved & ~free).any()), "a protected or forgotten token was changed"
-        assert policy.merges or not bool(moved.any())
+        assert policy.needs.merging or not bool(moved.any())
         assert bool(theirs[moved].isfinite().all()) or not bool(mine[free].isfinite().all())
     return after
 
@@ -177,7 +177,7 @@ def test_scratch_of_any_shape_stays_within_what_is_declared(
         if not compiled:
             patch.setattr(dispatch, "kernels_enabled", False)
         peak = pass_peak(policy, view, slots)
-    assert 0 < peak <= policy.scratch(heads, view.tokens, width, view.block, view.chunk)
+    assert 0 < peak <= policy.scratch(Shape(heads, view.tokens, width, view.block, view.chunk))
 
 
 @pytest.mark.slow
@@ -190,11 +190,11 @@ def test_scratch_stays_within_what_is_declared(name: str, shape: tuple, kernels:
     view = grid_view(frames, rows, cols, recent=recent, heads=heads, width=width, dtype=dtype, layers=layers, chunk=20)
     slots = view.tokens * 3 // 4 // view.block * view.block
     peak = pass_peak(policy, view, slots)
-    declared = policy.scratch(heads, view.tokens, width, view.block, view.chunk)
+    declared = policy.scratch(Shape(heads, view.tokens, width, view.block, view.chunk))
     assert 0 < peak <= declared
     cache = layers * heads * view.tokens * (2 * width * dtype.itemsize + 24)
     # A head's vectors of indices weigh more where a token has 2 KB in all; merging needs several.
-    assert declared <= cache / (8 if policy.merges and layers == 4 else 20)
+    assert declared <= cache / (8 if policy.needs.merging and layers == 4 else 20)
 
 
 def test_names_and_parameters() -> None:
@@ -252,7 +252,7 @@ def test_a_broken_package_breaks_only_its_own_policy(monkeypatch: pytest.MonkeyP
         policies.get("broken")
     with pytest.raises(PolicyError, match="not a millpond Policy"):
         policies.get("wrong")
-    found["mine"] = EntryPoint("mine", "millpond.policies.recent:Recent", registry.POLICIES.group)
+    found["mine"] = EntryPoint("mine", "millpond.policies.methods.recent:Recent", registry.POLICIES.group)
     with pytest.raises(PolicyError, match=r"'mine' .* must have this as its class attribute"):
         policies.get("mine")
 
@@ -264,12 +264,12 @@ def test_no_package_can_take_the_name_of_a_built_in_policy(monkeypatch: pytest.M
     from millpond.policies import registry
 
     both = [
-        EntryPoint("recent", "millpond.policies.recent:Recent", registry.POLICIES.group),
+        EntryPoint("recent", "millpond.policies.methods.recent:Recent", registry.POLICIES.group),
         EntryPoint("recent", "elsewhere:Recent", registry.POLICIES.group),
     ]
     monkeypatch.setattr("millpond.plugins.entry_points", lambda group: both[::order])
     fresh = Plugins(registry.POLICIES.group, Policy, "policy")
-    assert fresh.found["recent"].module == "millpond.policies.recent"
+    assert fresh.found["recent"].module == "millpond.policies.methods.recent"
 
 
 @pytest.mark.parametrize("value", ["nan", "1e999", "x"])

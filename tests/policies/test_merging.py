@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from millpond import PolicyError, ops, policies
 from millpond.ops import dispatch
-from millpond.policies.base import View
-from millpond.policies.merging import fold, fold_scratch
+from millpond.policies.base import Shape, View
+from millpond.policies.scoring.merging import fold, fold_scratch
 from tests.policies.test_attention import chosen, probabilities
 from tests.policies.views import VIEWS, grid_view, thinned
 from tests.session.measure import transient_peak
@@ -96,7 +96,7 @@ def test_scratch_of_folding_is_bounded(tokens: int, width: int, chunk: int) -> N
     weight = torch.ones(tokens)
     for run in (lambda: fold(view, 0, owner, weight), lambda: ops.distances(view.keys[0], owner, chunk)):
         # A tensor of the test's own, so that the allocator says something.
-        assert transient_peak(lambda run=run: (torch.ones(1), run())) <= fold_scratch(tokens, width, chunk)
+        assert transient_peak(lambda run=run: (torch.ones(1), run())) <= fold_scratch(Shape(1, tokens, width, 1, chunk))
 
 
 @pytest.mark.parametrize("view", VIEWS)

@@ -172,7 +172,7 @@ def test_every_bit_of_it(
 
 def test_scores_have_the_same_bits_however_they_are_cut() -> None:
     """A selection hides most differences in a last bit; the scores show each of them."""
-    from millpond.policies.infinipot_v_released import InfiniPotVReleased
+    from millpond.policies.methods.infinipot_v_released import InfiniPotVReleased
 
     for seed, (size, frames) in enumerate(product((1, 2, 3, 5, 9, 12, 25, 49, 64, 144), (4, 23, 44, 81))):
         recent = frames // 4 * size
@@ -227,3 +227,14 @@ def test_it_differs_from_the_papers_rule_from_the_second_pass_on() -> None:
     assert torch.equal(keep, paper.keep(view, 108))
     second = streamed(view, keep, grid_view(3, 3, 4, seed=2, **shape))
     assert not torch.equal(released.keep(second, 108), paper.keep(second, 108))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pooling_over_frames_works_in_half_precision_too(dtype: torch.dtype) -> None:
+    """torch has no pooling over three axes in half precision on a CPU."""
+    policy = policies.get("infinipot-v-released", adaptive_pooling=True, rows=3)
+    view = grid_view(8, 3, 4, recent=2, dtype=dtype, layer=0)
+    keep = policy.keep(view, 60)
+    exact = policy.keep(replace(view, keys=view.keys.float(), values=view.values.float()), 60)
+    common = sum(len(set(a) & set(b)) for a, b in zip(keep.tolist(), exact.tolist(), strict=True))
+    assert common >= 0.9 * keep.numel()

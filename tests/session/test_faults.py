@@ -10,7 +10,7 @@ import torch
 from millpond import PolicyError, Session
 from millpond.cache.tier import MixedPrecisionLayer
 from millpond.models.base import Family
-from millpond.policies.base import Policy, View, keep_top
+from millpond.policies.base import Needs, Policy, View, keep_top
 from millpond.stream.step import Step
 from tests.models.tiny import tiny
 from tests.nightly import nightly
@@ -211,7 +211,7 @@ class Starved(Policy):
 
     name: ClassVar[str] = "starved"
     source: ClassVar[str] = "tests"
-    merges: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(merging=True)
     refusals: ClassVar[int] = 0
 
     def keep(self, view: View, slots: int) -> torch.Tensor:

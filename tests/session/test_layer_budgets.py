@@ -12,8 +12,9 @@ from millpond import BudgetError, PolicyError, PondCache, Session, policies
 from millpond.cache.pond import Pond
 from millpond.models.base import Family
 from millpond.models.transformers_insides import cache_argument
-from millpond.policies.allocation import Allocator, Layered
-from millpond.policies.base import View
+from millpond.policies.allocators.base import Allocator
+from millpond.policies.base import Shape, View
+from millpond.policies.layered import Layered
 from tests.models.tiny import FAMILIES, tiny
 from tests.nightly import nightly
 from tests.session.frames import moving
@@ -35,7 +36,7 @@ class Fixed(Allocator):
     def weights(self, views: Iterator[View]) -> list[float]:
         return [self.shares[view.layer] for view in views]
 
-    def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
+    def scratch(self, shape: Shape) -> int:
         return 0
 
 

@@ -4,7 +4,8 @@ import gc
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from millpond.cache import PondCache
 from millpond.cache.pond import Pond
 from millpond.cache.rerotation import shift_uniformly
 from millpond.models.base import Family
-from millpond.policies.attention import proxy_attention
+from millpond.policies.base import Needs
+from millpond.policies.methods.h2o import H2O
+from millpond.policies.scoring.attention import proxy_attention
 from tests.models.tiny import FAMILIES, tiny
 from tests.nightly import nightly
 from tests.session.frames import moving
@@ -128,6 +131,33 @@ def test_sums_are_the_columns_of_the_model_s_attention(name: str) -> None:
         assert layer.accumulated_attention is not None
         torch.testing.assert_close(
             layer.accumulated_attention[:, : pond.length].double(), expected, rtol=1e-3, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize(("alone", "both"), [("keydiff+cake", "h2o+cake"), ("streammem", "h2o beside a text")])
+def test_queries_and_sums_of_one_policy_are_those_of_two(alone: str, both: str) -> None:
+    @dataclass(frozen=True)
+    class Beside(H2O):
+        needs: ClassVar[Needs] = Needs(proxy="prompt", accumulated_attention=True)
+
+    family = tiny("qwen2_5_vl")
+    sessions = [
+        Session(family, budget="4MiB", policy=policy)
+        for policy in (alone, "h2o", Beside() if both == "h2o beside a text" else both)
+    ]
+    for session in sessions:
+        session.feed(list(moving(12)))
+        session._runner.ask_proxy()
+    noted, summed, told = (session._runner.pond for session in sessions)
+    for index, layers in enumerate(zip(noted.layers, summed.layers, told.layers, strict=True)):
+        assert noted.queries.counts[index] > 0
+        assert torch.equal(noted.queries.layer(index), told.queries.layer(index))
+        length = layers[1].length
+        assert layers[1].accumulated_attention is not None
+        assert layers[2].accumulated_attention is not None
+        assert float(layers[1].accumulated_attention[:, :length].min()) > 0
+        torch.testing.assert_close(
+            layers[1].accumulated_attention[:, :length], layers[2].accumulated_attention[:, :length]
         )
 
 

@@ -135,7 +135,7 @@ def test_whole_groups_of_the_latest_frames_are_shown_and_waiting_ones_count(
 
 
 def arguments(name: str) -> dict[str, object]:
-    return {"host_budget": "8MiB"} if policies.read(name).retrieved_frames else {}
+    return {"host_budget": "8MiB"} if policies.read(name).needs.retrieved_frames else {}
 
 
 @pytest.mark.slow

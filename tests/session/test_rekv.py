@@ -1,8 +1,7 @@
 """ReKV: what leaves the window is in host memory, questions recall the right frames of it, and both caps hold at every step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
@@ -13,8 +12,8 @@ from millpond.cache import retrieval
 from millpond.cache.pond import Pond
 from millpond.cache.pond_cache import PondCache
 from millpond.models.base import Family, Tokens
-from millpond.policies.base import View
-from millpond.policies.rekv import ReKV
+from millpond.policies.base import Needs, View
+from millpond.policies.methods.rekv import ReKV
 from millpond.stream.runner import Runner
 from tests.models.tiny import FAMILIES, tiny
 from tests.session.frames import moving
@@ -361,7 +360,11 @@ def test_refusals() -> None:
         ({"policy": "rekv"}, PolicyError, "give it a host_budget"),
         ({"policy": "recent", "host_budget": "1MiB"}, PolicyError, "leave out host_budget"),
         ({"policy": "recent", "host_path": "."}, PolicyError, "leave out host_budget"),
-        ({"policy": "rekv+diversity", "host_budget": "1MiB"}, PolicyError, "cannot be given layer budgets"),
+        (
+            {"policy": "rekv+diversity", "host_budget": "1MiB"},
+            PolicyError,
+            "retrieval and layer budgets do not go together",
+        ),
         ({"policy": "rekv:frames=0", "host_budget": "1MiB"}, PolicyError, "whole number"),
         ({"policy": "rekv", "host_budget": "none"}, BudgetError, "cannot read"),
     ]
@@ -369,7 +372,7 @@ def test_refusals() -> None:
         with pytest.raises(error, match=message) as caught:
             Session(family, budget="1MiB", **options)  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
-    with pytest.raises(PolicyError, match="only a Session does"):
+    with pytest.raises(PolicyError, match="only a Session retrieves"):
         PondCache(family.model, "1MiB", "rekv")
     session = Session(family, budget="1MiB", policy="rekv", host_budget=5000)
     with pytest.raises(BudgetError, match="cannot hold one frame") as caught:
@@ -394,14 +397,16 @@ def test_a_policy_that_recalls_must_keep_the_same_everywhere() -> None:
         session.feed(list(moving(40)))
     layers = session._runner.pond.layers
     assert all(torch.equal(layer.time_us[:, :50], layers[0].time_us[:, :50]) for layer in layers), "finished alike"
-    assert policies.get("rekv").retrieved_frames == 64
+    assert policies.get("rekv").needs.retrieved_frames == 64
 
 
 @dataclass(frozen=True)
 class FromBelow(ReKV):
     """The same, asked from the deepest layer up."""
 
-    deepest_first: ClassVar[bool] = True
+    @property
+    def needs(self) -> Needs:
+        return replace(super().needs, deeper_scores=True)
 
 
 def test_the_order_in_which_layers_are_asked_changes_no_bit_of_host_memory() -> None:

@@ -371,8 +371,8 @@ def test_a_policy_that_knows_frames_only_refuses_what_is_none_before_it_is_in() 
     session = Session(tiny("qwen2_vl"), budget="2MiB", policy="infinipot-v-released")
     session.feed(list(moving(16)))
     before = state(session)
-    with pytest.raises(PolicyError, match="knows frames only: no turn can be remembered"):
+    with pytest.raises(PolicyError, match="remembered turns do not go together: the policy knows frames only"):
         session.ask("what is there", remember=True)
     assert state(session) == before
-    with pytest.raises(PolicyError, match="knows frames only: this model's separators"):
+    with pytest.raises(PolicyError, match="tokens between frames do not go together: the policy knows frames only"):
         Session(tiny("qwen3_vl"), budget="2MiB", policy="infinipot-v-released").feed(list(moving(4)))

@@ -19,9 +19,9 @@ from millpond.cache.moving import Chosen, Compaction, Forgetting
 from millpond.cache.tier import MixedPrecisionLayer, surviving_groups
 from millpond.errors import BudgetError, PolicyError
 from millpond.memory.resumable import Mask
-from millpond.policies.allocation import apportion
+from millpond.policies.allocators.base import apportion
 from millpond.policies.base import View
-from millpond.policies.matching import carried_scores_of
+from millpond.policies.scoring.matching import carried_scores_of
 
 if TYPE_CHECKING:
     from millpond.cache.layer import PondLayer
@@ -41,7 +41,7 @@ def compact_pond(pond: Pond, slots: int) -> None:
 
 def _pass(pond: Pond, slots: int) -> None:
     tokens, plan = pond.full_precision_tokens, pond.plan
-    if pond.policy.whole_frames and pond._recent:
+    if pond.policy.needs.whole_frames and pond._recent:
         slots -= slots % pond._recent[-1][1]
     if slots >= tokens:
         return
@@ -62,17 +62,17 @@ def _pass(pond: Pond, slots: int) -> None:
 
 
 def _select(pond: Pond, granted: Sequence[int], since: int, text: int) -> list[Chosen | None]:
-    """Ask the policy for every layer, the order of `deepest_first` included; None for a layer that keeps all it has."""
+    """Ask the policy for every layer, from the deepest up where it needs deeper scores; None for a layer that keeps all it has."""
     lead: Tensor | None = None  # what the first layer kept, where all must keep the same
     deeper_scores: Tensor | None = None  # what the policy left at the layer before, for the tokens of the one to come
     chosen: list[Chosen | None] = [None] * len(pond.layers)
     order = list(enumerate(zip(pond.layers, granted, strict=True)))
-    for index, (layer, share) in reversed(order) if pond.policy.deepest_first else order:
+    for index, (layer, share) in reversed(order) if pond.policy.needs.deeper_scores else order:
         if share == layer.length - pond.plan.prompt_tokens:
             deeper_scores = None
             continue
         view = pond._view(index, layer, since, text)
-        if pond.policy.deepest_first:
+        if pond.policy.needs.deeper_scores:
             nothing = torch.full(view.time_us.shape, torch.nan, device=pond.device)
             view, deeper_scores = replace(view, deeper_scores=deeper_scores, carried_scores=nothing), None
             del nothing
@@ -84,7 +84,7 @@ def _select(pond: Pond, granted: Sequence[int], since: int, text: int) -> list[C
         chosen[index] = Chosen(
             Mask(keep, view.tokens),
             None if stay is None else Mask(stay, layer.quantized_store.groups),
-            view.carried_scores if pond.policy.merges else None,
+            view.carried_scores if pond.policy.needs.merging else None,
         )
         del view, keep
         if carried_scores is not None:
@@ -136,7 +136,7 @@ def _grant(pond: Pond, slots: int, since: int, text: int) -> list[int]:
     held = [layer.length - pond.plan.prompt_tokens for layer in pond.layers]
     weights = pond.policy.layer_weights(pond._view(at, layer, since, text) for at, layer in enumerate(pond.layers))
     whole = int(pond._view(0, pond.layers[0], since, text).protected[0].sum())
-    most = [min(count, int(pond.policy.layer_share * slots)) for count in held]
+    most = [min(count, int(pond.policy.needs.layer_share * slots)) for count in held]
     granted = apportion(slots * len(held), weights, [max(1, whole)] * len(held), most)
     assert sum(granted) <= slots * len(held)
     return granted

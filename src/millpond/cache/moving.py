@@ -127,7 +127,7 @@ class Compaction(_Pass):
         assert chosen.keep is not None
         keep, start, chunk = chosen.keep.indices(), pond.plan.prompt_tokens, pond.plan.chunk
         steps: list[Callable[[], None]] = []
-        if pond.policy.merges:
+        if pond.policy.needs.merging:
             steps.append(_Merging(pond.policy, partial(self._view, index, chosen), keep, self._faults).run)
         if pond.host is not None and self._arrivals is not None:
             at_most = max(1, chunk // pond.geometry.kv_heads)

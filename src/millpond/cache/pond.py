@@ -26,12 +26,13 @@ from millpond.cache.layer import PondLayer
 from millpond.cache.proxy_queries import ProxyQueries
 from millpond.cache.resize import resize_pond
 from millpond.cache.tier import DequantizationBuffer, MixedPrecisionLayer
-from millpond.errors import BudgetError, MillpondError, PolicyError
+from millpond.errors import BudgetError, MillpondError
 from millpond.memory.geometry import Geometry
 from millpond.memory.ledger import Ledger
 from millpond.memory.plan import Plan
 from millpond.memory.resumable import Move, Steps
 from millpond.policies.base import TEXT, Policy, View
+from millpond.policies.composition import check
 from millpond.positions import Rope
 
 __all__ = ["Pond"]
@@ -66,7 +67,7 @@ class Pond(Cache):
     def __init__(
         self, geometry: Geometry, plan: Plan, policy: Policy, device: torch.device, ledger: Ledger | None = None
     ) -> None:
-        self.geometry = geometry = replace(geometry, accumulated_attention=policy.accumulated_attention)
+        self.geometry = geometry = replace(geometry, accumulated_attention=policy.needs.accumulated_attention)
         self.plan = plan
         self.policy = policy
         self.device = device
@@ -74,13 +75,11 @@ class Pond(Cache):
         self.ledger.hold("storage", plan.slots * geometry.bytes_per_token + plan.quantized_bytes)
         self.ledger.hold("queries", plan.query_bytes)
         self.queries = ProxyQueries(geometry, plan.query_bytes // geometry.query_bytes, device)
-        if policy.tier and policy.layer_share > 1:
-            raise PolicyError(f"the policy {policy.name!r} has a low-bit tier, which goes with equal layers only")
-        self.dequantization_buffer = (
-            DequantizationBuffer(geometry, plan, policy.tier, device, self.ledger) if policy.tier else None
-        )
+        check(policy)
+        tier = policy.needs.quantized_tier
+        self.dequantization_buffer = DequantizationBuffer(geometry, plan, tier, device, self.ledger) if tier else None
         super().__init__(layers=[self._layer() for _ in range(geometry.layers)])
-        self.arena = Arena(self.layers, [plan.slots] * geometry.layers) if policy.layer_share > 1 else None
+        self.arena = Arena(self.layers, [plan.slots] * geometry.layers) if policy.needs.layer_share > 1 else None
         self._ahead = [0] * geometry.layers  # how many tokens more than the first layer each one holds
         self.host: HostCache | None = None
         self.rope: Rope | None = None
@@ -92,7 +91,7 @@ class Pond(Cache):
 
     def _layer(self) -> PondLayer:
         if self.dequantization_buffer is None:
-            own = self.plan.slots if self.policy.layer_share == 1 else 0  # else the arena's
+            own = self.plan.slots if self.policy.needs.layer_share == 1 else 0  # else the arena's
             return PondLayer(self.geometry, own, self.device)
         groups = self.plan.quantized_tokens // self.dequantization_buffer.tier.quantizer.group
         return MixedPrecisionLayer(self.geometry, self.plan.slots, groups, self.dequantization_buffer, self.device)
@@ -352,11 +351,11 @@ class Pond(Cache):
             len(self.layers),
             block,
             self.plan.chunk,
-            queries=self.queries.layer(index) if self.policy.proxy else None,
-            prompt_keys=layer.keys[0, :, :start] if self.policy.proxy else None,
+            queries=self.queries.layer(index) if self.policy.needs.proxy else None,
+            prompt_keys=layer.keys[0, :, :start] if self.policy.needs.proxy else None,
             accumulated_attention=accumulated_attention[0] if accumulated_attention else None,
-            positions=positions,
-            rope=self.rope,
+            positions=positions if self.policy.needs.positions else None,
+            rope=self.rope if self.policy.needs.positions else None,
         )
 
     def kept(self) -> Iterator[tuple[Tensor, Tensor]]:

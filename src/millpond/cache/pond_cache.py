@@ -16,12 +16,13 @@ from torch import Tensor
 
 from millpond import policies
 from millpond.cache.pond import Pond
-from millpond.errors import BudgetError, ModelError, PolicyError
+from millpond.errors import BudgetError, ModelError
 from millpond.memory.available import check_memory
 from millpond.memory.budget import Budget
 from millpond.memory.geometry import Geometry
 from millpond.memory.plan import make_plan
 from millpond.policies.base import TEXT, Policy
+from millpond.policies.composition import POND_CACHE, check
 
 __all__ = ["PondCache"]
 
@@ -44,19 +45,14 @@ class PondCache(Pond):
     Raises:
         BudgetError: too small; names the minimum that works. Or more than the memory that there is.
         ModelError: layers without plain keys and values, or that see a window only.
-        PolicyError: the policy looks at queries, which a cache is never given, or recalls frames.
+        PolicyError: the policy needs what only a session has; see `millpond.policies.composition`.
     """
 
     def __init__(
-        self, model: Any, budget: str | int | None, policy: str | Policy = "infinipot-v", *, pinned: int = 4
+        self, model: Any, budget: str | int | None, policy: str | Policy = policies.DEFAULT_POLICY, *, pinned: int = 4
     ) -> None:
         chosen = policies.read(policy) if isinstance(policy, str) else policy
-        if chosen.proxy or chosen.accumulated_attention:
-            raise PolicyError(f"the policy {chosen.name!r} looks at the model's queries, which only a Session shows it")
-        if chosen.retrieved_frames:
-            raise PolicyError(f"the policy {chosen.name!r} recalls frames from host memory, which only a Session does")
-        if chosen.layer_share > 1:
-            raise PolicyError(f"the policy {chosen.name!r} has layer budgets, which need the masks of a Session")
+        check(chosen, POND_CACHE)
         geometry = Geometry.from_config(model.config, model.dtype)
         plan = make_plan(
             None if budget is None else int(Budget(budget)),

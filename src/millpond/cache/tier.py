@@ -24,6 +24,7 @@ from millpond.errors import PolicyError
 from millpond.memory.geometry import Geometry
 from millpond.memory.ledger import Ledger
 from millpond.policies.base import View
+from millpond.policies.scoring.matching import order_keys
 from millpond.positions import Rope
 
 if TYPE_CHECKING:
@@ -253,13 +254,10 @@ def stream_order(time: Tensor, grid_position: Tensor) -> Tensor:
     """The order in which tokens stood in the stream, int64 [n].
 
     Args:
-        time: int [n], first rotary position, which grows along the stream and is shared only within a frame.
+        time: int32 [n], first rotary position, which grows along the stream and is shared only within a frame.
         place: int16 [n, 2], which orders a frame by rows.
     """
-    key = time.to(torch.int64) << 32
-    key.add_(grid_position[:, 0].to(torch.int64).add_(2) << 16)
-    key.add_(grid_position[:, 1].to(torch.int64).add_(2))
-    return key.argsort(stable=True)
+    return order_keys(time.to(torch.int64, copy=True), grid_position).argsort(stable=True)
 
 
 def surviving_groups(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from millpond.cli.errors import announce
-from millpond.cli.options import JsonFlag, Positions, QuietFlag
+from millpond.cli.options import DEFAULT_POLICY, JsonFlag, Positions, QuietFlag
 
 if TYPE_CHECKING:
     from millpond.eval.accuracy.run import Study
@@ -36,7 +36,7 @@ def accuracy(
             help="Policies, with parameters as in infinipot-v:alpha=0.3; or all. full, last-4-frames, uniform and recent are "
             "always measured.",
         ),
-    ] = "infinipot-v",
+    ] = DEFAULT_POLICY,
     budgets: Annotated[
         str, typer.Option(metavar="B,...", help="Shares of the full cache (1/16) or sizes (256KiB).")
     ] = "1/2,1/4,1/8,1/16,1/32",

@@ -66,7 +66,7 @@ def demo(
         _, first = next(iter(stream.frames()))
         group = family.grid(*first.shape[:2])
         full = groups * group.tokens * family.geometry.kv_bytes_per_token
-        host = full if policies.read(policy).retrieved_frames else None
+        host = full if policies.read(policy).needs.retrieved_frames else None
         # A short stream's full cache is so small that a part of it holds no prompt and no block.
         budget = max(full // _SHARE, least_budget(family, group, **stream_options(policy, 0, None)))
         session = Session(family, budget=budget, policy=policy, host_budget=host)

@@ -17,10 +17,12 @@ from typer.core import TyperCommand
 
 from millpond.errors import BudgetError, SourceError
 from millpond.memory.budget import parse_bytes
+from millpond.policies import DEFAULT_POLICY
 from millpond.printable import printable
 
 __all__ = [
     "DEFAULT_BUDGET",
+    "DEFAULT_POLICY",
     "AdmissionOption",
     "BudgetOption",
     "DeviceOption",
@@ -49,7 +51,6 @@ __all__ = [
 _MOST_DIGITS = 32
 _MOST_PIXELS = 1 << 27  # as for videos
 
-DEFAULT_POLICY = "infinipot-v"
 DEFAULT_MODEL = "minnow"
 DEFAULT_BUDGET = "a minute of video in full detail, at most half of the free memory"
 """What `millpond.device.default_budget` gives; `millpond plan` tells the number."""

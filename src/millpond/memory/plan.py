@@ -17,8 +17,9 @@ from typing import Any
 from millpond.errors import BudgetError
 from millpond.memory.budget import format_bytes
 from millpond.memory.geometry import Geometry
-from millpond.policies.base import Policy
-from millpond.policies.matching import matching_scratch
+from millpond.policies.base import Policy, Shape
+from millpond.policies.scoring.attention import accumulation_scratch
+from millpond.policies.scoring.matching import matching_scratch
 
 __all__ = ["Plan", "make_plan"]
 
@@ -143,9 +144,10 @@ def make_plan(
     Raises:
         BudgetError: too small; names the minimum that works.
     """
-    geometry, tier = replace(geometry, accumulated_attention=policy.accumulated_attention), policy.tier
-    proxy_tokens = proxy_tokens if policy.proxy == "prompt" else 0
-    query_bytes = (proxy_tokens or policy.queries) * geometry.query_bytes
+    needs = policy.needs
+    geometry, tier = replace(geometry, accumulated_attention=needs.accumulated_attention), needs.quantized_tier
+    proxy_tokens = proxy_tokens if needs.proxy == "prompt" else 0
+    query_bytes = (proxy_tokens or needs.queries) * geometry.query_bytes
     reserve_least = max(_RESERVE_MIN if reserve_tokens is None else reserve_tokens, proxy_tokens)
     again = -(-recent_frames // frames_per_group)  # groups
     recent_tokens = again * group_tokens + reopening_tokens if again else 0
@@ -156,9 +158,9 @@ def make_plan(
             reserve = max(reserve, min(_RESERVE_MAX, slots // _RESERVE_SHARE))
         reserve += recent_tokens
         retrieved = 0
-        if policy.retrieved_frames:
+        if needs.retrieved_frames:
             retrieved = max(
-                1, min(policy.retrieved_frames, (slots - prompt_tokens - reserve) // _RECALL_SHARE // group_tokens)
+                1, min(needs.retrieved_frames, (slots - prompt_tokens - reserve) // _RECALL_SHARE // group_tokens)
             )
             reserve += retrieved * group_tokens
         behind_prompt = slots - prompt_tokens - reserve
@@ -168,13 +170,13 @@ def make_plan(
             block, behind_prompt // _HEADROOM_SHARE // block * block
         )  # what is left of a block would never be used
         memory = behind_prompt - headroom
-        if policy.whole_frames:
+        if needs.whole_frames:
             memory -= memory % group_tokens
             headroom = behind_prompt - memory
         chunk = max(_CHUNK_MIN, min(_CHUNK_MAX, slots // 32))
         # Not from `memory`, which falls when the room grows by a block: what is planned must grow with the slots.
         quantized = tier.quantized_tokens(behind_prompt * (_HEADROOM_SHARE - 1) // _HEADROOM_SHARE) if tier else 0
-        largest = int((slots - prompt_tokens) * policy.layer_share) + quantized  # tokens of one layer
+        largest = int((slots - prompt_tokens) * needs.layer_share) + quantized  # tokens of one layer
         scratch = scratch_bytes(policy, geometry, largest, quantized, group_tokens, chunk, retrieved * group_tokens)
         return Plan(
             budget=budget,
@@ -212,7 +214,7 @@ def make_plan(
     if budget is None:
         raise BudgetError(f"the policy {policy.name!r} needs a budget; only 'full' runs without one")
     # The minimum that works: one group remembered, one coming in, and room for a turn and one group that it recalls.
-    fewest = prompt_tokens + (3 if policy.retrieved_frames else 2) * group_tokens + reserve_least + recent_tokens
+    fewest = prompt_tokens + (3 if needs.retrieved_frames else 2) * group_tokens + reserve_least + recent_tokens
     # Tokens are packed by whole groups, so up to a group less one leave beside those that must.
     remembered = policy.minimum_memory(group_tokens) + (tier.quantizer.group - 1 if tier else 0)
     fewest = _first(lambda slots: split(slots).memory_tokens >= remembered, fewest)
@@ -235,7 +237,7 @@ def scratch_bytes(
 
     Compacting or re-anchoring `tokens` tokens of a layer, `quantized` of them in few bits, or recalling `retrieved`.
     """
-    heads, width = geometry.kv_heads, geometry.head_dim
+    heads, width, needs = geometry.kv_heads, geometry.head_dim, policy.needs
     # Protection: two masks [H, n] and, while text is counted from the end, one int64 [n] twice; and what every layer keeps, one bit a
     # token, because all choose before one moves.
     protection = 2 * heads * tokens + 16 * tokens + geometry.layers * heads * -(-tokens // 8)
@@ -244,20 +246,22 @@ def scratch_bytes(
     # Re-anchoring: one head's gaps and shifts (int64 [n], five and one an axis), and one chunk's angles (float64 [chunk, D/2],
     # three) and halves (float32, seven), beside what was turned until it is written.
     turning = (40 + 8 * geometry.axes) * tokens + chunk * (3 * 8 + 7 * 4) * width // 2 + chunk * geometry.vector_bytes
-    choosing = policy.scratch(heads, tokens, width, block, chunk)
-    if policy.deepest_first:
+    choosing = policy.scratch(Shape(heads, tokens, width, block, chunk))
+    if needs.accumulated_attention:
+        choosing = max(choosing, accumulation_scratch(width, chunk))
+    if needs.deeper_scores:
         # The selection, and one head's tokens looked up in the next layer; all the while what came from one layer and goes to the next.
         choosing = max(choosing, 8 * heads * tokens + matching_scratch(tokens))
         protection += 8 * heads * tokens
-        if policy.merges:
+        if needs.merging:
             protection += 4 * geometry.layers * heads * tokens  # what every layer left, until it merges
-    if tier := policy.tier:
+    if tier := needs.quantized_tier:
         coding = tier.quantization_bytes(geometry, chunk)
         choosing = max(choosing, tier.sorting_bytes(tokens)) + coding
         choosing += tier.choosing_bytes(geometry, tokens - quantized, quantized)
         turning += tier.rerotation_bytes(geometry, tokens) + coding
     leaving = retrieving = 0
-    if policy.retrieved_frames:
+    if needs.retrieved_frames:
         # One piece of all heads: keys and values as stored and in float32, and its angles and halves, as above.
         piece = max(chunk, heads) * (2 * geometry.vector_bytes + 8 * width + (3 * 8 + 7 * 4) * width // 2)
         # The selection; which tokens leave (int64 [n] twice and a mask), their metadata, and their frames' times and sizes.

@@ -10,8 +10,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from millpond import ops
@@ -22,14 +23,27 @@ if TYPE_CHECKING:
     from millpond.cache.tier import Tier
     from millpond.positions import Rope
 
-__all__ = ["LAYER_SHARE", "SEPARATOR", "TEXT", "Policy", "View", "check_between", "keep_top"]
+__all__ = [
+    "LAYER_SHARE",
+    "SEPARATOR",
+    "TEXT",
+    "Needs",
+    "Policy",
+    "Scorer",
+    "Shape",
+    "View",
+    "check_between",
+    "check_whole",
+    "keep_top",
+    "selection_scratch",
+]
 
 TEXT = -1
 """`View.grid_position` row and column of a token of a remembered turn."""
 SEPARATOR = -2
 """`View.grid_position` row and column of a frame's token that lies on no grid (a timestamp, a newline)."""
 LAYER_SHARE = 2.0
-"""`Policy.layer_share` of the policies here that have layer budgets. Ours: it bounds the scratch of a compaction."""
+"""`Needs.layer_share` of the policies here that have layer budgets. Ours: it bounds the scratch of a compaction."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,19 +65,19 @@ class View:
         chunk: tokens of one head that may be worked on at once where an intermediate of width D is needed; keeps the
             scratch of a compaction bounded.
         queries: [H, g, w, D], the proxy's queries, grouped by KV head, rotary embedding applied at their own positions; None
-            unless the policy declares a `proxy`.
+            unless the policy needs a `proxy`.
         prompt_keys: [H, P, D], the pinned prompt's keys, which share the softmax with the memory's; with `queries`.
         sums: float32 [H, n], attention that the token received from all stream tokens after it, summed over queries and the
-            group's heads; None unless the policy declares `accumulated_attention`.
+            group's heads; None unless the policy needs `accumulated_attention`.
         deeper: float32 [H, n], what the policy left in `carried_scores` at the next deeper layer for the same token of the same head. NaN
             where that layer did not hold it, and for tokens without a place, which cannot be told apart. None unless the policy
-            is `deepest_first`; None too at the deepest layer, beside a layer that keeps all it has and was not asked, and where
+            needs `deeper_scores`; None too at the deepest layer, beside a layer that keeps all it has and was not asked, and where
             packed tokens are chosen from.
         carry: float32 [H, n], to be written: what the policy leaves for the next shallower layer; NaN where it leaves nothing.
-            None unless the policy is `deepest_first`, and where packed tokens are chosen from.
+            None unless the policy needs `deeper_scores`, and where packed tokens are chosen from.
         change: what carries `millpond.policies.merging.change` out in the cache; None: it is run at once.
-        positions: int32 [H, n, axes], at which each key is rotated; None where packed tokens are chosen from.
-        rope: the rotary embedding, to turn keys to another position; None outside a session.
+        positions: int32 [H, n, axes], at which each key is rotated; None unless the policy needs `positions`.
+        rope: the rotary embedding, to turn keys to another position; None unless the policy needs `positions`, and outside a session.
     """
 
     keys: Tensor
@@ -94,6 +108,62 @@ class View:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What a policy needs from the cache beside keys, values, times and places. What goes with what: `millpond.policies.composition`.
+
+    Attributes:
+        proxy: whose queries `View.queries` shows: those of the latest stream tokens that ran (never a question's), or those of the chat
+            template's own tokens behind the video, run for each compaction and taken back; None for nobody's.
+        queries: the most tokens whose queries are kept for the proxy "latest"; charged to the cap.
+        accumulated_attention: the cache sums up the attention that every token receives (`View.accumulated_attention`); 4 bytes a head and slot.
+        deeper_scores: a compaction asks from the deepest layer up, and each layer sees what the policy left at the next deeper one
+            (`View.deeper_scores`, `View.carried_scores`).
+        merging: `Policy.merge` changes what stays.
+        positions: `View.positions` and `View.rope`, to turn keys.
+        whole_frames: `slots` must be a multiple of `View.block`; the plan rounds the memory down to it.
+        retrieved_frames: frame groups that a question retrieves from host memory, to which what is not kept then goes. Above 0, `keep`
+            must choose the same tokens in every head of every layer, and forget frames in stream order.
+        quantized_tier: where tokens go that `keep` leaves out: into few bits, from which `keep` chooses again; None: they are forgotten.
+        layer_share: the most that one layer may keep, in units of the layers' mean; 1 when all layers keep equally many. Above 1,
+            `Policy.layer_weights` says in what proportion they share the memory.
+    """
+
+    proxy: Literal["latest", "prompt"] | None = None
+    queries: int = 0
+    accumulated_attention: bool = False
+    deeper_scores: bool = False
+    merging: bool = False
+    positions: bool = False
+    whole_frames: bool = False
+    retrieved_frames: int = 0
+    quantized_tier: Tier | None = None
+    layer_share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The largest view that a policy is shown, for bounds of what it allocates.
+
+    Attributes:
+        heads, tokens, head_dim: H, n and D. block, chunk: as in `View`.
+    """
+
+    heads: int
+    tokens: int
+    head_dim: int
+    block: int
+    chunk: int
+
+    def of_all(self, *dtypes: torch.dtype) -> int:
+        """Bytes of one [H, n] tensor of each dtype."""
+        return self.heads * self.of_head(*dtypes)
+
+    def of_head(self, *dtypes: torch.dtype) -> int:
+        """Bytes of one [n] tensor of each dtype."""
+        return self.tokens * sum(dtype.itemsize for dtype in dtypes)
+
+
+@dataclass(frozen=True)
 class Policy(ABC):
     """Base of all policies: a frozen dataclass whose fields are the method's parameters with its published defaults."""
 
@@ -105,18 +175,11 @@ class Policy(ABC):
     """True when no question can reach the selection."""
     capped: ClassVar[bool] = True
     """False for the reference that keeps everything and ignores the budget."""
-    whole_frames: ClassVar[bool] = False
-    """True when `slots` must be a multiple of `View.block`; the plan rounds the memory down to it."""
-    proxy: ClassVar[Literal["latest", "prompt"] | None] = None
-    """Whose queries `View.queries` shows: those of the latest stream tokens that ran (never a question's), or those of the chat
-    template's own tokens behind the video, run for each compaction and taken back; None for nobody's."""
-    merges: ClassVar[bool] = False
-    """True when `merge` changes what stays."""
-    accumulated_attention: ClassVar[bool] = False
-    """True when the cache must sum up the attention that every token receives (`View.accumulated_attention`); 4 bytes a head and slot."""
-    deepest_first: ClassVar[bool] = False
-    """True when a compaction asks from the deepest layer up and each layer sees what the policy left at the next deeper one
-    (`View.deeper_scores`, `View.carried_scores`)."""
+
+    @property
+    def needs(self) -> Needs:
+        """What the cache must show the policy and do for it; a class attribute where no parameter changes it."""
+        return Needs()
 
     @abstractmethod
     def keep(self, view: View, slots: int) -> Tensor:
@@ -130,8 +193,8 @@ class Policy(ABC):
         """Fold what is about to be forgotten into what stays: rewrite keys and values of kept, unprotected tokens.
 
         Called with what `keep` returned, when all layers have chosen and before this one moves; `View.carried_scores` is what `keep` left. It is
-        called again when it was interrupted. So it writes nothing itself but has `millpond.policies.merging.fold` or `change` do it,
-        at most once a head, from the first head on, and what it does in a head depends on nothing but that head.
+        called again when it was interrupted. So it writes nothing itself but has `millpond.policies.scoring.merging.fold` or `change` do
+        it, at most once a head, from the first head on, and what it does in a head depends on nothing but that head.
         """
 
     def minimum_memory(self, block: int) -> int:
@@ -142,46 +205,45 @@ class Policy(ABC):
         """How many of the latest frame groups are protected, of the `frames` groups that the memory holds; at least 1."""
         return 1
 
-    @property
-    def queries(self) -> int:
-        """The most tokens whose queries are kept for the proxy "latest"; charged to the cap."""
-        return 0
-
-    @property
-    def tier(self) -> Tier | None:
-        """Where tokens go that `keep` leaves out: into few bits, from which `keep` chooses again; None: they are forgotten."""
-        return None
-
-    @property
-    def retrieved_frames(self) -> int:
-        """Frame groups that a question recalls from host memory, to which what is not kept then goes. Above 0, `keep` must choose
-        the same tokens in every head of every layer, and forget frames in stream order."""
-        return 0
-
-    @property
-    def layer_share(self) -> float:
-        """The most that one layer may keep, in units of the layers' mean; 1 when all layers keep equally many."""
-        return 1.0
-
     def layer_weights(self, views: Iterator[View]) -> list[float]:
-        """In what proportion the layers share the memory, asked before each compaction when `layer_share` is above 1.
+        """In what proportion the layers share the memory, asked before each compaction of a policy that needs a `layer_share` above 1.
 
         `views` gives one layer at a time, in order. The cache turns the weights into whole numbers whose sum is exact, within
         `layer_share` and with room for what is protected in each layer.
         """
         return [1.0 for _ in views]
 
-    def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
+    def scratch(self, shape: Shape) -> int:
         """Upper bound in bytes of what `keep` and `merge` allocate at any instant, `keep`'s result included; charged to the cap.
 
-        Args:
-            heads, tokens, head_dim: of the largest view. block, chunk: as in `View`.
+        A sum of parts: what `keep_top` takes, which is this one, and what the policy's scores take, whose bounds stand beside the
+        functions in `millpond.policies.scoring`.
         """
-        # [H, n]: scores (float32) and the result (int64); one head's ranking (float32 and int64 [n], twice).
-        return heads * tokens * (4 + 8) + 32 * tokens
+        return selection_scratch(shape)
 
 
-def check_between(policy: Policy, low: float, high: float, *fields: str) -> None:
+@dataclass(frozen=True)
+class Scorer(Policy):
+    """A policy that gives every token a score and keeps the best."""
+
+    @abstractmethod
+    def score(self, view: View) -> Tensor:
+        """How much each token is worth keeping: a new tensor, float32 [H, n], which the selection overwrites."""
+
+    def protected(self, view: View, slots: int) -> Tensor:
+        """The tokens that stay whatever their score, of which `slots` have room: bool [H, n], the view's own among them."""
+        return view.protected
+
+    def keep(self, view: View, slots: int) -> Tensor:
+        return keep_top(self.score(view), self.protected(view, slots), slots)
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+def check_between(policy: _Named, low: float, high: float, *fields: str) -> None:
     """Hold parameters of a policy to low <= value <= high.
 
     Raises:
@@ -190,6 +252,23 @@ def check_between(policy: Policy, low: float, high: float, *fields: str) -> None
     for field in fields:
         if not low <= getattr(policy, field) <= high:
             raise PolicyError(f"{policy.name}: {field} must lie between {low} and {high}, not {getattr(policy, field)}")
+
+
+def check_whole(policy: _Named, minimum: int, *fields: str) -> None:
+    """Hold parameters of a policy or an allocator to whole numbers from `minimum` on.
+
+    Raises:
+        PolicyError: one is none; names it.
+    """
+    for field in fields:
+        value = getattr(policy, field)
+        if not isinstance(value, int) or value < minimum:
+            raise PolicyError(f"{policy.name}: {field} must be a whole number, at least {minimum}, not {value!r}")
+
+
+def selection_scratch(shape: Shape) -> int:
+    """The most bytes that float32 scores and `keep_top` take: scores, result, and the ranking of one head."""
+    return shape.of_all(torch.float32, torch.int64) + 4 * shape.of_head(torch.int64)
 
 
 def keep_top(scores: Tensor, protected: Tensor, slots: int) -> Tensor:

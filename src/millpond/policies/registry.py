@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from millpond.errors import PolicyError
 from millpond.plugins import Plugins
-from millpond.policies.allocation import ALLOCATORS, Layered
+from millpond.policies.allocators.base import Allocator
 from millpond.policies.base import Policy
+from millpond.policies.layered import Layered
 
-__all__ = ["POLICIES", "available", "get", "read"]
+__all__ = ["ALLOCATORS", "POLICIES", "available", "get", "read"]
 
 POLICIES: Plugins[Policy] = Plugins("millpond.policies", Policy, "policy")  # type: ignore[type-abstract]
+ALLOCATORS: Plugins[Allocator] = Plugins("millpond.allocators", Allocator, "allocator")  # type: ignore[type-abstract]
 available, get = POLICIES.available, POLICIES.get
 
 

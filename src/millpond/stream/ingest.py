@@ -193,7 +193,7 @@ class Ingest:
         tokens = self.encode(block)
         admitted, verdicts, seen = runner.judge(tokens)
         runner.prepare_block(len(tokens) if admitted is None else len(admitted), len(tokens))
-        step = Step(runner, self, accumulated_attention=runner.policy.accumulated_attention)
+        step = Step(runner, self, accumulated_attention=runner.policy.needs.accumulated_attention)
         try:
             runner.put(tokens, text=False, admitted=admitted)
             runner._seen = seen

@@ -22,13 +22,14 @@ from millpond.cache.pond import Pond
 from millpond.cache.proxy_queries import accumulate_attention
 from millpond.cache.rerotation import close_gaps, shift_uniformly
 from millpond.cache.retrieval import Retrieval
-from millpond.errors import BudgetError, MillpondError, ModelError, PolicyError
+from millpond.errors import BudgetError, MillpondError, ModelError
 from millpond.memory.available import check_memory
 from millpond.memory.budget import Budget
 from millpond.memory.plan import Plan, make_plan
 from millpond.models.base import Family, Grid, Tokens
 from millpond.models.query_recorder import See
 from millpond.policies.base import SEPARATOR, Policy
+from millpond.policies.composition import ADMISSION, SEPARATORS, check
 from millpond.positions import Clock
 
 if TYPE_CHECKING:
@@ -73,8 +74,7 @@ class Runner:
         host_budget: int | None = None,
         host_path: str | Path | None = None,
     ) -> None:
-        if admission is not None and policy.whole_frames:
-            raise PolicyError(f"{policy.name} keeps whole frames of one size, which {admission.name} thins")
+        check(policy, *([] if admission is None else [ADMISSION]))
         if not isinstance(recent_frames, int) or recent_frames < 0:
             raise MillpondError(f"recent_frames must be a whole number, at least 0, not {recent_frames!r}")
         self.family = family
@@ -92,7 +92,7 @@ class Runner:
         self._reserve = reserve_tokens
         self._host_budget, self._host_path = host_budget, host_path
         self._opening = family.opening(system)
-        self._proxy_tokens = len(family.question("", after_video=True)) if policy.proxy == "prompt" else 0
+        self._proxy_tokens = len(family.question("", after_video=True)) if policy.needs.proxy == "prompt" else 0
         self.plan_for(None)  # refuse now what can never work
         self._pond: Pond | None = None  # allocated with the first frame or question, when the frames' size is known
 
@@ -206,14 +206,21 @@ class Runner:
         with self.family.showing_queries(see, before=before) if see else nullcontext():
             return self.family.forward(tokens, positions, self.pond)
 
-    def _sight(self, positions: Tensor) -> See | None:
-        """What the policy wants to see of the queries of a block at `positions`, [axes, n]; None when it does not."""
-        pond, rope = self.pond, self.family.rope
-        if self.policy.accumulated_attention:
-            return lambda layer, queries: accumulate_attention(pond, layer, queries, positions, rope)
-        if self.policy.proxy:
-            return lambda layer, queries: pond.queries.note(layer, queries, positions, rope)
-        return None
+    def _sight(self, positions: Tensor, *, proxy_text: bool = False) -> See | None:
+        """What the policy needs of the queries of a block at `positions`, [axes, n]; None when it needs nothing.
+
+        A proxy text is no part of the stream: its attention is not summed up.
+        """
+        pond, rope, noted = self.pond, self.family.rope, self.policy.needs.proxy is not None
+        summed = self.policy.needs.accumulated_attention and not proxy_text
+
+        def see(layer: int, queries: Tensor) -> None:
+            if noted:
+                pond.queries.note(layer, queries, positions, rope)
+            if summed:
+                accumulate_attention(pond, layer, queries, positions, rope)
+
+        return see if noted or summed else None
 
     def ensure_capacity(self, tokens: int) -> None:
         """Compact, if `tokens` stream tokens would not fit beside the turn's reserve."""
@@ -229,7 +236,7 @@ class Runner:
         proxy = self.family.question("", after_video=True)
         try:
             positions = self.family.assign_positions(proxy, self.clock)
-            self._forward(proxy, positions, text=True, see=self._sight(positions))
+            self._forward(proxy, positions, text=True, see=self._sight(positions, proxy_text=True))
             self.roll_back(mark, replace(clock))
         except BaseException:
             # Also when it was the taking back that was interrupted: what stays would be taken for the stream's.
@@ -273,10 +280,8 @@ class Runner:
 
     def plan_for(self, grid: Grid | None, budget: int | None = None) -> Plan:
         """How the budget, or another one, would be split for frames of that size; None: for text alone."""
-        if grid is not None and self.policy.whole_frames and grid.tokens != grid.rows * grid.cols:
-            raise PolicyError(
-                f"the policy {self.policy.name!r} knows frames only: this model's separators or timestamps between them are none"
-            )
+        if grid is not None and grid.tokens != grid.rows * grid.cols:
+            check(self.policy, SEPARATORS)
         if grid is not None and self._host_budget is not None:
             HostCache.check(self.family.geometry, self._host_budget, grid.tokens)
         what = "this model's prompt and one turn" if grid is None else f"frames of {grid.width} x {grid.height}"

@@ -37,7 +37,7 @@ class Turn(Step):
         self.done = Generated()
         self.time_us = ingest.at.last_us or 0
         # A remembered turn may have the proxy asked anew.
-        super().__init__(runner, ingest, queries=remember and runner.policy.proxy == "prompt")
+        super().__init__(runner, ingest, queries=remember and runner.policy.needs.proxy == "prompt")
 
     def run(self, question: str, limit: int) -> Iterator[str]:
         """Ask, and decode an answer of at most `limit` tokens; yields its pieces.

@@ -14,7 +14,7 @@ from millpond.eval.accuracy.intervals import clustered, holm
 from millpond.eval.accuracy.pairing import paired
 from millpond.eval.accuracy.trial import Mark, Outcome
 from millpond.memory.budget import format_bytes
-from millpond.session import DEFAULT_POLICY
+from millpond.policies import DEFAULT_POLICY
 
 __all__ = ["AGES", "PAST_SECONDS", "markdown", "summarise"]
 

@@ -85,7 +85,7 @@ def _run(
     last = cell.policy == LAST_FRAMES
     policy = policies.read("full" if last else cell.policy)
     try:
-        host = full if policy.retrieved_frames else None
+        host = full if policy.needs.retrieved_frames else None
         session = Session(
             family,
             budget=cell.bytes_of(full),

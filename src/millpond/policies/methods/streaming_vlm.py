@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from millpond.errors import PolicyError
-from millpond.policies.base import TEXT, Policy, View, keep_top
+from millpond.policies.base import TEXT, Policy, Shape, View, check_whole, keep_top
 
 __all__ = ["StreamingVLM"]
 
@@ -39,10 +39,7 @@ class StreamingVLM(Policy):
     vision_seconds: float = 16.0
 
     def __post_init__(self) -> None:
-        for name in ("text_sink", "text_window"):
-            tokens = getattr(self, name)
-            if not isinstance(tokens, int) or tokens < 0:
-                raise PolicyError(f"streaming-vlm: {name} must be a whole number of tokens, not {tokens!r}")
+        check_whole(self, 0, "text_sink", "text_window")
         if not self.vision_seconds > 0:
             raise PolicyError(f"streaming-vlm: vision_seconds must be above 0, not {self.vision_seconds!r}")
 
@@ -65,6 +62,7 @@ class StreamingVLM(Policy):
             row[sink] = 2 * count
         return keep_top(scores, view.protected, slots)
 
-    def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
-        # Beside the scores and their ranking: ages (float32), marks (bool, three) and two lists of indices (int64).
-        return super().scratch(heads, tokens, head_dim, block, chunk) + (4 + 3 + 16) * tokens
+    def scratch(self, shape: Shape) -> int:
+        # Ages, marks (three) and two lists of indices.
+        marks = shape.of_head(torch.float32, torch.bool, torch.bool, torch.bool, torch.int64, torch.int64)
+        return super().scratch(shape) + marks

@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from millpond import ops
 from millpond.errors import PolicyError
-from millpond.policies.base import Policy, View, check_between
+from millpond.policies.base import Policy, Shape, View, check_between
 
 __all__ = ["InfiniPotV"]
 
@@ -85,8 +86,13 @@ class InfiniPotV(Policy):
         """Tokens of each head that VaN chooses, of `slots` in all, with `group` tokens a frame group."""
         return round((1 - self.alpha) * max(0.0, slots - self.tar_first * group))
 
-    def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
-        # [H, n]: scores (float32), marks (bool, twice for a moment) and the kept indices (int64); one head's ranking, or its
-        # frames and places (32 bytes a token); the table of mean unit keys, and four float32 chunks of full width.
-        table = 4 * (head_dim + 1) * max(block, chunk)
-        return heads * tokens * (4 + 2 + 8) + 32 * tokens + table + 4 * 4 * chunk * head_dim
+    def scratch(self, shape: Shape) -> int:
+        # Frames and places of one head, when they are pooled, take no more than the ranking.
+        marks = shape.of_all(torch.bool, torch.bool)
+        return super().scratch(shape) + marks + _redundancy_scratch(shape)
+
+
+def _redundancy_scratch(shape: Shape) -> int:
+    """The most bytes that temporal redundancy takes for a head: the table of mean unit keys, and four float32 chunks of full width."""
+    table = 4 * (shape.head_dim + 1) * max(shape.block, shape.chunk)
+    return table + 4 * 4 * shape.chunk * shape.head_dim

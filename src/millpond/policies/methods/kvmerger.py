@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from millpond import ops
-from millpond.errors import PolicyError
-from millpond.policies.attention import attention_scratch, proxy_attention
-from millpond.policies.base import Policy, View, check_between
-from millpond.policies.merging import fold, fold_scratch
+from millpond.policies.base import Needs, Policy, Shape, View, check_between, check_whole
+from millpond.policies.scoring.attention import proxy_attention, proxy_scratch
+from millpond.policies.scoring.merging import fold, fold_scratch
 
 __all__ = ["KVMerger"]
 
@@ -39,22 +38,19 @@ class KVMerger(Policy):
 
     name: ClassVar[str] = "kvmerger"
     source: ClassVar[str] = "Wang et al., KVMerger, 2024 (arXiv 2407.08454): notes on the paper"
-    proxy: ClassVar[Literal["latest"]] = "latest"
-    merges: ClassVar[bool] = True
 
     window: int = 32
     heavy: float = 0.25
     threshold: float = 0.75
 
     def __post_init__(self) -> None:
-        if not isinstance(self.window, int) or self.window < 1:
-            raise PolicyError(f"kvmerger: window must be a whole number of tokens, at least 1, not {self.window!r}")
+        check_whole(self, 1, "window")
         check_between(self, 0, 1, "heavy")
         check_between(self, -1, 1, "threshold")
 
     @property
-    def queries(self) -> int:
-        return self.window
+    def needs(self) -> Needs:
+        return Needs(proxy="latest", queries=self.window, merging=True)
 
     def keep(self, view: View, slots: int) -> Tensor:
         keep = torch.empty(view.heads, slots, dtype=torch.int64, device=view.keys.device)
@@ -106,6 +102,7 @@ class KVMerger(Policy):
         pivot.scatter_reduce_(0, run, order.masked_fill(attention < best[run], view.tokens), "amin")
         return pivot[run]
 
-    def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
-        vectors = 80 * tokens + max(attention_scratch(chunk, head_dim, chunk), fold_scratch(tokens, head_dim, chunk))
-        return (4 + 8) * heads * tokens + vectors
+    def scratch(self, shape: Shape) -> int:
+        # Of one head six vectors of indices beside the ranking: runs, pivots, owners, their order and what is joined.
+        runs = 6 * shape.of_head(torch.int64)
+        return super().scratch(shape) + runs + max(proxy_scratch(shape), fold_scratch(shape))

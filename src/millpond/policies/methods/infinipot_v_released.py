@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from millpond.errors import PolicyError
-from millpond.policies.base import Policy, View
+from millpond.policies.base import Needs, Policy, Shape, View
 
 __all__ = ["InfiniPotVReleased"]
 
@@ -48,7 +48,7 @@ class InfiniPotVReleased(Policy):
 
     name: ClassVar[str] = "infinipot-v-released"
     source: ClassVar[str] = "aiha-lab/InfiniPot-V, kvcache_utils.py at 2a3b136 and 81a4dbe (code read line by line)"
-    whole_frames: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(whole_frames=True)
 
     tar_ratio: float = 0.5
     query_ratio: float = 0.25
@@ -160,15 +160,19 @@ class InfiniPotVReleased(Policy):
         if axes == 3:
             frames = frames[None]
         average = (functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d)[axes - 1]
+        if axes == 3 and frames.is_cpu:
+            frames = frames.float()  # torch cannot do this in half precision
         pooled: Tensor = average(frames, kernel, 1, kernel // 2)
-        return pooled.reshape(-1)
+        return pooled.reshape(-1).to(scores.dtype)
 
-    def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
-        # The result (int64 [H, n]) and one head's scores, choice and ranking; before those, the unit keys of its recent frames
-        # (norms beside them for a moment) and one piece of the past, its partner and their products.
-        recent, head_dim = int(tokens * self.query_ratio), head_dim + 2
-        pieces = (_span(chunk) + _REGISTER) * (3 * head_dim + recent // block)
-        return heads * tokens * 8 + max(36 * tokens, 4 * tokens + 4 * (head_dim * recent + pieces))
+    def scratch(self, shape: Shape) -> int:
+        # One head's scores, choice and ranking; before those the unit keys of its recent frames (norms beside them for a moment)
+        # and one piece of the past, its partner and their products.
+        recent, head_dim = int(shape.tokens * self.query_ratio), shape.head_dim + 2
+        pieces = (_span(shape.chunk) + _REGISTER) * (3 * head_dim + recent // shape.block)
+        redundancy = shape.of_head(torch.float32) + 4 * (head_dim * recent + pieces)
+        ranking = shape.of_head(torch.float32) + 4 * shape.of_head(torch.int64)
+        return shape.of_all(torch.int64) + max(ranking, redundancy)
 
 
 def _unit(rows: Tensor) -> Tensor:

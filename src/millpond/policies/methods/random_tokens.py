@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from millpond.errors import PolicyError
-from millpond.policies.base import Policy, View, keep_top
+from millpond.policies.base import Scorer, View
 
 __all__ = ["RandomTokens"]
 
 
 @dataclass(frozen=True)
-class RandomTokens(Policy):
+class RandomTokens(Scorer):
     """Keep tokens at random, independently in every head, layer and pass; the same stream and seed give the same choice.
 
     Attributes:
@@ -32,10 +32,9 @@ class RandomTokens(Policy):
         if not isinstance(self.seed, int):
             raise PolicyError(f"random: seed must be a whole number, not {self.seed!r}")
 
-    def keep(self, view: View, slots: int) -> Tensor:
+    def score(self, view: View) -> Tensor:
         # A hash, so that no two of seed, layer and pass can stand in for one another, and times of any size will do.
         drawn = f"{self.seed} {view.layer} {int(view.time_us[0, -1])}".encode()
         state = int.from_bytes(hashlib.blake2b(drawn, digest_size=7).digest(), "big")
         generator = torch.Generator().manual_seed(state)
-        scores = torch.rand(view.heads, view.tokens, generator=generator).to(view.keys.device)
-        return keep_top(scores, view.protected, slots)
+        return torch.rand(view.heads, view.tokens, generator=generator).to(view.keys.device)

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from millpond import ops
 from millpond.errors import PolicyError
-from millpond.policies.allocation import Diversity
-from millpond.policies.base import LAYER_SHARE, TEXT, Policy, View, keep_top
+from millpond.policies.allocators.diversity import Diversity
+from millpond.policies.base import LAYER_SHARE, TEXT, Needs, Scorer, Shape, View
+from millpond.policies.scoring.keys import unit_keys_scratch
 
 __all__ = ["InfiniteVGGT"]
 
 
 @dataclass(frozen=True)
-class InfiniteVGGT(Policy):
+class InfiniteVGGT(Scorer):
     """Keep the stream's first frame, and of all later tokens those with the most distinctive keys.
 
     The anchor is everything up to the end of the first frame group. The others, the candidates, are scored as in KeyDiff, by
@@ -42,23 +43,23 @@ class InfiniteVGGT(Policy):
             raise PolicyError(f"infinite-vggt: temperature must be above 0 or None, not {self.temperature!r}")
 
     @property
-    def layer_share(self) -> float:
-        return 1.0 if self.temperature is None else LAYER_SHARE
+    def needs(self) -> Needs:
+        return Needs() if self.temperature is None else Needs(layer_share=LAYER_SHARE)
 
     def layer_weights(self, views: Iterator[View]) -> list[float]:
         assert self.temperature is not None  # else nobody asks
         return Diversity(self.temperature).weights(views, _anchors)
 
-    def keep(self, view: View, slots: int) -> Tensor:
+    def score(self, view: View) -> Tensor:
         scores = torch.empty(view.heads, view.tokens, device=view.keys.device)
         for keys, anchor, row in zip(view.keys, _anchors(view), scores, strict=True):
             row[:anchor] = torch.inf
             ops.distinctiveness(keys[anchor:], view.chunk, row[anchor:])
-        return keep_top(scores, view.protected, slots)
+        return scores
 
-    def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
-        # As KeyDiff; the masks and times of one head are gone before its ranking begins.
-        return super().scratch(heads, tokens, head_dim, block, chunk) + 4 * (2 * chunk + 4) * (head_dim + 2)
+    def scratch(self, shape: Shape) -> int:
+        # The masks and times of one head are gone before its ranking begins.
+        return super().scratch(shape) + unit_keys_scratch(shape)
 
 
 def _anchors(view: View) -> list[int]:

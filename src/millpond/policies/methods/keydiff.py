@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from millpond import ops
-from millpond.policies.base import Policy, View, keep_top
+from millpond.policies.base import Scorer, Shape, View
+from millpond.policies.scoring.keys import unit_keys_scratch
 
 __all__ = ["KeyDiff"]
 
 
 @dataclass(frozen=True)
-class KeyDiff(Policy):
+class KeyDiff(Scorer):
     """Keep the most distinctive keys: score(i) = -cos(k_i, mean over j of k_j / ||k_j||), in each head by itself.
 
     Keys are scored as they lie in the cache, rotary embedding applied. The mean runs over the whole memory, what is protected
@@ -25,12 +26,11 @@ class KeyDiff(Policy):
     name: ClassVar[str] = "keydiff"
     source: ClassVar[str] = "Park et al., KeyDiff, 2025 (arXiv 2504.15364): notes on the paper and on code"
 
-    def keep(self, view: View, slots: int) -> Tensor:
+    def score(self, view: View) -> Tensor:
         scores = torch.empty(view.heads, view.tokens, device=view.keys.device)
         for keys, row in zip(view.keys, scores, strict=True):
             ops.distinctiveness(keys, view.chunk, row)
-        return keep_top(scores, view.protected, slots)
+        return scores
 
-    def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
-        # Beside the scores and their ranking: a chunk in float32 and its unit keys, with norms; the mean key and its parts.
-        return super().scratch(heads, tokens, head_dim, block, chunk) + 4 * (2 * chunk + 4) * (head_dim + 2)
+    def scratch(self, shape: Shape) -> int:
+        return super().scratch(shape) + unit_keys_scratch(shape)

@@ -5,11 +5,12 @@ Knows neither why a token goes nor which one stays.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from millpond import ops
 from millpond.memory.resumable import InPlace, Move
-from millpond.policies.base import View
+from millpond.policies.base import Shape, View
 
 __all__ = ["change", "fold", "fold_scratch"]
 
@@ -38,6 +39,6 @@ def change(view: View, head: int, how: Move) -> None:
         how.run()
 
 
-def fold_scratch(tokens: int, head_dim: int, chunk: int) -> int:
-    """The most bytes that `fold` and `ops.distances` allocate for a head of `tokens`, with owners, weights and masks."""
-    return 4 * (5 * chunk + 4) * (head_dim + 4) + 48 * tokens
+def fold_scratch(shape: Shape) -> int:
+    """The most bytes that `fold` and `ops.distances` allocate for a head, with owners, weights and masks."""
+    return 4 * (5 * shape.chunk + 4) * (shape.head_dim + 4) + 6 * shape.of_head(torch.int64)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
 from millpond.errors import PolicyError
-from millpond.policies.attention import attention_moments, attention_scratch
-from millpond.policies.base import Policy, View, keep_top
-from millpond.policies.snapkv import keep_window, pool_in_front
+from millpond.policies.base import Needs, Scorer, Shape, View, check_whole
+from millpond.policies.scoring.attention import attention_moments, moments_scratch
+from millpond.policies.scoring.window import keep_window, pool_in_front
 
 __all__ = ["CAKE"]
 
@@ -18,7 +18,7 @@ _KERNEL = 5
 
 
 @dataclass(frozen=True)
-class CAKE(Policy):
+class CAKE(Scorer):
     """Keep the latest `window` tokens and, of the others, those with the best
 
         score(i) = pool over 5 neighbours of  mean_w(A_i) + gamma * var_w(A_i),
@@ -34,29 +34,29 @@ class CAKE(Policy):
 
     name: ClassVar[str] = "cake"
     source: ClassVar[str] = "Qin et al., CAKE, ICLR 2025 (arXiv 2503.12491): code"
-    proxy: ClassVar[Literal["latest"]] = "latest"
 
     window: int = 32
     gamma: float = 200.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.window, int) or self.window < 1:
-            raise PolicyError(f"cake: window must be a whole number of tokens, at least 1, not {self.window!r}")
+        check_whole(self, 1, "window")
         if not 0 <= self.gamma < float("inf"):
             raise PolicyError(f"cake: gamma must be a number of at least 0, not {self.gamma}")
 
     @property
-    def queries(self) -> int:
-        return self.window
+    def needs(self) -> Needs:
+        return Needs(proxy="latest", queries=self.window)
 
-    def keep(self, view: View, slots: int) -> Tensor:
+    def score(self, view: View) -> Tensor:
         scores, variance = attention_moments(view)
         scores += variance.mul_(self.gamma)
         del variance
         pool_in_front(scores, self.window, _KERNEL)
-        return keep_top(scores, keep_window(view, self.window, slots), slots)
+        return scores
 
-    def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
-        moments = 4 * heads * tokens
-        choice = super().scratch(heads, tokens, head_dim, block, chunk)
-        return choice + moments + attention_scratch(max(self.window, chunk), head_dim, chunk)
+    def protected(self, view: View, slots: int) -> Tensor:
+        return keep_window(view, self.window, slots)
+
+    def scratch(self, shape: Shape) -> int:
+        # The variance, counted with the moments, is gone before the window's mask is there.
+        return super().scratch(shape) + moments_scratch(shape, self.window)

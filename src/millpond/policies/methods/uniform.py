@@ -10,13 +10,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from millpond.policies.base import Policy, View, keep_top
+from millpond.policies.base import Scorer, Shape, View
 
 __all__ = ["Uniform"]
 
 
 @dataclass(frozen=True)
-class Uniform(Policy):
+class Uniform(Scorer):
     """Keep frames whose times are spread as evenly as possible over the stream so far; the last one may be kept in part.
 
     Spacing is by stream time, not by slot, so that it stays even after many passes: frames are ranked by halving, the frame
@@ -26,18 +26,18 @@ class Uniform(Policy):
     name: ClassVar[str] = "uniform"
     source: ClassVar[str] = "the usual baseline: equally spaced frames"
 
-    def keep(self, view: View, slots: int) -> Tensor:
+    def score(self, view: View) -> Tensor:
         scores = torch.empty(view.heads, view.tokens, dtype=torch.float32, device=view.keys.device)
         for head in range(view.heads):
             times, frame = view.time_us[head].unique_consecutive(return_inverse=True)
             ranks = torch.tensor(_spread(times.tolist()), dtype=torch.float32, device=scores.device)
             # Within the one frame that is kept in part, the first tokens survive: older slots win ties.
             scores[head] = -ranks.index_select(0, frame)
-        return keep_top(scores, view.protected, slots)
+        return scores
 
-    def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
-        # [H, n] scores and result; one head's times, inverse and ranks; Python's own numbers are bounded alike.
-        return heads * tokens * (4 + 8) + 48 * tokens
+    def scratch(self, shape: Shape) -> int:
+        # One head's times and which of them each token has; Python's own numbers are bounded by the ranking.
+        return super().scratch(shape) + shape.of_head(torch.int64, torch.int64)
 
 
 def _spread(times: list[int]) -> list[int]:

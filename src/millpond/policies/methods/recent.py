@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from millpond.errors import PolicyError
-from millpond.policies.base import Policy, View, keep_top
+from millpond.policies.base import Policy, View, check_whole, keep_top
 
 __all__ = ["Recent"]
 
@@ -28,8 +27,7 @@ class Recent(Policy):
     sink: int = 4
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sink, int) or self.sink < 0:
-            raise PolicyError(f"recent: sink must be a whole number of tokens, not {self.sink!r}")
+        check_whole(self, 0, "sink")
 
     def keep(self, view: View, slots: int) -> Tensor:
         age = torch.arange(view.tokens, dtype=torch.float32, device=view.keys.device)

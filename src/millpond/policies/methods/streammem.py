@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from millpond.policies.attention import attention_scratch, proxy_attention
-from millpond.policies.base import Policy, View, check_between, keep_top
-from millpond.policies.merging import fold, fold_scratch
+from millpond.policies.base import Needs, Policy, Shape, View, check_between, keep_top
+from millpond.policies.scoring.attention import proxy_attention, proxy_scratch
+from millpond.policies.scoring.merging import fold, fold_scratch
 
 __all__ = ["StreamMem"]
 
@@ -33,8 +33,7 @@ class StreamMem(Policy):
 
     name: ClassVar[str] = "streammem"
     source: ClassVar[str] = "Yang et al., StreamMem, 2025 (arXiv 2508.15717): notes on the paper"
-    proxy: ClassVar[Literal["prompt"]] = "prompt"
-    merges: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(proxy="prompt", merging=True)
 
     prototypes: float = 0.5
 
@@ -64,11 +63,11 @@ class StreamMem(Policy):
             order = torch.arange(view.tokens, device=keep.device)
             fold(view, head, torch.where((owner >= 0) & (~stays | (order == owner)), owner, -1), attention)
 
-    def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
-        # Scores, two choices and two masks of all heads; the vectors of one head.
-        held = (4 + 8 + 8 + 2) * heads * tokens + 4 * heads * tokens
-        vectors = 48 * tokens + max(attention_scratch(chunk, head_dim, chunk), fold_scratch(tokens, head_dim, chunk))
-        return held + vectors
+    def scratch(self, shape: Shape) -> int:
+        # Beside the second choice the first one, with scores of its own, and two masks; one head's frames and their best.
+        first = shape.of_all(torch.float32, torch.int64, torch.bool, torch.bool)
+        frames = shape.of_head(torch.int64, torch.int64)
+        return super().scratch(shape) + first + frames + max(proxy_scratch(shape), fold_scratch(shape))
 
 
 def _best_of_the_lost(time_us: Tensor, scores: Tensor, keep: Tensor) -> Tensor:

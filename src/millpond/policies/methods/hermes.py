@@ -5,22 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from math import exp
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from millpond.errors import PolicyError
 from millpond.memory.resumable import Steps
-from millpond.policies.attention import attention_scratch, proxy_attention
-from millpond.policies.base import Policy, View, check_between, keep_top
-from millpond.policies.merging import change
+from millpond.policies.base import Needs, Scorer, Shape, View, check_between, keep_top
+from millpond.policies.scoring.attention import proxy_attention, proxy_scratch
+from millpond.policies.scoring.merging import change
 
 __all__ = ["HERMES"]
 
 
 @dataclass(frozen=True)
-class HERMES(Policy):
+class HERMES(Scorer):
     """Score the tokens of layer l of L by recency and by the chat template's attention, each scaled to 0..1:
 
         score(i) = (1 - a) * attention(i) + a * recency(i),    recency(i) = exp(-k * d_i),
@@ -60,9 +60,6 @@ class HERMES(Policy):
 
     name: ClassVar[str] = "hermes"
     source: ClassVar[str] = "Zhang et al., HERMES, 2026 (arXiv 2601.14724): code"
-    proxy: ClassVar[Literal["prompt"]] = "prompt"
-    merges: ClassVar[bool] = True
-    deepest_first: ClassVar[bool] = True
 
     shallow: float = 0.1
     deep: float = 0.3
@@ -74,8 +71,13 @@ class HERMES(Policy):
         if self.shallow + self.deep > 1 or self.fade > self.recency:
             raise PolicyError("hermes: shallow + deep must be at most 1, and fade at most recency")
 
+    @property
+    def needs(self) -> Needs:
+        summing = self.deep > 0
+        return Needs(proxy="prompt", deeper_scores=True, merging=summing, positions=summing)
+
     def keep(self, view: View, slots: int) -> Tensor:
-        scores = self._blended(view)
+        scores = self.score(view)
         if view.carried_scores is not None:
             view.carried_scores.copy_(scores)
         return self._chosen(view, scores, slots)[0]
@@ -83,7 +85,7 @@ class HERMES(Policy):
     def merge(self, view: View, keep: Tensor) -> None:
         if self._sums_up(view, keep.shape[1]):
             scores = (
-                self._blended(view) if view.carried_scores is None else view.carried_scores.clone()
+                self.score(view) if view.carried_scores is None else view.carried_scores.clone()
             )  # those that chose
             summaries = self._chosen(view, scores, keep.shape[1])[1]
             for head, summary in enumerate(summaries.tolist()):
@@ -99,8 +101,8 @@ class HERMES(Policy):
         summaries = torch.where(gone, order, -1).amax(1).long()
         return torch.cat([best, summaries[:, None]], dim=1).sort(dim=1).values, summaries
 
-    def _blended(self, view: View) -> Tensor:
-        """Every token's score, with its share of the next deeper layer's: float32 [H, n]."""
+    def score(self, view: View) -> Tensor:
+        """With its share of the next deeper layer's."""
         weight, steepness, share = self.mix(view.layer, view.layers)
         if weight == 1:
             scores = _recency(view.tokens, steepness, view.keys.device).repeat(view.heads, 1)
@@ -131,11 +133,12 @@ class HERMES(Policy):
         progress = (layer - first) / (last - first)
         return self.recency - self.fade * progress, 20 - 12 * progress, 0.3
 
-    def scratch(self, heads: int, tokens: int, head_dim: int, block: int, chunk: int) -> int:
-        choice = super().scratch(heads, tokens, head_dim, block, chunk) + attention_scratch(chunk, head_dim, chunk)
-        # The choice once more with the summary, twice while it is sorted; which tokens go, and their order.
-        summing = (8 + 16 + 8 + 1 + 4) * heads * tokens
-        return max(choice, summing, 12 * heads * tokens + _mean_scratch(tokens, head_dim, chunk)) + 4 * heads * tokens
+    def scratch(self, shape: Shape) -> int:
+        choosing = super().scratch(shape) + proxy_scratch(shape)
+        # The choice, once more with the summary, and twice while it is sorted; which tokens go, and their order.
+        summary = shape.of_all(torch.int64, torch.int64, torch.int64, torch.int64, torch.bool, torch.int32)
+        merging = shape.of_all(torch.float32, torch.int64) + _mean_scratch(shape)
+        return max(choosing, summary, merging) + shape.of_all(torch.float32)
 
 
 def _sum_up(view: View, head: int, keep: Tensor, summary: int) -> None:
@@ -170,10 +173,12 @@ def _put(rows: Tensor, at: int, row: Tensor) -> None:
     rows[at] = row
 
 
-def _mean_scratch(tokens: int, head_dim: int, chunk: int) -> int:
+def _mean_scratch(shape: Shape) -> int:
     """The most bytes that `_sum_up` allocates: masks, a chunk of keys and values, and what turns keys (float64 angles and halves)."""
+    head_dim = shape.head_dim
+    rows = 2 * 4 * head_dim + 2 * head_dim + (3 * 8 + 7 * 4) * head_dim // 2 + 96
     return (
-        12 * tokens + chunk * (2 * 4 * head_dim + 2 * head_dim + (3 * 8 + 7 * 4) * head_dim // 2 + 96) + 32 * head_dim
+        shape.of_head(torch.int64, torch.bool, torch.bool, torch.bool, torch.bool) + shape.chunk * rows + 32 * head_dim
     )
 
 

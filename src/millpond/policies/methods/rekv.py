@@ -8,14 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from millpond.errors import PolicyError
-from millpond.policies.base import Policy, View, keep_top
+from millpond.policies.base import Needs, Scorer, View, check_whole
 
 __all__ = ["ReKV"]
 
 
 @dataclass(frozen=True)
-class ReKV(Policy):
+class ReKV(Scorer):
     """Keep the latest tokens; what leaves them goes to host memory, from which a question recalls whole frames.
 
     The pinned prompt is the sink. A question recalls, in each layer by itself, the frames whose mean key has the
@@ -37,13 +36,12 @@ class ReKV(Policy):
     frames: int = 64
 
     def __post_init__(self) -> None:
-        if not isinstance(self.frames, int) or self.frames < 1:
-            raise PolicyError(f"rekv: frames must be a whole number, at least 1, not {self.frames!r}")
+        check_whole(self, 1, "frames")
 
     @property
-    def retrieved_frames(self) -> int:
-        return self.frames
+    def needs(self) -> Needs:
+        return Needs(retrieved_frames=self.frames)
 
-    def keep(self, view: View, slots: int) -> Tensor:
+    def score(self, view: View) -> Tensor:
         age = torch.arange(view.tokens, dtype=torch.float32, device=view.keys.device)
-        return keep_top(age.repeat(view.heads, 1), view.protected, slots)
+        return age.repeat(view.heads, 1)

@@ -11,9 +11,21 @@ from torch import Tensor
 
 from millpond import ops
 from millpond.errors import PolicyError
-from millpond.policies.base import TEXT, View
+from millpond.policies.base import TEXT, Shape, View
 
-__all__ = ["attention_moments", "attention_scratch", "attention_spread", "proxy_attention"]
+__all__ = [
+    "accumulation_scratch",
+    "attention_moments",
+    "attention_scratch",
+    "attention_spread",
+    "moments_scratch",
+    "proxy_attention",
+    "proxy_scratch",
+    "spread_scratch",
+]
+
+# Query heads to a KV head of the widest models at hand.
+_WIDEST_GROUP = 16
 
 
 def proxy_attention(view: View, *, latest: bool) -> Tensor:
@@ -78,6 +90,29 @@ def attention_scratch(rows: int, head_dim: int, chunk: int) -> int:
     """The most bytes that attention of `rows` queries at a time allocates, beside its result."""
     # float32: queries and their scaled copy; a chunk of keys; its scores, their exponentials and a mask; levels and columns.
     return 4 * (2 * rows * head_dim + chunk * head_dim + 3 * rows * chunk + 8 * (rows + chunk))
+
+
+def proxy_scratch(shape: Shape) -> int:
+    """The most bytes that `proxy_attention` allocates, beside its result."""
+    return attention_scratch(shape.chunk, shape.head_dim, shape.chunk)
+
+
+def moments_scratch(shape: Shape, queries: int) -> int:
+    """The most bytes that `attention_moments` of so many queries allocates, beside the mean."""
+    return shape.of_all(torch.float32) + attention_scratch(max(queries, shape.chunk), shape.head_dim, shape.chunk)
+
+
+def spread_scratch(shape: Shape, queries: int) -> int:
+    """The most bytes that `attention_spread` of so many queries allocates."""
+    # Beside the attention where the window lies, in one head: int64, twice.
+    return attention_scratch(max(queries, shape.chunk), shape.head_dim, shape.chunk) + 2 * shape.of_head(torch.int64)
+
+
+def accumulation_scratch(head_dim: int, chunk: int) -> int:
+    """The most bytes that adding up a block's attention takes, for `View.sums`."""
+    # `chunk` of its queries at a time (or one token's group), turned to their positions.
+    rows = max(chunk, _WIDEST_GROUP)
+    return attention_scratch(rows, head_dim, chunk) + rows * (16 + 30 * head_dim)
 
 
 def _proxy(view: View) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""Layer budgets: how many of the memory's tokens each layer keeps."""

@@ -1,0 +1,57 @@
+"""MiKV: important tokens as they are, the others in few bits instead of none. Knows no scores: those are another policy's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar
+
+from millpond.cache.kv_quantizer import KVQuantizer
+from millpond.cache.tier import Tier
+from millpond.policies import DEFAULT_POLICY
+from millpond.policies.base import Needs, Policy
+from millpond.policies.composition import QUANTIZED_TIER, Wrapper
+from millpond.policies.registry import read
+
+__all__ = ["MiKV"]
+
+
+@dataclass(frozen=True)
+class MiKV(Wrapper):
+    """Keep what another policy finds important in full precision, and pack what it would forget.
+
+    Of the remembered tokens a share `full_share`, chosen by `base`, stays as it is; what leaves it is packed by the codec of
+    KIVI, keys per channel and values per token in groups of `group`. When the packed tokens have used up their room, `base`
+    chooses again, among them and the protected ones, and whole groups go, those with the fewest tokens that it would keep: a
+    group is packed once. The paper's channel balancer, which the keys' own channels make needless, is left out.
+
+    Attributes:
+        bits: of a packed number: 2, 3, 4 or 8.
+        full_share: of the remembered tokens, those in full precision. Published: 0.2 and more.
+        base: the policy that scores, by name or itself. Not every one goes: `millpond.policies.composition`.
+        group: tokens that are packed together, and channels of a value that share a step. KIVI's: 32.
+    """
+
+    adds: ClassVar[str] = QUANTIZED_TIER
+    name: ClassVar[str] = "mikv"
+    source: ClassVar[str] = (
+        "Yang et al., No Token Left Behind (MiKV), 2024 (arXiv 2402.18096), and Liu et al., KIVI, ICML 2024: notes on the papers"
+    )
+
+    bits: int = 4
+    full_share: float = 0.2
+    base: str | Policy = DEFAULT_POLICY
+    group: int = 32
+
+    @cached_property
+    def inner(self) -> Policy:
+        return read(self.base) if isinstance(self.base, str) else self.base
+
+    @cached_property
+    def tier(self) -> Tier:
+        """How much is packed, and how."""
+        return Tier(KVQuantizer(self.bits, self.group), self.full_share)
+
+    @property
+    def needs(self) -> Needs:
+        return replace(self.inner.needs, quantized_tier=self.tier)
