@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millpond.cache import Ledger, Pond
+from millpond.cache.consumers import make_plan
 from millpond.errors import BudgetError, ModelError, PolicyError
 from millpond.memory.geometry import Geometry
-from millpond.memory.plan import make_plan
 from millpond.policies.base import TEXT, Policy
 from tests.cache.text_model import Newest, Scattered
 

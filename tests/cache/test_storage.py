@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millpond.cache import Pond
+from millpond.cache.consumers import make_plan
 from millpond.errors import BudgetError
 from millpond.memory.geometry import Geometry
-from millpond.memory.plan import Plan, make_plan
+from millpond.memory.plan import Plan
 from millpond.policies.base import Policy
 from millpond.policies.mikv import MiKV
 from tests.cache.test_pond import Stream

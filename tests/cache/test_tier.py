@@ -9,12 +9,13 @@ from torch import Tensor
 
 from millpond import native
 from millpond.cache import Pond
+from millpond.cache.consumers import make_plan
 from millpond.cache.kv_quantizer import KVQuantizer
 from millpond.cache.rerotation import close_gaps, shift_uniformly
 from millpond.cache.tier import Tier, stream_order
 from millpond.errors import PolicyError
 from millpond.memory.geometry import Geometry
-from millpond.memory.plan import Plan, make_plan
+from millpond.memory.plan import Plan
 from millpond.policies.base import TEXT, Policy, View
 from millpond.policies.mikv import MiKV
 from millpond.positions import Clock

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from millpond import PolicyError, native, policies
 from millpond.cache import Pond
+from millpond.cache.consumers import make_plan
 from millpond.cache.tier import MixedPrecisionLayer
 from millpond.memory.geometry import Geometry
-from millpond.memory.plan import make_plan
 from millpond.policies.base import SEPARATOR, TEXT, Policy, View
 from millpond.policies.hermes import HERMES
 from millpond.policies.matching import carried_scores_of, matching_scratch

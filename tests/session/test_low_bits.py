@@ -8,8 +8,9 @@ import torch
 
 from millpond import PolicyError, Session, policies
 from millpond.cache import PondCache
+from millpond.cache.consumers import make_plan
 from millpond.memory.geometry import Geometry
-from millpond.memory.plan import Plan, make_plan
+from millpond.memory.plan import Plan
 from tests.cache.text_model import text_model
 from tests.models.tiny import tiny
 from tests.session.frames import moving

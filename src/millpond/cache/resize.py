@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +46,7 @@ def resize_pond(pond: Pond, plan: Plan) -> None:
         if plan.slots <= old.slots or pond.dequantization_buffer is not None:
             raise BudgetError(f"the pond cannot be moved to {plan.slots} slots", minimum=old.budget)
         # Too small a step to be worth a second copy of a tensor, which the cap has no room for: keep the storage.
-        spare = plan.slots - old.slots
-        plan = replace(plan, slots=old.slots, memory_tokens=max(plan.group_tokens, plan.memory_tokens - spare))
+        plan = plan.with_slots(old.slots)
     move = _Resizing(pond, plan, _slabs(pond, plan, longest, groups), limit)
     pond.carry_out(move)
     if move.refused is not None:

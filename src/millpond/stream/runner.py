@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from millpond.admission.base import Admission, Verdict
+from millpond.admission.base import Admission, Verdict, admission_consumers
 from millpond.admission.gate import filter_groups
+from millpond.cache.consumers import make_plan
 from millpond.cache.host import HostCache
 from millpond.cache.pond import Pond
 from millpond.cache.proxy_queries import accumulate_attention
@@ -25,11 +26,12 @@ from millpond.cache.retrieval import Retrieval
 from millpond.errors import BudgetError, MillpondError, ModelError, PolicyError
 from millpond.memory.available import check_memory
 from millpond.memory.budget import Budget
-from millpond.memory.plan import Plan, make_plan
+from millpond.memory.plan import Plan
 from millpond.models.base import Family, Grid, Tokens
 from millpond.models.query_recorder import See
 from millpond.policies.base import SEPARATOR, Policy
 from millpond.positions import Clock
+from millpond.stream.recent_frames import FramesAsPixels
 
 if TYPE_CHECKING:
     from millpond.stream.step import Step
@@ -280,6 +282,8 @@ class Runner:
         if grid is not None and self._host_budget is not None:
             HostCache.check(self.family.geometry, self._host_budget, grid.tokens)
         what = "this model's prompt and one turn" if grid is None else f"frames of {grid.width} x {grid.height}"
+        frame_bytes = 0 if grid is None else grid.height * grid.width * 3
+        pixels = FramesAsPixels(frame_bytes, self.recent_frames, len(self.family.reopening()))
         return make_plan(
             self._budget if budget is None else budget,
             self.family.geometry,
@@ -287,12 +291,10 @@ class Runner:
             prompt_tokens=len(self._opening),
             group_tokens=1 if grid is None else grid.tokens,
             frames_per_group=self.family.frames_per_group,
-            frame_bytes=0 if grid is None else grid.height * grid.width * 3,
             reserve_tokens=self._reserve,
-            state_bytes=0 if self.admission is None else self.admission.state_bytes(self.family.hidden),
             proxy_tokens=self._proxy_tokens,
-            recent_frames=self.recent_frames,
-            reopening_tokens=len(self.family.reopening()),
+            reserve=[pixels.slots],
+            beside=[pixels.waiting, pixels.pixels, *admission_consumers(self.admission, self.family.hidden)],
             what=what,
         )
 
@@ -303,7 +305,7 @@ class Runner:
             return
         plan = self.plan_for(grid)
         if self._pond is not None and not self.policy.capped:
-            plan = replace(plan, slots=max(plan.slots, self._pond.capacity))
+            plan = plan.with_slots(max(plan.slots, self._pond.capacity))
         self._move(plan, self._budget, grid)
 
     def resize(self, budget: str | int) -> None:
