@@ -315,7 +315,7 @@ class Session:
             BudgetError: too small for this model and frame size; names the minimum that works. Nothing changes.
         """
         with self._exclusive():
-            self._runner.resize(budget)
+            self._runner.resize(budget, self._ingest.make_fit)
 
     # --- looking in ---------------------------------------------------------------------------------------------
 

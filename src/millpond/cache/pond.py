@@ -69,7 +69,7 @@ class Pond(Cache):
         self.plan = plan
         self.policy = policy
         self.device = device
-        self.ledger = ledger if ledger is not None else Ledger(plan.budget if policy.capped else None)
+        self.ledger = ledger if ledger is not None else Ledger(plan.budget if policy.capped else None, plan.lines)
         self.ledger.hold("storage", plan.slots * geometry.bytes_per_token + plan.quantized_bytes)
         self.ledger.hold("queries", plan.query_bytes)
         self.queries = ProxyQueries(geometry, plan.query_bytes // geometry.query_bytes, device)

@@ -138,9 +138,8 @@ class _Resizing:
         exchange = Exchange(slabs, pond.ledger, limit, lambda: pond.nbytes)
         arena, dequantization_buffer = pond.arena if slabs else None, pond.dequantization_buffer
         clear: list[Callable[[], None]] = [] if dequantization_buffer is None else [dequantization_buffer.clear]
-        capped = partial(
-            self._cap, limit
-        )  # a step like the others: a move that is complete must not cap anything again
+        # A step like the others: a move that is complete must not cap anything again.
+        capped = partial(pond.ledger.move, limit)
         forth: list[Callable[[], None]] = [*clear, exchange.forth]
         back: list[Callable[[], None]] = [capped, *clear, exchange.back]
         self._pack = Steps([capped])
@@ -179,9 +178,6 @@ class _Resizing:
 
         return Steps([run])
 
-    def _cap(self, limit: int | None) -> None:
-        self._pond.ledger.limit = limit
-
     def _settle(self, plan: Plan) -> None:
         self._pond.plan = plan
-        self._cap(plan.budget if self._pond.policy.capped else None)
+        self._pond.ledger.settle(plan.budget if self._pond.policy.capped else None, plan.lines)

@@ -5,7 +5,7 @@ Owns the memory of one stream, its clock and its budget. Knows tokens, not frame
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -308,14 +308,19 @@ class Runner:
             plan = plan.with_slots(max(plan.slots, self._pond.capacity))
         self._move(plan, self._budget, grid)
 
-    def resize(self, budget: str | int) -> None:
-        """Change the budget; a smaller one compacts at once. See `millpond.Session.resize`."""
+    def resize(self, budget: str | int, make_fit: Callable[[Plan], None]) -> None:
+        """Change the budget; a smaller one compacts at once. See `millpond.Session.resize`.
+
+        `make_fit` is called when it is known that the new plan works, while the old one is in force: what is held beside the memory must
+        fit the new one too.
+        """
         if not self.policy.capped:
             raise BudgetError(f"the policy {self.policy.name!r} has no budget to resize")
         size = int(Budget(budget))
         plan = self.plan_for(self.grid, size)
         held = 0 if self._pond is None else self._pond.ledger.held
         check_memory(plan.total_bytes - held, self.family.device)
+        make_fit(plan)
         self._move(plan, size, self.grid)
 
     def _move(self, plan: Plan, budget: int | None, grid: Grid | None) -> None:
