@@ -1,5 +1,8 @@
 """A consumer of the budget is a line: what the ledger lets anybody hold is what a line grants."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -129,3 +132,14 @@ def test_the_lines_cover_what_a_stream_holds(
     assert all(size <= granted[name] for name, size in most.items())
     assert {name for name, size in granted.items() if size} == {name for name, size in most.items() if size}
     assert most["storage"] == granted["storage"] == session._runner.pond.nbytes
+
+
+def test_the_page_on_memory_has_a_row_for_every_line() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
+    session = Session(tiny("qwen2_vl"), budget="5MiB", policy="rekv", host_budget="1MiB", recent_frames=2)
+    lines = session.plan_for(56, 56).lines
+    table = page.partition("| line | size | why |\n|---|---|---|\n")[2].partition("\n\n")[0]
+    assert [row.split(" | ")[0].removeprefix("| ") for row in table.splitlines()] == [line.name for line in lines]
+    slots = re.search(r"^    slots = (.+)$", page, re.MULTILINE)
+    assert slots is not None
+    assert slots[1].split(" + ") == [line.name for line in lines if line.slots]

@@ -86,5 +86,5 @@ def make_plan(
     Raises:
         BudgetError: too small; names the minimum that works.
     """
-    consumers = {"reserve": (*reserve, *RESERVE), "beside": (*BESIDE, *beside)}
-    return split_budget(budget, geometry, policy, **consumers, **sizes)
+    reserve, beside = (*reserve, *RESERVE), (*BESIDE, *beside)
+    return split_budget(budget, geometry, policy, reserve=reserve, beside=beside, **sizes)

@@ -137,54 +137,19 @@ def _print_device(split: DeviceSplit, title: str) -> None:
 def _print_plan(split: Plan, title: str, fps: float) -> None:
     from millpond.memory.budget import format_bytes
 
-    each = split.bytes_per_token
-    rows: list[tuple[str, int | None, int | None, str]] = [
-        ("prompt", split.prompt_tokens, split.prompt_tokens * each, "pinned"),
-        (
-            "memory |C|",
-            split.memory_tokens,
-            split.memory_tokens * each,
-            f"{split.frames_in_full} frames = {split.seconds_in_full(fps):g} s in full detail, more when thinned",
-        ),
-        (
-            "room for blocks",
-            split.headroom_tokens,
-            split.headroom_tokens * each,
-            f"blocks of {split.block_tokens} tokens ({split.block_groups * split.frames_per_group} frames)",
-        ),
-        ("quantized", split.quantized_tokens, split.quantized_bytes, "remembered in few bits"),
-        ("dequantization_buffer", None, split.dequantization_bytes, "where a layer is unpacked"),
-        ("reserve", split.reserve_tokens, split.reserve_tokens * each, _of_turn(split)),
-        ("waiting frames", None, split.waiting_bytes, "until their block is full"),
-        ("recent frames", None, split.recent_bytes, f"the latest {split.recent_frames}, to be encoded again"),
-        ("scratch", None, split.scratch_bytes, "compaction and re-anchoring"),
-        ("admission", None, split.state_bytes, "what it remembers of the stream"),
-        ("queries", None, split.query_bytes, "the policy's proxy"),
-        ("undo", None, split.undo_bytes, "what a block could have to put back"),
-        ("total", split.slots, split.total_bytes, _of_budget(split)),
-    ]
-    rows = [
-        row
-        for row in rows
-        if row[2]
-        or row[0] not in ("admission", "queries", "undo", "quantized", "dequantization_buffer", "recent frames")
-    ]
     table = Table(title=Text(title), title_justify="left")
     for name, justify in (("", "left"), ("tokens", "right"), ("bytes", "right"), ("", "right"), ("what for", "left")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for name, tokens, size, note in rows:
-        table.add_row(name, "" if tokens is None else str(tokens), str(size), format_bytes(size or 0), note)
+    for line in split.lines:
+        if line.bytes:
+            size = str(line.bytes), format_bytes(line.bytes)
+            table.add_row(line.name, str(line.slots) if line.slots else "", *size, line.purpose)
+    total = str(split.total_bytes), format_bytes(split.total_bytes)
+    table.add_row("total", str(split.slots), *total, _of_budget(split))
     console = Console()
     console.print(table)
-    console.print(f"{each} bytes per token, metadata included", highlight=False)
-
-
-def _of_turn(split: Plan) -> str:
-    retrieved = (
-        f", and {split.retrieved_frames * split.frames_per_group} recalled frames" if split.retrieved_frames else ""
-    )
-    again = f", and {split.recent_frames} recent frames again" if split.recent_frames else ""
-    return f"a question and its answer{retrieved}{again}"
+    full = f"{split.frames_in_full} frames = {split.seconds_in_full(fps):g} s in full detail, more when thinned"
+    console.print(f"{split.bytes_per_token} bytes per token, metadata included; in memory {full}", highlight=False)
 
 
 def _of_budget(split: Plan) -> str:

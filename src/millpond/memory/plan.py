@@ -230,7 +230,7 @@ def split_budget(
         frames_per_group=frames_per_group,
         proxy_tokens=proxy_tokens if policy.proxy == "prompt" else 0,
     )
-    claimants = [partial(_turn, reserve_tokens), *reserve]
+    claimants: list[Consumer] = [partial(_turn, reserve_tokens), *reserve]
 
     def claimed(split: Split) -> Split:
         for claim in claimants:

@@ -107,4 +107,5 @@ class FramesAsPixels:
     def waiting(self, geometry: Geometry, split: Split) -> Line:
         """Frames whose block is not full."""
         frames = split.block_groups * split.frames_per_group
-        return Line("waiting", 0, frames * self.frame_bytes, f"{frames} frames, until their block is full")
+        purpose = f"{frames} frames, until their block is full"
+        return Line("waiting frames", 0, frames * self.frame_bytes, purpose, account="waiting")
