@@ -16,6 +16,7 @@ from torch import Tensor
 from millpond import policies
 from millpond.cache.consumers import make_plan
 from millpond.cache.pond import Pond
+from millpond.config import DEFAULT_POLICY
 from millpond.errors import BudgetError, ModelError, PolicyError
 from millpond.memory.available import check_memory
 from millpond.memory.budget import Budget
@@ -47,7 +48,7 @@ class PondCache(Pond):
     """
 
     def __init__(
-        self, model: Any, budget: str | int | None, policy: str | Policy = "infinipot-v", *, pinned: int = 4
+        self, model: Any, budget: str | int | None, policy: str | Policy = DEFAULT_POLICY, *, pinned: int = 4
     ) -> None:
         chosen = policies.read(policy) if isinstance(policy, str) else policy
         if chosen.proxy or chosen.accumulated_attention:

@@ -11,6 +11,7 @@ import typer
 
 from millpond.cli.errors import announce
 from millpond.cli.options import JsonFlag, Positions, QuietFlag
+from millpond.config import DEFAULT_POLICY
 
 if TYPE_CHECKING:
     from millpond.eval.accuracy.run import Study
@@ -36,7 +37,7 @@ def accuracy(
             help="Policies, with parameters as in infinipot-v:alpha=0.3; or all. full, last-4-frames, uniform and recent are "
             "always measured.",
         ),
-    ] = "infinipot-v",
+    ] = DEFAULT_POLICY,
     budgets: Annotated[
         str, typer.Option(metavar="B,...", help="Shares of the full cache (1/16) or sizes (256KiB).")
     ] = "1/2,1/4,1/8,1/16,1/32",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +14,6 @@ from rich.text import Text
 from millpond.cli.errors import FAILED, announce
 from millpond.cli.options import (
     DEFAULT_MODEL,
-    DEFAULT_POLICY,
     BudgetOption,
     DtypeOption,
     FpsOption,
@@ -29,7 +28,9 @@ from millpond.cli.options import (
     SystemOption,
     budget_for,
     read_size,
+    session_config,
 )
+from millpond.config import DEFAULT_POLICY, SessionConfig
 from millpond.errors import BudgetError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from millpond.models.base import Family
     from millpond.precision.device_budget import DeviceSplit
 
-__all__ = ["doctor", "models", "plan", "policies", "stream_options"]
+__all__ = ["doctor", "models", "plan", "policies"]
 
 
 def plan(
@@ -67,19 +68,19 @@ def plan(
     from millpond.device import default_budget, plan_device
 
     silence()
-    capped = budget_for(budget, device_memory)
+    budget_for(budget, device_memory)
     family = models.load(model, dtype=dtype, max_pixels=max_pixels, weights=False)
     title = f"{model}, {policy}, frames of {size.width} x {size.height} at {fps:g} a second"
-    stream, device = stream_options(policy, recent_frames, system), {}
+    config, device = session_config(context), {}
     if device_memory is not None:
-        whole = plan_device(family, model, device_memory, (size.height, size.width), **stream)
+        whole = plan_device(family, model, device_memory, (size.height, size.width), config)
         split, device = whole.plan, {"device": whole.split.to_dict()}
         if not as_json:
             _print_device(whole.split, title)
     else:
-        if capped is None and stream["policy"].capped:
-            capped = default_budget(family, (size.height, size.width), fps, **stream)
-        split = _split(family, capped, stream, size)
+        if config.budget is None and config.policy.capped:
+            config = replace(config, budget=default_budget(family, config, (size.height, size.width), fps))
+        split = _split(family, config, size)
     if as_json:
         seconds = {"fps": fps, "seconds_in_full": split.seconds_in_full(fps)}
         frame = {"width": size.width, "height": size.height}
@@ -88,33 +89,24 @@ def plan(
         _print_plan(split, "the stream's part" if device else title, fps)
 
 
-def _split(family: Family, budget: int | None, stream: dict[str, Any], size: FrameSize) -> Plan:
+def _split(family: Family, config: SessionConfig, size: FrameSize) -> Plan:
     """The plan; where the budget cannot hold even the prompt, the error still names the least for these frames."""
     from millpond.device import least_budget
     from millpond.memory.budget import format_bytes
     from millpond.stream.runner import Runner
 
-    grid = family.grid(size.height, size.width)
+    grid, budget = family.grid(size.height, size.width), config.budget
     try:
-        return Runner(family, budget=budget, **stream).plan_for(grid)
+        return Runner(family, config).plan_for(grid)
     except BudgetError as error:
         if budget is None or error.minimum is None:
             raise
-        minimum = least_budget(family, grid, **stream)
+        minimum = least_budget(family, grid, config)
         raise BudgetError(
             f"a budget of {format_bytes(budget)} is too small for frames of {size.width} x {size.height}: "
             f"the minimum that works is {minimum} bytes ({format_bytes(minimum)})",
             minimum=minimum,
         ) from error
-
-
-def stream_options(policy: str, recent_frames: int, system: str | None) -> dict[str, Any]:
-    """What `millpond.stream.runner.Runner` takes beside a family and a budget."""
-    from millpond import policies
-
-    chosen = policies.read(policy)
-    own = {"positions": "contiguous", "system": system, "reserve_tokens": None}
-    return {"policy": chosen, "recent_frames": recent_frames, **own}
 
 
 def _print_device(split: DeviceSplit, title: str) -> None:

@@ -7,7 +7,7 @@ from millpond.plugins import Plugins
 from millpond.policies.allocation import ALLOCATORS, Layered
 from millpond.policies.base import Policy
 
-__all__ = ["POLICIES", "available", "get", "read"]
+__all__ = ["POLICIES", "available", "get", "read", "write"]
 
 POLICIES: Plugins[Policy] = Plugins("millpond.policies", Policy, "policy")  # type: ignore[type-abstract]
 available, get = POLICIES.available, POLICIES.get
@@ -24,3 +24,15 @@ def read(text: str) -> Policy:
         raise PolicyError(f"{text!r}: name an allocator behind the plus: {', '.join(sorted(ALLOCATORS.found))}")
     scorer = POLICIES.read(policy)
     return Layered(scorer, ALLOCATORS.read(allocator)) if plus else scorer
+
+
+def write(policy: Policy) -> str:
+    """The word that `read` makes an equal policy from.
+
+    Raises:
+        PolicyError: there is none: one of its parameters is a policy itself, say, or it is not registered.
+    """
+    if not isinstance(policy, Layered):
+        return POLICIES.write(policy)
+    word = f"{POLICIES.write(policy.scorer)}+{ALLOCATORS.write(policy.allocator)}"
+    return POLICIES.same(policy, word, read)

@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from millpond.admission.base import Admission, Verdict, admission_consumers
+from millpond.admission.base import Verdict, admission_consumers
 from millpond.admission.gate import filter_groups
 from millpond.cache.consumers import make_plan
 from millpond.cache.host import HostCache
@@ -23,34 +22,31 @@ from millpond.cache.pond import Pond
 from millpond.cache.proxy_queries import accumulate_attention
 from millpond.cache.rerotation import close_gaps, shift_uniformly
 from millpond.cache.retrieval import Retrieval
-from millpond.errors import BudgetError, MillpondError, ModelError, PolicyError
+from millpond.config import SessionConfig
+from millpond.errors import BudgetError, ModelError, PolicyError
 from millpond.memory.available import check_memory
 from millpond.memory.budget import Budget
 from millpond.memory.plan import Plan
 from millpond.models.base import Family, Grid, Tokens
 from millpond.models.query_recorder import See
-from millpond.policies.base import SEPARATOR, Policy
+from millpond.policies.base import SEPARATOR
 from millpond.positions import Clock
 from millpond.stream.recent_frames import FramesAsPixels
 
 if TYPE_CHECKING:
     from millpond.stream.step import Step
 
-__all__ = ["Positions", "Runner", "dated", "grid_positions"]
-
-Positions = Literal["absolute", "contiguous"]
+__all__ = ["Runner", "dated", "grid_positions"]
 
 
 class Runner:
     """One stream's memory and the way into it.
 
     Args:
-        family, policy, positions, system, reserve_tokens, admission, recent_frames, host_path: as in `millpond.Session`.
-        budget: bytes; None only for a policy without a cap.
-        host_budget: bytes; None where nothing is recalled, or only planned.
+        family: an adapted model.
+        config: without a budget only for a policy that has no cap, without a host budget where nothing is recalled, or only planned.
 
     Attributes:
-        recent_frames: as given.
         clock: where the next token stands.
         grid: the largest frame size planned for; None before the first frame.
         tokens: stream tokens that went in, the prompt among them.
@@ -61,40 +57,23 @@ class Runner:
         BudgetError: the budget cannot even hold the prompt and one turn; names the minimum that works.
     """
 
-    def __init__(
-        self,
-        family: Family,
-        *,
-        budget: int | None,
-        policy: Policy,
-        positions: Positions,
-        system: str | None,
-        reserve_tokens: int | None,
-        admission: Admission | None = None,
-        recent_frames: int = 0,
-        host_budget: int | None = None,
-        host_path: str | Path | None = None,
-    ) -> None:
-        if admission is not None and policy.whole_frames:
-            raise PolicyError(f"{policy.name} keeps whole frames of one size, which {admission.name} thins")
-        if not isinstance(recent_frames, int) or recent_frames < 0:
-            raise MillpondError(f"recent_frames must be a whole number, at least 0, not {recent_frames!r}")
+    def __init__(self, family: Family, config: SessionConfig) -> None:
         self.family = family
-        self.policy = policy
-        self.recent_frames = recent_frames
-        self.admission = admission
+        self._config = config
+        self.policy = config.policy
+        self.recent_frames = config.recent_frames
+        self.admission = config.admission
         self._seen: Any = None  # the admission's state
-        self.positions = positions
+        self.positions = config.positions
         self.clock = Clock()
         self.grid: Grid | None = None
         self.tokens = self.reanchorings = 0
         self.seconds = dict.fromkeys(("source", "vision", "decoder", "compaction", "answers", "total"), 0.0)
         self.open_step: Step | None = None
-        self._budget = budget
-        self._reserve = reserve_tokens
-        self._host_budget, self._host_path = host_budget, host_path
-        self._opening = family.opening(system)
-        self._proxy_tokens = len(family.question("", after_video=True)) if policy.proxy == "prompt" else 0
+        self._budget = config.budget
+        self._host_budget, self._host_path = config.host_budget, config.host_path
+        self._opening = family.opening(config.system)
+        self._proxy_tokens = len(family.question("", after_video=True)) if self.policy.proxy == "prompt" else 0
         self.plan_for(None)  # refuse now what can never work
         self._pond: Pond | None = None  # allocated with the first frame or question, when the frames' size is known
 
@@ -269,6 +248,11 @@ class Runner:
     # --- the budget ---------------------------------------------------------------------------------------------
 
     @property
+    def config(self) -> SessionConfig:
+        """As given, with the budget that is in force."""
+        return replace(self._config, budget=self._budget)
+
+    @property
     def plan(self) -> Plan:
         """How the budget is split now: for the largest frames so far, or for text alone before the first."""
         return self.plan_for(None) if self._pond is None else self._pond.plan
@@ -291,7 +275,7 @@ class Runner:
             prompt_tokens=len(self._opening),
             group_tokens=1 if grid is None else grid.tokens,
             frames_per_group=self.family.frames_per_group,
-            reserve_tokens=self._reserve,
+            reserve_tokens=self._config.reserve_tokens,
             proxy_tokens=self._proxy_tokens,
             reserve=[pixels.slots],
             beside=[pixels.waiting, pixels.pixels, *admission_consumers(self.admission, self.family.hidden)],

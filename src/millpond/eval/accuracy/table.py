@@ -9,12 +9,12 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
+from millpond.config import DEFAULT_POLICY
 from millpond.eval.accuracy.cell import Cell
 from millpond.eval.accuracy.intervals import clustered, holm
 from millpond.eval.accuracy.pairing import paired
 from millpond.eval.accuracy.trial import Mark, Outcome
 from millpond.memory.budget import format_bytes
-from millpond.session import DEFAULT_POLICY
 
 __all__ = ["AGES", "PAST_SECONDS", "markdown", "summarise"]
 
