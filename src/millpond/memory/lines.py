@@ -8,10 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from millpond.errors import BudgetError
 from millpond.memory.geometry import Geometry
 
-__all__ = ["STORAGE", "Line", "checked", "slot_line"]
+__all__ = ["STORAGE", "Line", "slot_line"]
 
 STORAGE = "storage"
 """The account of everything that is allocated once for tokens: slots, and tokens that are stored quantized."""
@@ -48,24 +47,3 @@ class Line:
 def slot_line(geometry: Geometry, name: str, slots: int, purpose: str) -> Line:
     """A consumer of `slots` token slots and nothing else."""
     return Line(name, slots, slots * geometry.bytes_per_token, purpose, STORAGE)
-
-
-def checked(lines: tuple[Line, ...], budget: int | None) -> tuple[Line, ...]:
-    """The same lines, if they can all be taken at once.
-
-    Args:
-        budget: bytes; None without a cap.
-
-    Raises:
-        BudgetError: two lines of one name, a line of less than nothing, or more than the budget in all.
-    """
-    names = [line.name for line in lines]
-    for line in lines:
-        if names.count(line.name) > 1:
-            raise BudgetError(f"two lines of the budget are called {line.name!r}")
-        if line.slots < 0 or line.bytes < 0:
-            raise BudgetError(f"the budget's line {line.name!r} is negative: {line.slots} slots, {line.bytes} bytes")
-    total = sum(line.bytes for line in lines)
-    if budget is not None and total > budget:
-        raise BudgetError(f"the lines take {total} bytes of a budget of {budget}", minimum=total)
-    return lines

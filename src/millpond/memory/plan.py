@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from millpond.errors import BudgetError
 from millpond.memory.budget import format_bytes
 from millpond.memory.geometry import Geometry
-from millpond.memory.lines import Line, checked, slot_line
+from millpond.memory.lines import Line, slot_line
 
 if TYPE_CHECKING:
     from millpond.policies.base import Policy
@@ -82,7 +82,7 @@ Consumer = Callable[[Geometry, Split], Line]
 
 
 class _Total:
-    """A number of a plan, added up from its lines: `slots` or `bytes` of those called so, or booked under such an account."""
+    """A number that is read off a plan's lines: the slots or bytes of those called so, or booked under such an account."""
 
     def __init__(self, what: str, name: str) -> None:
         self._what, self._name = what, name
@@ -100,7 +100,9 @@ class Plan:
     Attributes:
         budget: the cap in bytes; None for the uncapped reference, whose storage grows.
         bytes_per_token: keys, values and metadata of one token over all layers.
-        lines: what every consumer may take; all other numbers of slots and bytes are read off them.
+        lines: what every consumer may take. All other numbers of slots and bytes are read off them: those in tokens are slots,
+            `headroom_tokens` the headroom, `retrieved_tokens` what a question recalls, `quantized_bytes` the quantized store, `dequantization_bytes` the
+            dequantization buffer, `state_bytes` an admission's, `recent_bytes` the latest frames' pixels.
         group_tokens, frames_per_group: size of one frame group.
         block_groups: frame groups that run through the model at once.
         chunk: tokens of one head worked on at a time.
@@ -120,7 +122,14 @@ class Plan:
     quantized_tokens: int = 0
 
     def __post_init__(self) -> None:
-        checked(self.lines, self.budget)
+        names = [line.name for line in self.lines]
+        for line in self.lines:
+            if names.count(line.name) > 1:
+                raise BudgetError(f"two lines of the budget are called {line.name!r}")
+            if line.slots < 0 or line.bytes < 0:
+                raise BudgetError(f"the line {line.name!r} is negative: {line.slots} slots, {line.bytes} bytes")
+        if self.budget is not None and self.total_bytes > self.budget:
+            raise BudgetError(f"the lines take {self.total_bytes} bytes of a budget of {self.budget}")
 
     prompt_tokens = _Total("slots", "prompt")
     memory_tokens = _Total("slots", "memory")
