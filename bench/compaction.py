@@ -28,9 +28,9 @@ import torch
 
 from millpond import ops, policies
 from millpond.cache import Pond
+from millpond.cache.consumers import make_plan
 from millpond.eval.hardware import write_metadata
 from millpond.memory.geometry import Geometry
-from millpond.memory.plan import make_plan
 from millpond.policies.base import Policy
 
 LAYERS, HEADS, GROUP, WIDTH = 28, 4, 7, 128
@@ -78,7 +78,7 @@ def new_pond(dtype: torch.dtype, policy: Policy) -> Pond:
     plan = make_plan(
         budget, geometry, policy, prompt_tokens=0, group_tokens=FRAME, reserve_tokens=0, proxy_tokens=PROXY
     )
-    return Pond(geometry, replace(plan, slots=TOKENS, chunk=CHUNK), policy, torch.device("cpu"))
+    return Pond(geometry, replace(plan.with_slots(TOKENS), chunk=CHUNK), policy, torch.device("cpu"))
 
 
 def released_pass(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,6 +18,7 @@ def test_public_names_are_these_and_all_exist() -> None:
         "PolicyError",
         "PondCache",
         "Session",
+        "SessionConfig",
         "SnapshotError",
         "SourceError",
         "Usage",

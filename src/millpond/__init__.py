@@ -14,6 +14,7 @@ from millpond.errors import BudgetError, MillpondError, ModelError, PolicyError,
 if TYPE_CHECKING:
     from millpond.answer import Answer, LayerMemory, Usage
     from millpond.cache import PondCache
+    from millpond.config import SessionConfig
     from millpond.memory.budget import Budget
     from millpond.memory.plan import Plan
     from millpond.session import Session
@@ -31,6 +32,7 @@ __all__ = [
     "PolicyError",
     "PondCache",
     "Session",
+    "SessionConfig",
     "SnapshotError",
     "SourceError",
     "Usage",
@@ -45,6 +47,7 @@ _LATER = {
     "Plan": "millpond.memory.plan",
     "PondCache": "millpond.cache",
     "Session": "millpond.session",
+    "SessionConfig": "millpond.config",
     "Usage": "millpond.answer",
 }
 _ROOMS = ("families", "frames", "policies", "precision", "recompute")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from millpond import models
+from millpond.config import SessionConfig
 from millpond.errors import BudgetError
 from millpond.memory.available import available_memory, check_memory
 from millpond.memory.budget import Budget
@@ -40,7 +41,7 @@ class DevicePlan:
 
 
 def plan_device(
-    family: Family, folder: str | Path | None, device_memory: str | int, frame: tuple[int, int], **stream: Any
+    family: Family, folder: str | Path | None, device_memory: str | int, frame: tuple[int, int], config: SessionConfig
 ) -> DevicePlan:
     """Split a device's memory for a model and a stream.
 
@@ -49,30 +50,30 @@ def plan_device(
         folder: where the model lies; its quantized weights, if it has any, are read at a width that fits. None for a loaded model.
         device_memory: all bytes of the device that millpond may use.
         frame: height and width of the largest frame, in pixels.
-        stream: the other arguments of `millpond.stream.runner.Runner`.
+        config: of the stream; its budget counts for nothing here.
 
     Raises:
         BudgetError: not even the least of everything fits; names it, or the policy has no cap.
     """
-    if not stream["policy"].capped:
-        raise BudgetError(f"the policy {stream['policy'].name!r} has no cap: no device memory would be enough")
+    if not config.policy.capped:
+        raise BudgetError(f"the policy {config.policy.name!r} has no cap: no device memory would be enough")
     memory, grid = int(Budget(device_memory)), family.grid(*frame)
     weights: int | dict[int, int] = _weights(family.model)
     if folder is not None and is_quantized(folder):
         weights = weight_bytes(Path(folder))
     lightest = weights if isinstance(weights, int) else min(weights.values())
-    minimum = least_budget(family, grid, **stream)
+    minimum = least_budget(family, grid, config)
     # A larger stream runs in larger blocks, which take more workspace: the workspace is planned for a stream of at most so many
     # bytes, for a few such limits, and the one that leaves the stream most is taken.
     ratio = max(1.0, (memory - lightest) / minimum)
-    split = _limited(family, grid, minimum, weights, memory, minimum, stream)
+    split = _limited(family, grid, minimum, weights, memory, minimum, config)
     for step in range(1, _LIMITS + 1):
         try:
-            other = _limited(family, grid, int(minimum * ratio ** (step / _LIMITS)), weights, memory, minimum, stream)
+            other = _limited(family, grid, int(minimum * ratio ** (step / _LIMITS)), weights, memory, minimum, config)
         except BudgetError:  # blocks of that size have no room beside the rest
             break
         split = max(split, other, key=lambda one: one.kv)
-    return DevicePlan(split, Runner(family, budget=split.kv, **stream).plan_for(grid))
+    return DevicePlan(split, _plan(family, grid, config, split.kv))
 
 
 def _limited(
@@ -82,10 +83,10 @@ def _limited(
     weights: int | dict[int, int],
     memory: int,
     minimum: int,
-    stream: dict[str, Any],
+    config: SessionConfig,
 ) -> DeviceSplit:
     """The split with a stream of at most `limit` bytes."""
-    plan = Runner(family, budget=limit, **stream).plan_for(grid)
+    plan = _plan(family, grid, config, limit)
     patch = family.model.config.vision_config.patch_size
     workspace = Workspace.of(
         family.model.config,
@@ -103,7 +104,7 @@ def load_within(
     model: str | Path | tuple[Any, Any],
     device_memory: str | int | None,
     frame: tuple[int, int],
-    stream: dict[str, Any],
+    config: SessionConfig,
     *,
     target_bits: float | None = None,
     **load: Any,
@@ -111,7 +112,7 @@ def load_within(
     """A model's adapter and, where a device's memory is given, the budget that the stream gets of it.
 
     Args:
-        model: as in `millpond.Session.from_pretrained`. frame, stream: as in `plan_device`.
+        model: as in `millpond.Session.from_pretrained`. frame, config: as in `plan_device`.
         target_bits, load: the arguments of `millpond.models.load`; not for a loaded model.
     """
 
@@ -119,7 +120,7 @@ def load_within(
         hold_nothing()
 
     def planned(family: Family, folder: str | Path | None) -> DeviceSplit | None:
-        return None if device_memory is None else plan_device(family, folder, device_memory, frame, **stream).split
+        return None if device_memory is None else plan_device(family, folder, device_memory, frame, config).split
 
     if isinstance(model, tuple):
         family = models.adapt(*model)
@@ -134,12 +135,12 @@ def load_within(
     return family, None if split is None else split.kv
 
 
-def least_budget(family: Family, grid: Grid, **stream: Any) -> int:
+def least_budget(family: Family, grid: Grid, config: SessionConfig) -> int:
     """The minimum budget in bytes with which a stream of such frames works."""
     minimum = 1
     for _ in range(2):  # for the prompt alone, then for frames
         try:
-            Runner(family, budget=minimum, **stream).plan_for(grid)
+            _plan(family, grid, config, minimum)
         except BudgetError as error:
             if error.minimum is None:
                 raise
@@ -148,7 +149,7 @@ def least_budget(family: Family, grid: Grid, **stream: Any) -> int:
 
 
 def default_budget(
-    family: Family, frame: tuple[int, int] = DEFAULT_FRAME, fps: float = _DEFAULT_FPS, **stream: Any
+    family: Family, config: SessionConfig, frame: tuple[int, int] = DEFAULT_FRAME, fps: float = _DEFAULT_FPS
 ) -> int:
     """A budget in bytes that suits a model where nobody names one: a minute of video in full detail, in whole MiB.
 
@@ -157,19 +158,19 @@ def default_budget(
     Args:
         family: with or without its weights.
         frame: height and width of the largest frame, in pixels. fps: frames a second.
-        stream: the other arguments of `millpond.stream.runner.Runner`.
+        config: of the stream; its budget counts for nothing here.
 
     Raises:
         BudgetError: not even the minimum that works would be free.
     """
     grid = family.grid(*frame)
-    minimum = least_budget(family, grid, **stream)
+    minimum = least_budget(family, grid, config)
     check_memory(minimum, family.device)
     there = available_memory(family.device)
     most = max(minimum, there // 2 if there is not None else minimum * 1024)
 
     def suits(budget: int) -> bool:
-        return Runner(family, budget=budget, **stream).plan_for(grid).seconds_in_full(fps) >= _DEFAULT_SECONDS
+        return _plan(family, grid, config, budget).seconds_in_full(fps) >= _DEFAULT_SECONDS
 
     low, high = -(-minimum // _STEP), max(1, most // _STEP)  # the answer lies in (low, high], or is one of the ends
     if low >= high or not suits(high * _STEP):
@@ -178,6 +179,11 @@ def default_budget(
         middle = (low + high) // 2
         low, high = (low, middle) if suits(middle * _STEP) else (middle + 1, high)
     return low * _STEP
+
+
+def _plan(family: Family, grid: Grid, config: SessionConfig, budget: int) -> Plan:
+    """How a stream's budget would be split; host memory, which has one of its own, is left out."""
+    return Runner(family, replace(config, budget=budget, host_budget=None, host_path=None)).plan_for(grid)
 
 
 def _weights(model: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+from collections.abc import Callable
 from dataclasses import fields
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
@@ -122,3 +123,29 @@ class Plugins(Registered[T]):
             except (ValueError, SyntaxError):
                 parameters[key] = value  # a word
         return self.get(name, **parameters)
+
+    def write(self, made: T) -> str:
+        """The word that `read` makes an equal one from; of the parameters those that are not as published.
+
+        Raises:
+            PolicyError: there is no such word.
+        """
+        given = [
+            f"{field.name}={getattr(made, field.name)!r}"
+            for field in fields(made)  # type: ignore[arg-type]
+            if getattr(made, field.name) != field.default
+        ]
+        return self.same(made, ":".join([made.name, *given]), self.read)  # type: ignore[attr-defined]
+
+    def same(self, made: T, word: str, read: Callable[[str], T]) -> str:
+        """The word, if `read` makes the same of it.
+
+        Raises:
+            PolicyError: it does not.
+        """
+        try:
+            if read(word) == made:
+                return word
+        except PolicyError:
+            pass
+        raise PolicyError(f"the {self.word} {made!r} cannot be written in one word")

@@ -9,34 +9,29 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
-from millpond import admission as admissions
-from millpond import policies
-from millpond.admission.base import Admission
 from millpond.answer import Answer, LayerMemory, Usage
+from millpond.config import Positions, SessionArguments, SessionConfig, configured
 from millpond.device import DEFAULT_FRAME, default_budget, load_within
 from millpond.errors import BudgetError, MillpondError
 from millpond.frames import Frame
 from millpond.memory.available import check_memory
-from millpond.memory.budget import Budget
 from millpond.memory.plan import Plan
 from millpond.models.base import Family
-from millpond.policies import DEFAULT_POLICY
 from millpond.policies.base import Policy
-from millpond.policies.composition import HOST_MEMORY, NO_HOST_MEMORY, TURNS, check
+from millpond.policies.composition import NO_HOST_MEMORY, TURNS, check
 from millpond.stream.exclusive import Exclusive
 from millpond.stream.ingest import Ingest
-from millpond.stream.runner import Positions, Runner
+from millpond.stream.runner import Runner
 from millpond.stream.turn import Turn
 
 __all__ = ["Session"]
-
-DEFAULT_POSITIONS: Positions = "contiguous"
 
 
 class Session:
@@ -44,63 +39,26 @@ class Session:
 
     Args:
         family: an adapted model (`millpond.models.load` or `adapt`), shared freely between sessions.
-        budget: bytes for everything the stream remembers: `"64MiB"`, `"2GB"` or an int. None only with the policy "full".
-        policy: a name (`millpond policies` lists them) or a `Policy`.
-        positions: what happens to rotary positions near the trained limit. "contiguous" closes the gaps that evictions left, so
-            that distances stay in the trained range; "absolute" keeps true distances in time and shifts all numbers. Measured
-            in docs/accuracy.md.
-        system: a system message, pinned with the prompt.
-        reserve_tokens: slots kept free for a question and its answer; by default an eighth of all, 32 to 512.
-        admission: what of each frame is let in at all, before the policy: a name ("curvestream") or an `Admission`. None lets
-            every frame in whole. Frames still waiting for their group are shown to a question whole, whatever it is.
-        recent_frames: that many of the latest frames, in whole groups, are kept as pixels, encoded again for each question, and
-            shown to it in full behind the memory. 0: none.
-        host_budget: bytes of host memory for what leaves the device, beside `budget`: for a policy that recalls frames from there
-            ("rekv"), which needs it. When it is full, the oldest frames are forgotten.
-        host_path: a folder; host memory is then a mapped file in it, without a name, gone with the session.
+        config: a `millpond.SessionConfig`, which says what a session's arguments are.
+        arguments: its fields by name, in its place or over it: `Session(family, budget="64MiB", policy="keydiff")`.
 
     Raises:
         BudgetError: the budget cannot even hold the prompt and one turn; names the minimum that works. Or it is more than the memory that
             there is.
-        PolicyError: no such policy or admission, or the two do not go together; host memory that is missing or not used.
-        MillpondError: `positions` or `recent_frames` is none of what they may be.
+        PolicyError: as for a `SessionConfig`; or the policy needs host memory.
+        MillpondError: as for a `SessionConfig`.
     """
 
     def __init__(
-        self,
-        family: Family,
-        *,
-        budget: str | int | None,
-        policy: str | Policy = DEFAULT_POLICY,
-        positions: Positions = DEFAULT_POSITIONS,
-        system: str | None = None,
-        reserve_tokens: int | None = None,
-        admission: str | Admission | None = None,
-        recent_frames: int = 0,
-        host_budget: str | int | None = None,
-        host_path: str | Path | None = None,
+        self, family: Family, config: SessionConfig | None = None, **arguments: Unpack[SessionArguments]
     ) -> None:
-        if positions not in ("absolute", "contiguous"):
-            raise MillpondError(f"positions must be 'absolute' or 'contiguous', not {positions!r}")
-        chosen = policies.read(policy) if isinstance(policy, str) else policy
-        check(chosen, *([NO_HOST_MEMORY] if host_budget is None else []))
-        check(chosen, *([HOST_MEMORY] if (host_budget, host_path) != (None, None) else []))
-        self._runner = Runner(
-            family,
-            budget=None if budget is None else int(Budget(budget)),
-            policy=chosen,
-            positions=positions,
-            system=system,
-            reserve_tokens=reserve_tokens,
-            admission=admissions.read(admission) if isinstance(admission, str) else admission,
-            recent_frames=recent_frames,
-            host_budget=None if host_budget is None else int(Budget(host_budget)),
-            host_path=host_path,
-        )
-        if budget is not None:
+        config = configured(config, **arguments)
+        check(config.policy, *([NO_HOST_MEMORY] if config.host_budget is None else []))
+        self._runner = Runner(family, config)
+        if config.budget is not None:
             check_memory(self._runner.plan.total_bytes, family.device)
-        if host_budget is not None and host_path is None:
-            check_memory(int(Budget(host_budget)))
+        if config.host_budget is not None and config.host_path is None:
+            check_memory(config.host_budget)
         self._ingest = Ingest(self._runner)
         self._make_locks()
 
@@ -126,33 +84,32 @@ class Session:
         """What happens to rotary positions near the trained limit."""
         return self._runner.positions
 
+    @property
+    def config(self) -> SessionConfig:
+        """The session's arguments, with the budget that is in force."""
+        return self._runner.config
+
     @classmethod
     def from_pretrained(
         cls,
         model: str | Path | tuple[Any, Any],
+        config: SessionConfig | None = None,
         *,
-        budget: str | int | None = None,
         device_memory: str | int | None = None,
-        policy: str | Policy = DEFAULT_POLICY,
-        positions: Positions = DEFAULT_POSITIONS,
-        system: str | None = None,
-        reserve_tokens: int | None = None,
-        admission: str | Admission | None = None,
-        recent_frames: int = 0,
-        host_budget: str | int | None = None,
-        host_path: str | Path | None = None,
         dtype: str | torch.dtype | None = None,
         device: str | None = None,
         attn_implementation: str | None = None,
         max_pixels: int | None = None,
         target_bits: float | None = None,
         frame_size: tuple[int, int] = DEFAULT_FRAME,
+        **arguments: Unpack[SessionArguments],
     ) -> Session:
-        """Load a model and start a session on it; the other arguments are those of `Session`.
+        """Load a model and start a session on it.
 
         Args:
             model: a folder (also one that `millpond quantize` wrote), a hub id, or a loaded `(model, processor or tokenizer)`.
-            budget: by default `millpond.device.default_budget`: a minute of video in full detail, at most half of the free memory.
+            config, arguments: as for a `Session`. The budget is by default `millpond.device.default_budget`: a minute of video in full
+                detail, at most half of the free memory.
             device_memory: in place of a budget: bytes for weights, stream and workspace together, split by
                 `millpond.device.plan_device`. A quantized model is read at the width that fits. Sets glibc's malloc for the whole
                 process (`millpond.memory.heap.hold_nothing`).
@@ -166,31 +123,24 @@ class Session:
         Raises:
             ModelError: not found, or no supported family; BudgetError: too small, or more than the memory that there is.
         """
-        if device_memory is not None and budget is not None:
+        config = configured(config, **arguments)
+        if device_memory is not None and config.budget is not None:
             raise BudgetError("give a budget or device_memory, not both")
-        stream = {
-            "policy": policies.read(policy) if isinstance(policy, str) else policy,
-            "positions": positions,
-            "system": system,
-            "reserve_tokens": reserve_tokens,
-            "admission": admissions.read(admission) if isinstance(admission, str) else admission,
-            "recent_frames": recent_frames,
-        }
         family, granted = load_within(
             model,
             device_memory,
             frame_size,
-            stream,
+            config,
             target_bits=target_bits,
             dtype=dtype,
             device=device,
             attn_implementation=attn_implementation,
             max_pixels=max_pixels,
         )
-        whole = budget if device_memory is None else granted
-        if whole is None and stream["policy"].capped:  # type: ignore[union-attr]
-            whole = default_budget(family, frame_size, **stream)  # type: ignore[arg-type]
-        return cls(family, budget=whole, host_budget=host_budget, host_path=host_path, **stream)  # type: ignore[arg-type]
+        budget = config.budget if device_memory is None else granted
+        if budget is None and config.policy.capped:
+            budget = default_budget(family, config, frame_size)
+        return cls(family, replace(config, budget=budget))
 
     # --- watching -----------------------------------------------------------------------------------------------
 
@@ -310,7 +260,7 @@ class Session:
             BudgetError: too small for this model and frame size; names the minimum that works. Nothing changes.
         """
         with self._exclusive():
-            self._runner.resize(budget)
+            self._runner.resize(budget, self._ingest.make_fit)
 
     # --- looking in ---------------------------------------------------------------------------------------------
 

@@ -16,11 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import millpond
 from millpond import policies
 from millpond.cache import Pond
+from millpond.cache.consumers import make_plan
 from millpond.cache.host import HostCache
 from millpond.cache.rerotation import close_gaps, shift_uniformly
 from millpond.errors import BudgetError, MillpondError
 from millpond.memory.geometry import Geometry
-from millpond.memory.plan import Plan, make_plan
+from millpond.memory.plan import Plan
 from millpond.ops import dispatch
 from millpond.policies.base import TEXT, Policy
 from millpond.policies.methods.mikv import MiKV

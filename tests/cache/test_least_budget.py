@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from millpond import policies
 from millpond.cache import Pond
+from millpond.cache.consumers import make_plan
 from millpond.cache.host import HostCache
 from millpond.errors import BudgetError
 from millpond.memory.geometry import Geometry
-from millpond.memory.plan import make_plan
 from millpond.policies.registry import POLICIES
 from millpond.positions import Rope
 

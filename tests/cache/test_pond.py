@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millpond.cache import Ledger, Pond
+from millpond.cache import Pond
+from millpond.cache.consumers import make_plan
 from millpond.errors import BudgetError, ModelError, PolicyError
 from millpond.memory.geometry import Geometry
-from millpond.memory.plan import make_plan
 from millpond.policies.base import TEXT, Needs, Policy
 from tests.cache.text_model import Newest, Scattered
 
@@ -293,15 +293,3 @@ def test_what_a_layer_refuses() -> None:
         target.update(torch.zeros(1, 2, 999, 8), torch.zeros(1, 2, 999, 8), 0)
     with pytest.raises(ModelError, match="beam"):
         target.layers[0].reorder_cache(torch.zeros(1))
-
-
-def test_the_ledger_refuses_before_it_books() -> None:
-    ledger = Ledger(100)
-    ledger.hold("storage", 60)
-    with pytest.raises(BudgetError), ledger.borrow("scratch", 41):
-        pytest.fail("entered")
-    assert ledger.held == ledger.peak == 60
-    with ledger.borrow("scratch", 40):
-        assert ledger.held == 100
-    ledger.hold("storage", 10)
-    assert (ledger.held, ledger.peak, ledger.account("scratch")) == (10, 100, 0)

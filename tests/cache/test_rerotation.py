@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millpond.cache import Pond
+from millpond.cache.consumers import make_plan
 from millpond.cache.rerotation import close_gaps, shift_uniformly
 from millpond.memory.geometry import Geometry
-from millpond.memory.plan import make_plan
 from millpond.policies.base import TEXT
 from millpond.positions import Clock, Rope
 from tests.cache.text_model import Scattered

@@ -1,6 +1,7 @@
 """A change of storage: every tensor arrives whole, and the cap holds at every allocation; the machine's refusal changes nothing."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millpond.cache import Pond
+from millpond.cache.consumers import make_plan
 from millpond.errors import BudgetError
 from millpond.memory.geometry import Geometry
-from millpond.memory.plan import Plan, make_plan
+from millpond.memory.plan import Plan
 from millpond.policies.base import Policy
 from millpond.policies.methods.mikv import MiKV
+from millpond.stream.recent_frames import FramesAsPixels
 from tests.cache.test_pond import Stream
 from tests.cache.text_model import Scattered
 from tests.session.measure import held_bytes
@@ -26,7 +29,8 @@ POLICIES: dict[str, Policy] = {
 
 
 def plan_for(policy: Policy, geometry: Geometry, group: int, above: int) -> Plan:
-    numbers = {"prompt_tokens": 3, "group_tokens": group, "reserve_tokens": 5, "frame_bytes": 4 * group}
+    waiting = FramesAsPixels(4 * group, recent=0, reopening_tokens=0).waiting
+    numbers: dict[str, Any] = {"prompt_tokens": 3, "group_tokens": group, "reserve_tokens": 5, "beside": [waiting]}
     with pytest.raises(BudgetError) as minimum:
         make_plan(1, geometry, policy, **numbers)
     return make_plan(minimum.value.minimum + above * geometry.bytes_per_token, geometry, policy, **numbers)

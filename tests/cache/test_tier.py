@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from millpond.cache import Pond
+from millpond.cache.consumers import make_plan
 from millpond.cache.kv_quantizer import KVQuantizer
 from millpond.cache.rerotation import close_gaps, shift_uniformly
 from millpond.cache.tier import Tier, stream_order
 from millpond.errors import PolicyError
 from millpond.memory.geometry import Geometry
-from millpond.memory.plan import Plan, make_plan
+from millpond.memory.plan import Plan
 from millpond.ops import dispatch
 from millpond.policies.base import TEXT, Policy, View
 from millpond.policies.methods.mikv import MiKV

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from millpond import BudgetError, Session, models, policies
+from millpond import BudgetError, Session, SessionConfig, models
 from millpond.cli import app
 from millpond.device import default_budget, least_budget
 from millpond.memory import available
@@ -73,17 +73,17 @@ def test_the_command_line_says_so_in_one_line(words: list[str], tmp_path: Path) 
 
 
 def test_the_default_budget_suits_the_model_and_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = {"policy": policies.read("infinipot-v"), "positions": "contiguous", "system": None, "reserve_tokens": None}
+    config, frame = SessionConfig(), (64, 64)
     family = models.load("minnow")
-    size = default_budget(family, (64, 64), **stream)
+    size = default_budget(family, config, frame)
     assert size % (1 << 20) == 0
     session = Session.from_pretrained("minnow", frame_size=(64, 64))
     assert session.plan_for(64, 64).budget == size
     assert session.plan_for(64, 64).seconds_in_full(2) >= 60
-    assert default_budget(family, (64, 64), fps=20, **stream) > size
+    assert default_budget(family, config, frame, fps=20) > size
     monkeypatch.setattr("millpond.device.available_memory", lambda device: 2 << 20)
-    assert default_budget(family, (64, 64), fps=2000, **stream) == 1 << 20
+    assert default_budget(family, config, frame, fps=2000) == 1 << 20
     monkeypatch.setattr("millpond.device.available_memory", lambda device: 1000)
-    assert default_budget(family, (64, 64), **stream) == least_budget(family, family.grid(64, 64), **stream)
+    assert default_budget(family, config, frame) == least_budget(family, family.grid(*frame), config)
     found = json.loads(CliRunner().invoke(app, ["plan", "--size", "64x64", "--json"]).stdout)
     assert found["budget"] > 0

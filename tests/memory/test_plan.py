@@ -1,25 +1,29 @@
 """The split: it adds up, it never passes the budget, and the minimum that works is exactly that."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from millpond.cache.consumers import make_plan
 from millpond.errors import BudgetError
 from millpond.memory.geometry import Geometry
-from millpond.memory.plan import Plan, make_plan
+from millpond.memory.plan import Plan
 from millpond.policies.base import Needs
+from millpond.stream.recent_frames import FramesAsPixels
 from tests.cache.text_model import Newest
 
 QWEN_7B = Geometry(layers=28, kv_heads=4, head_dim=128, dtype=torch.bfloat16, axes=3)
 SMALL = Geometry(layers=4, kv_heads=2, head_dim=32, dtype=torch.float32, axes=3)
 
 
-def split(budget: int, geometry: Geometry = SMALL, **changes: int) -> Plan:
-    numbers = {"prompt_tokens": 9, "group_tokens": 16, "frames_per_group": 2, "frame_bytes": 64 * 64 * 3} | changes
-    return make_plan(budget, geometry, Newest(), **numbers)
+def split(budget: int, geometry: Geometry = SMALL, frame_bytes: int = 64 * 64 * 3, **changes: Any) -> Plan:
+    numbers = {"prompt_tokens": 9, "group_tokens": 16, "frames_per_group": 2} | changes
+    frames = FramesAsPixels(frame_bytes, recent=0, reopening_tokens=0)
+    return make_plan(budget, geometry, Newest(), beside=[frames.waiting], **numbers)
 
 
 def test_bytes_per_token_of_a_known_model() -> None:
@@ -49,12 +53,25 @@ def test_the_split_adds_up_under_the_budget(
     budget = max(budget, minimum)
     plan = split(budget, **numbers)
     assert plan.prompt_tokens + plan.memory_tokens + plan.headroom_tokens + plan.reserve_tokens == plan.slots
-    assert plan.total_bytes <= budget
+    assert sum(line.slots for line in plan.lines) == plan.slots
+    assert sum(line.bytes for line in plan.lines) == plan.total_bytes <= budget
     assert plan.memory_tokens >= group
     assert plan.headroom_tokens >= plan.block_tokens >= group
     assert plan.headroom_tokens % plan.block_tokens == 0, "part of a block's room would never be used"
     if reserve is not None:
         assert plan.reserve_tokens == reserve
+
+
+@settings(deadline=None)
+@given(budget=st.integers(600_000, 10**8), more=st.integers(1, 10**7), group=st.integers(1, 60))
+def test_nothing_but_the_memory_shrinks_when_the_budget_grows(budget: int, more: int, group: int) -> None:
+    small, large = (split(size, group_tokens=group) for size in (budget, budget + more))
+    assert small.slots <= large.slots
+    for before, after in zip(small.lines, large.lines, strict=True):
+        # The headroom goes up by whole blocks: what it gains the memory may lose.
+        slack = small.headroom_tokens - large.headroom_tokens if before.name == "memory" else 0
+        assert after.slots >= before.slots + slack
+        assert after.bytes >= before.bytes + slack * small.bytes_per_token
 
 
 def test_no_bytes_are_left_lying_about() -> None:
@@ -73,7 +90,7 @@ def test_whole_frames_round_the_memory_down() -> None:
     class Whole(Newest):
         needs = Needs(whole_frames=True)
 
-    plan = make_plan(2 << 20, SMALL, Whole(), prompt_tokens=9, group_tokens=16, frames_per_group=2, frame_bytes=100)
+    plan = make_plan(2 << 20, SMALL, Whole(), prompt_tokens=9, group_tokens=16, frames_per_group=2)
     assert plan.memory_tokens % 16 == 0
     assert plan.prompt_tokens + plan.memory_tokens + plan.headroom_tokens + plan.reserve_tokens == plan.slots
 
@@ -86,5 +103,16 @@ def test_the_error_names_the_least_and_what_for() -> None:
 
 
 def test_seconds_in_full_detail() -> None:
-    plan = replace(split(2 << 20), frames_in_full=60)
-    assert plan.seconds_in_full(2) == 30
+    plan = split(2 << 20)
+    assert plan.frames_in_full == plan.memory_tokens // 16 * 2
+    assert plan.seconds_in_full(2) == plan.frames_in_full / 2
+
+
+def test_other_storage_is_the_memory_s_matter() -> None:
+    plan = split(2 << 20)
+    for slots in (plan.slots + 100, plan.slots - 100):
+        other = replace(plan, budget=None).with_slots(slots)
+        assert (other.slots, other.memory_tokens) == (slots, plan.memory_tokens + slots - plan.slots)
+        assert other.total_bytes == plan.total_bytes + (slots - plan.slots) * plan.bytes_per_token
+    minimum = plan.with_slots(plan.slots - plan.memory_tokens)
+    assert (minimum.memory_tokens, minimum.headroom_tokens) == (16, plan.headroom_tokens - 16)

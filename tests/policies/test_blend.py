@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from millpond import PolicyError, policies
 from millpond.cache import Pond
+from millpond.cache.consumers import make_plan
 from millpond.cache.tier import MixedPrecisionLayer
 from millpond.memory.geometry import Geometry
-from millpond.memory.plan import make_plan
 from millpond.ops import dispatch
 from millpond.policies.base import SEPARATOR, TEXT, Needs, Policy, View
 from millpond.policies.methods.hermes import HERMES

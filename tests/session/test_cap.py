@@ -1,12 +1,14 @@
 """The cap, at every instant, in every phase: by the ledger and by independent measurement."""
 
 import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from millpond import BudgetError, Session
 from millpond.cache.pond import Pond
+from millpond.frames import Frame
 from millpond.memory.plan import Plan
 from tests.models.tiny import tiny
 from tests.nightly import nightly
@@ -107,6 +109,25 @@ def test_no_phase_ever_passes_the_budget(
     assert usage.peak_bytes <= budget * 3
     assert usage.allocated_bytes <= budget
     assert held_bytes(session) <= usage.allocated_bytes
+
+
+def test_frames_that_wait_stay_within_a_budget_that_is_made_smaller() -> None:
+    """Smaller blocks wait for fewer frames: those that wait already are taken in first."""
+    family = tiny("qwen2_vl")
+    session, waited = Session(family, budget="2MiB"), []
+
+    def source() -> Iterator[Frame]:
+        for index, frame in enumerate(moving(40)):
+            if index == 7:
+                waited.append(session._runner.pond.ledger.account("waiting"))
+                session.resize("300KiB")
+                assert waited[0] > session.plan.waiting_bytes
+            assert session._runner.pond.ledger.account("waiting") <= session.plan.waiting_bytes
+            assert held_bytes(session) <= session._runner.pond.ledger.held <= session.plan.budget
+            yield frame
+
+    assert session.feed(source()) == 40
+    assert session.usage.frames_dropped == 0
 
 
 def test_a_long_answer_stops_at_the_reserve_and_says_so() -> None:

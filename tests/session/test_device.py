@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from millpond import BudgetError, Session, minnow, models, policies, precision
+from millpond import BudgetError, Session, SessionConfig, minnow, models, precision
 from millpond.cli import app
 from millpond.device import least_budget, plan_device
 from millpond.errors import ModelError, PrecisionError
@@ -32,16 +32,14 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model"
 
 
-def runner(policy: str = "infinipot-v") -> dict:
-    return {"policy": policies.read(policy), "positions": "contiguous", "system": None, "reserve_tokens": None}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("memory", nightly(["6448KiB", "8MiB", "11MiB"], but=["8MiB"]))
 @pytest.mark.parametrize("policy", ["infinipot-v", "h2o"])
 def test_everything_together_stays_on_the_device(quantized: Path, memory: str, policy: str) -> None:
     whole = int(memory.removesuffix("KiB").removesuffix("MiB")) * (1024 if "K" in memory else 1 << 20)
-    planned = plan_device(models.load(quantized, weights=False), quantized, memory, (64, 64), **runner(policy))
+    planned = plan_device(
+        models.load(quantized, weights=False), quantized, memory, (64, 64), SessionConfig(policy=policy)
+    )
     session = Session.from_pretrained(quantized, device_memory=memory, policy=policy, **SIZE)
     assert session.plan_for(64, 64) == planned.plan
     split = planned.split
@@ -63,7 +61,9 @@ def test_everything_together_stays_on_the_device(quantized: Path, memory: str, p
 
 def test_more_memory_first_widens_the_weights_then_the_stream(quantized: Path) -> None:
     family = models.load(quantized, weights=False)
-    splits = [plan_device(family, quantized, size << 20, (64, 64), **runner()).split for size in (6, 7, 8, 10, 14, 66)]
+    splits = [
+        plan_device(family, quantized, size << 20, (64, 64), SessionConfig()).split for size in (6, 7, 8, 10, 14, 66)
+    ]
     assert [split.width for split in splits] == sorted(split.width for split in splits if split.width)
     assert splits[0].width < splits[-1].width == 8  # type: ignore[operator]
     assert [split.kv for split in splits] == sorted(split.kv for split in splits)
@@ -73,7 +73,7 @@ def test_more_memory_first_widens_the_weights_then_the_stream(quantized: Path) -
 def test_a_plain_model_takes_its_own_weights_and_the_least_is_named() -> None:
     family = models.load("minnow", weights=False)
     bare, loaded = (
-        plan_device(one, None, "10MiB", (64, 64), **runner()).split for one in (family, models.load("minnow"))
+        plan_device(one, None, "10MiB", (64, 64), SessionConfig()).split for one in (family, models.load("minnow"))
     )
     assert bare == loaded
     assert bare.weights == stored_bytes(models.load("minnow").model)
@@ -83,7 +83,7 @@ def test_a_plain_model_takes_its_own_weights_and_the_least_is_named() -> None:
     minimum = caught.value.minimum
     assert minimum is not None
     session = Session.from_pretrained("minnow", device_memory=minimum, **SIZE)
-    assert session.plan_for(64, 64).budget == least_budget(family, family.grid(64, 64), **runner())
+    assert session.plan_for(64, 64).budget == least_budget(family, family.grid(64, 64), SessionConfig())
     with pytest.raises(BudgetError, match=f"the minimum that works is {minimum} bytes"):
         Session.from_pretrained("minnow", device_memory=minimum - 1, **SIZE)
     loaded_family = models.load("minnow")

@@ -131,7 +131,8 @@ def test_whole_groups_of_the_latest_frames_are_shown_and_waiting_ones_count(
     parts = shown(session, monkeypatch)
     session.ask(QUESTION, max_new_tokens=1)
     assert times_of(parts) == [10.0 - seconds for seconds in range(seen, 0, -1)] + [10.0] * waiting
-    assert session.plan.recent_frames == -(-wanted // 2) * 2
+    plan = session.plan
+    assert plan.recent_bytes == -(-wanted // 2) * plan.waiting_bytes // plan.block_groups
 
 
 def arguments(name: str) -> dict[str, object]:
@@ -273,7 +274,7 @@ def test_behind_a_remembered_turn_the_video_is_opened_for_them_again(
 def test_without_them_nothing_is_planned_or_kept(qwen: Family) -> None:
     session = Session(qwen, budget="1MiB")
     session.feed(list(moving(20)))
-    assert (session.plan.recent_frames, session.plan.recent_tokens, session.plan.recent_bytes) == (0, 0, 0)
+    assert (session.plan.recent_tokens, session.plan.recent_bytes) == (0, 0)
     assert whole_state(session) == state(session)
     assert session._runner.pond.ledger.account("recent frames") == 0
 

@@ -3,7 +3,7 @@
 from millpond.admission.base import Admission, Verdict
 from millpond.plugins import Plugins
 
-__all__ = ["Admission", "Verdict", "available", "get", "read"]
+__all__ = ["Admission", "Verdict", "available", "get", "read", "write"]
 
 ADMISSIONS: Plugins[Admission] = Plugins("millpond.admission", Admission, "admission")  # type: ignore[type-abstract]
-available, get, read = ADMISSIONS.available, ADMISSIONS.get, ADMISSIONS.read
+available, get, read, write = ADMISSIONS.available, ADMISSIONS.get, ADMISSIONS.read, ADMISSIONS.write

@@ -11,7 +11,11 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-__all__ = ["Admission", "Verdict"]
+from millpond.memory.geometry import Geometry
+from millpond.memory.lines import Line
+from millpond.memory.plan import Consumer, Split
+
+__all__ = ["Admission", "Verdict", "admission_consumers"]
 
 Verdict = Literal["clear", "reduced", "drop"]
 """All of a group's tokens, half of them (every second one of each row and column), or none."""
@@ -41,3 +45,20 @@ class Admission(ABC):
     @abstractmethod
     def state_bytes(self, hidden: int) -> int:
         """Bytes of the tensors in a state, at most; charged to the budget."""
+
+
+def admission_consumers(admission: Admission | None, hidden: int) -> tuple[Consumer, Consumer]:
+    """What an admission takes of the budget: its state, and the one before it, until a block is in.
+
+    Args:
+        admission: None where every frame is let in. hidden: width of the features.
+    """
+    size = 0 if admission is None else admission.state_bytes(hidden)
+
+    def state(geometry: Geometry, split: Split) -> Line:
+        return Line("admission", 0, size, "what it remembers of the stream")
+
+    def undo(geometry: Geometry, split: Split) -> Line:
+        return Line("admission's undo", 0, size, "what it remembered before a block", account="undo")
+
+    return state, undo

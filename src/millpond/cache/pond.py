@@ -71,7 +71,7 @@ class Pond(Cache):
         self.plan = plan
         self.policy = policy
         self.device = device
-        self.ledger = ledger if ledger is not None else Ledger(plan.budget if policy.capped else None)
+        self.ledger = ledger if ledger is not None else Ledger(plan.budget if policy.capped else None, plan.lines)
         self.ledger.hold("storage", plan.slots * geometry.bytes_per_token + plan.quantized_bytes)
         self.ledger.hold("queries", plan.query_bytes)
         self.queries = ProxyQueries(geometry, plan.query_bytes // geometry.query_bytes, device)
@@ -166,7 +166,7 @@ class Pond(Cache):
         if overrun <= 0:
             return
         if not self.policy.capped:
-            self.resize(replace(self.plan, slots=self.capacity + max(overrun, self.capacity // 2)))
+            self.resize(self.plan.with_slots(self.capacity + max(overrun, self.capacity // 2)))
             return
         slots = min(self.plan.memory_tokens, self.full_precision_tokens - overrun)
         if slots < 1:
@@ -189,7 +189,7 @@ class Pond(Cache):
         if tokens <= self.free:
             return
         if not self.policy.capped:
-            self.resize(replace(self.plan, slots=self.length + tokens + self.plan.reserve_tokens))
+            self.resize(self.plan.with_slots(self.length + tokens + self.plan.reserve_tokens))
             return
         self._refuse(f"a turn of {tokens} tokens ({self.free} slots are free)", self.length + tokens)
 

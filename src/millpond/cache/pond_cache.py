@@ -8,19 +8,18 @@ questions beside a stream, use `millpond.Session`.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from millpond import policies
+from millpond.cache.consumers import make_plan
 from millpond.cache.pond import Pond
 from millpond.errors import BudgetError, ModelError
 from millpond.memory.available import check_memory
 from millpond.memory.budget import Budget
 from millpond.memory.geometry import Geometry
-from millpond.memory.plan import make_plan
 from millpond.policies.base import TEXT, Policy
 from millpond.policies.composition import POND_CACHE, check
 
@@ -93,7 +92,7 @@ class PondCache(Pond):
                     f"a block of {count} tokens does not fit into the {self.free} free slots of the cache: prefill in blocks "
                     f"of at most {self.headroom} tokens (generate has prefill_chunk_size) or raise the budget"
                 )
-            self.resize(replace(self.plan, slots=2 * (self.length + count)))
+            self.resize(self.plan.with_slots(2 * (self.length + count)))
         index = torch.arange(self._seen, self._seen + count)
         grid_position = torch.full((count, 2), TEXT, dtype=torch.int16)
         self.write_metadata(index, grid_position, index.expand(self.geometry.axes, -1))

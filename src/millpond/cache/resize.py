@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +46,7 @@ def resize_pond(pond: Pond, plan: Plan) -> None:
         if plan.slots <= old.slots or pond.dequantization_buffer is not None:
             raise BudgetError(f"the pond cannot be moved to {plan.slots} slots", minimum=old.budget)
         # Too small a step to be worth a second copy of a tensor, which the cap has no room for: keep the storage.
-        spare = plan.slots - old.slots
-        plan = replace(plan, slots=old.slots, memory_tokens=max(plan.group_tokens, plan.memory_tokens - spare))
+        plan = plan.with_slots(old.slots)
     move = _Resizing(pond, plan, _slabs(pond, plan, longest, groups), limit)
     pond.carry_out(move)
     if move.refused is not None:
@@ -140,9 +138,8 @@ class _Resizing:
         exchange = Exchange(slabs, pond.ledger, limit, lambda: pond.nbytes)
         arena, dequantization_buffer = pond.arena if slabs else None, pond.dequantization_buffer
         clear: list[Callable[[], None]] = [] if dequantization_buffer is None else [dequantization_buffer.clear]
-        capped = partial(
-            self._cap, limit
-        )  # a step like the others: a move that is complete must not cap anything again
+        # A step like the others: a move that is complete must not cap anything again.
+        capped = partial(pond.ledger.move, limit)
         forth: list[Callable[[], None]] = [*clear, exchange.forth]
         back: list[Callable[[], None]] = [capped, *clear, exchange.back]
         self._pack = Steps([capped])
@@ -181,9 +178,6 @@ class _Resizing:
 
         return Steps([run])
 
-    def _cap(self, limit: int | None) -> None:
-        self._pond.ledger.limit = limit
-
     def _settle(self, plan: Plan) -> None:
         self._pond.plan = plan
-        self._cap(plan.budget if self._pond.policy.capped else None)
+        self._pond.ledger.settle(plan.budget if self._pond.policy.capped else None, plan.lines)

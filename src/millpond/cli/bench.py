@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from millpond.cli.errors import announce
-from millpond.cli.options import DEFAULT_POLICY, JsonFlag, Positions, QuietFlag
+from millpond.cli.options import JsonFlag, Positions, QuietFlag
+from millpond.policies import DEFAULT_POLICY
 
 if TYPE_CHECKING:
     from millpond.eval.accuracy.run import Study

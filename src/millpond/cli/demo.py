@@ -19,8 +19,10 @@ from rich.text import Text
 
 from millpond.cli.errors import FAILED, announce
 from millpond.cli.live import clock
-from millpond.cli.options import DEFAULT_POLICY, JsonFlag, Moment, PolicyOption, QuietFlag
+from millpond.cli.options import JsonFlag, Moment, PolicyOption, QuietFlag
+from millpond.config import SessionConfig
 from millpond.memory.budget import format_bytes
+from millpond.policies import DEFAULT_POLICY
 
 if TYPE_CHECKING:
     from millpond.answer import Usage
@@ -48,7 +50,6 @@ def demo(
     """Watch a generated video of several minutes under 1/16 of the full cache, and compare the answers with the truth."""
     announce(context, as_json=as_json, quiet=quiet)
     from millpond import frames, models, policies
-    from millpond.cli.inspect import stream_options
     from millpond.cli.watch import silence
     from millpond.cli.watching import Watch
     from millpond.device import least_budget
@@ -66,10 +67,12 @@ def demo(
         _, first = next(iter(stream.frames()))
         group = family.grid(*first.shape[:2])
         full = groups * group.tokens * family.geometry.kv_bytes_per_token
-        host = full if policies.read(policy).needs.retrieved_frames else None
+        config = SessionConfig(policy=policies.read(policy))
         # A short stream's full cache is so small that a part of it holds no prompt and no block.
-        budget = max(full // _SHARE, least_budget(family, group, **stream_options(policy, 0, None)))
-        session = Session(family, budget=budget, policy=policy, host_budget=host)
+        budget = max(full // _SHARE, least_budget(family, group, config))
+        session = Session(
+            family, config, budget=budget, host_budget=full if config.policy.needs.retrieved_frames else None
+        )
         asked = [question for question in stream.questions if question.family in SUPPORTED]
         questions = sorted(asked, key=lambda question: question.ask_seconds)
         watching = Watch(session, opened, max_new_tokens=8, as_json=True, quiet=quiet)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +14,6 @@ from rich.text import Text
 from millpond.cli.errors import FAILED, announce
 from millpond.cli.options import (
     DEFAULT_MODEL,
-    DEFAULT_POLICY,
     BudgetOption,
     DtypeOption,
     FpsOption,
@@ -29,15 +28,18 @@ from millpond.cli.options import (
     SystemOption,
     budget_for,
     read_size,
+    session_config,
 )
+from millpond.config import SessionConfig
 from millpond.errors import BudgetError
+from millpond.policies import DEFAULT_POLICY
 
 if TYPE_CHECKING:
     from millpond.memory.plan import Plan
     from millpond.models.base import Family
     from millpond.precision.device_budget import DeviceSplit
 
-__all__ = ["doctor", "models", "plan", "policies", "stream_options"]
+__all__ = ["doctor", "models", "plan", "policies"]
 
 
 def plan(
@@ -67,19 +69,19 @@ def plan(
     from millpond.device import default_budget, plan_device
 
     silence()
-    capped = budget_for(budget, device_memory)
+    budget_for(budget, device_memory)
     family = models.load(model, dtype=dtype, max_pixels=max_pixels, weights=False)
     title = f"{model}, {policy}, frames of {size.width} x {size.height} at {fps:g} a second"
-    stream, device = stream_options(policy, recent_frames, system), {}
+    config, device = session_config(context), {}
     if device_memory is not None:
-        whole = plan_device(family, model, device_memory, (size.height, size.width), **stream)
+        whole = plan_device(family, model, device_memory, (size.height, size.width), config)
         split, device = whole.plan, {"device": whole.split.to_dict()}
         if not as_json:
             _print_device(whole.split, title)
     else:
-        if capped is None and stream["policy"].capped:
-            capped = default_budget(family, (size.height, size.width), fps, **stream)
-        split = _split(family, capped, stream, size)
+        if config.budget is None and config.policy.capped:
+            config = replace(config, budget=default_budget(family, config, (size.height, size.width), fps))
+        split = _split(family, config, size)
     if as_json:
         seconds = {"fps": fps, "seconds_in_full": split.seconds_in_full(fps)}
         frame = {"width": size.width, "height": size.height}
@@ -88,33 +90,24 @@ def plan(
         _print_plan(split, "the stream's part" if device else title, fps)
 
 
-def _split(family: Family, budget: int | None, stream: dict[str, Any], size: FrameSize) -> Plan:
+def _split(family: Family, config: SessionConfig, size: FrameSize) -> Plan:
     """The plan; where the budget cannot hold even the prompt, the error still names the least for these frames."""
     from millpond.device import least_budget
     from millpond.memory.budget import format_bytes
     from millpond.stream.runner import Runner
 
-    grid = family.grid(size.height, size.width)
+    grid, budget = family.grid(size.height, size.width), config.budget
     try:
-        return Runner(family, budget=budget, **stream).plan_for(grid)
+        return Runner(family, config).plan_for(grid)
     except BudgetError as error:
         if budget is None or error.minimum is None:
             raise
-        minimum = least_budget(family, grid, **stream)
+        minimum = least_budget(family, grid, config)
         raise BudgetError(
             f"a budget of {format_bytes(budget)} is too small for frames of {size.width} x {size.height}: "
             f"the minimum that works is {minimum} bytes ({format_bytes(minimum)})",
             minimum=minimum,
         ) from error
-
-
-def stream_options(policy: str, recent_frames: int, system: str | None) -> dict[str, Any]:
-    """What `millpond.stream.runner.Runner` takes beside a family and a budget."""
-    from millpond import policies
-
-    chosen = policies.read(policy)
-    own = {"positions": "contiguous", "system": system, "reserve_tokens": None}
-    return {"policy": chosen, "recent_frames": recent_frames, **own}
 
 
 def _print_device(split: DeviceSplit, title: str) -> None:
@@ -137,54 +130,19 @@ def _print_device(split: DeviceSplit, title: str) -> None:
 def _print_plan(split: Plan, title: str, fps: float) -> None:
     from millpond.memory.budget import format_bytes
 
-    each = split.bytes_per_token
-    rows: list[tuple[str, int | None, int | None, str]] = [
-        ("prompt", split.prompt_tokens, split.prompt_tokens * each, "pinned"),
-        (
-            "memory |C|",
-            split.memory_tokens,
-            split.memory_tokens * each,
-            f"{split.frames_in_full} frames = {split.seconds_in_full(fps):g} s in full detail, more when thinned",
-        ),
-        (
-            "room for blocks",
-            split.headroom_tokens,
-            split.headroom_tokens * each,
-            f"blocks of {split.block_tokens} tokens ({split.block_groups * split.frames_per_group} frames)",
-        ),
-        ("quantized", split.quantized_tokens, split.quantized_bytes, "remembered in few bits"),
-        ("dequantization_buffer", None, split.dequantization_bytes, "where a layer is unpacked"),
-        ("reserve", split.reserve_tokens, split.reserve_tokens * each, _of_turn(split)),
-        ("waiting frames", None, split.waiting_bytes, "until their block is full"),
-        ("recent frames", None, split.recent_bytes, f"the latest {split.recent_frames}, to be encoded again"),
-        ("scratch", None, split.scratch_bytes, "compaction and re-anchoring"),
-        ("admission", None, split.state_bytes, "what it remembers of the stream"),
-        ("queries", None, split.query_bytes, "the policy's proxy"),
-        ("undo", None, split.undo_bytes, "what a block could have to put back"),
-        ("total", split.slots, split.total_bytes, _of_budget(split)),
-    ]
-    rows = [
-        row
-        for row in rows
-        if row[2]
-        or row[0] not in ("admission", "queries", "undo", "quantized", "dequantization_buffer", "recent frames")
-    ]
     table = Table(title=Text(title), title_justify="left")
     for name, justify in (("", "left"), ("tokens", "right"), ("bytes", "right"), ("", "right"), ("what for", "left")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for name, tokens, size, note in rows:
-        table.add_row(name, "" if tokens is None else str(tokens), str(size), format_bytes(size or 0), note)
+    for line in split.lines:
+        if line.bytes:
+            size = str(line.bytes), format_bytes(line.bytes)
+            table.add_row(line.name, str(line.slots) if line.slots else "", *size, line.purpose)
+    total = str(split.total_bytes), format_bytes(split.total_bytes)
+    table.add_row("total", str(split.slots), *total, _of_budget(split))
     console = Console()
     console.print(table)
-    console.print(f"{each} bytes per token, metadata included", highlight=False)
-
-
-def _of_turn(split: Plan) -> str:
-    retrieved = (
-        f", and {split.retrieved_frames * split.frames_per_group} recalled frames" if split.retrieved_frames else ""
-    )
-    again = f", and {split.recent_frames} recent frames again" if split.recent_frames else ""
-    return f"a question and its answer{retrieved}{again}"
+    full = f"{split.frames_in_full} frames = {split.seconds_in_full(fps):g} s in full detail, more when thinned"
+    console.print(f"{split.bytes_per_token} bytes per token, metadata included; in memory {full}", highlight=False)
 
 
 def _of_budget(split: Plan) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,14 +15,13 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from millpond.config import SessionConfig
 from millpond.errors import BudgetError, SourceError
 from millpond.memory.budget import parse_bytes
-from millpond.policies import DEFAULT_POLICY
 from millpond.printable import printable
 
 __all__ = [
     "DEFAULT_BUDGET",
-    "DEFAULT_POLICY",
     "AdmissionOption",
     "BudgetOption",
     "DeviceOption",
@@ -46,6 +45,7 @@ __all__ = [
     "read_moment",
     "read_size",
     "read_text",
+    "session_config",
 ]
 
 _MOST_DIGITS = 32
@@ -156,6 +156,12 @@ def budget_for(budget: int | None, device_memory: int | None = None) -> int | No
     if not torch.cuda.is_available():  # before a model is loaded; on a device of its own the session looks
         check_memory(budget or device_memory or 0)
     return budget
+
+
+def session_config(context: typer.Context) -> SessionConfig:
+    """A session's arguments, from those of a command's options that are called as they are."""
+    names = {field.name for field in fields(SessionConfig)}
+    return SessionConfig(**{name: value for name, value in context.params.items() if name in names})
 
 
 class WatchCommand(TyperCommand):

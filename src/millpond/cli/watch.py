@@ -13,7 +13,6 @@ from millpond.cli.errors import FAILED, announce, note
 from millpond.cli.events import EventLog
 from millpond.cli.options import (
     DEFAULT_MODEL,
-    DEFAULT_POLICY,
     AdmissionOption,
     BudgetOption,
     DeviceOption,
@@ -35,7 +34,9 @@ from millpond.cli.options import (
     read_credentials,
     read_moment,
     read_text,
+    session_config,
 )
+from millpond.policies import DEFAULT_POLICY
 from millpond.printable import printable
 
 __all__ = ["silence", "watch"]
@@ -152,16 +153,11 @@ def watch(
         from millpond.minnow.familiar import familiar
         from millpond.session import Session
 
+        budget_for(budget, device_memory)
         session = Session.from_pretrained(
             model,
-            budget=budget_for(budget, device_memory),
+            session_config(context),
             device_memory=device_memory,
-            host_budget=host_budget,
-            policy=policy,
-            admission=admission,
-            recent_frames=recent_frames,
-            positions=positions.value,
-            system=system,
             dtype=dtype,
             device=device,
             max_pixels=max_pixels,

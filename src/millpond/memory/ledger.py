@@ -1,16 +1,17 @@
 """The books: who holds how many bytes of the cap at this instant, and the most there ever was.
 
-Every holder (storage, frames in waiting, compaction scratch) has an account. An entry that would overrun the cap is
-refused before it is made. Knows numbers only; tests measure the same bytes independently.
+Every holder (storage, frames in waiting, compaction scratch) has an account that lines of the plan name. An entry that would overrun the
+cap, or what the lines grant its account, is refused before it is made. Knows numbers only; tests measure the same bytes independently.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from millpond.errors import BudgetError
 from millpond.memory.budget import format_bytes
+from millpond.memory.lines import Line
 
 __all__ = ["Ledger"]
 
@@ -20,23 +21,37 @@ class Ledger:
 
     Args:
         limit: the cap in bytes; None for the uncapped reference.
+        lines: of the plan. Their accounts are all that there are, and each holds at most what its lines take together.
 
     Attributes:
         peak: the largest total since the cap was last lowered below it, in bytes; never above the cap.
     """
 
-    def __init__(self, limit: int | None) -> None:
+    def __init__(self, limit: int | None, lines: Iterable[Line]) -> None:
         self.peak = 0
-        self._accounts: dict[str, int] = {}
         self._limit = limit
+        self._granted = _granted(lines)
+        self._moving = False
+        self._accounts = dict.fromkeys(self._granted, 0)
 
     @property
     def limit(self) -> int | None:
         """The cap in bytes; a peak above a smaller one belongs to the past."""
         return self._limit
 
-    @limit.setter
-    def limit(self, limit: int | None) -> None:
+    def move(self, limit: int | None) -> None:
+        """From here on, while storage is exchanged for that of another plan, only the total is bounded, by `limit`."""
+        self._cap(limit)
+        self._moving = True
+
+    def settle(self, limit: int | None, lines: Iterable[Line]) -> None:
+        """From here on a plan's lines are in force, under `limit`."""
+        self._granted = _granted(lines)
+        self._accounts = dict.fromkeys(self._granted, 0) | self._accounts
+        self._cap(limit)
+        self._moving = False
+
+    def _cap(self, limit: int | None) -> None:
         self._limit = limit
         if limit is not None and self.peak > limit:
             self.peak = self.held
@@ -47,29 +62,51 @@ class Ledger:
         return sum(self._accounts.values())
 
     def account(self, name: str) -> int:
-        """Bytes held now in one account."""
-        return self._accounts.get(name, 0)
+        """Bytes held now in one account.
+
+        Raises:
+            BudgetError: there is no such account.
+        """
+        self._know(name)
+        return self._accounts[name]
 
     def hold(self, name: str, size: int) -> None:
         """Set an account to `size` bytes.
 
         Raises:
-            BudgetError: the total would pass the cap; the books stay as they were.
+            BudgetError: there is no such account, it would pass what the plan grants it, or the total would pass the cap; the books stay
+                as they were.
         """
-        total = self.held - self.account(name) + size
+        self._know(name)
+        total = self.held - self._accounts[name] + size
         if self._limit is not None and total > self._limit:
             raise BudgetError(
                 f"{name} would need {format_bytes(size)}, which makes {total} bytes in all, over the budget of {self._limit}",
                 minimum=total,
             )
+        if not self._moving and size > self._granted[name]:
+            raise BudgetError(f"{name} would need {size} bytes, and the plan grants it {self._granted[name]}")
         self.peak = max(self.peak, total)
         self._accounts[name] = size
+
+    def _know(self, name: str) -> None:
+        if name not in self._granted:
+            raise BudgetError(f"no line of the plan is booked under {name!r}; there are: {', '.join(self._granted)}")
 
     @contextmanager
     def borrow(self, name: str, size: int) -> Iterator[None]:
         """Hold `size` bytes in an account, which is empty otherwise, for the duration of a `with` block."""
+        self._know(name)
         try:
             self.hold(name, size)
             yield
         finally:
             self._accounts[name] = 0
+
+
+def _granted(lines: Iterable[Line]) -> dict[str, int]:
+    """Bytes of each account."""
+    granted: dict[str, int] = {}
+    for line in lines:
+        granted[line.account] = granted.get(line.account, 0) + line.bytes
+    return granted

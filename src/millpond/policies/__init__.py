@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from millpond.policies.base import SEPARATOR, TEXT, Needs, Policy, Scorer, View, keep_top
-    from millpond.policies.registry import available, get, read
+    from millpond.policies.registry import available, get, read, write
 
 __all__ = [
     "DEFAULT_POLICY",
@@ -21,6 +21,7 @@ __all__ = [
     "get",
     "keep_top",
     "read",
+    "write",
 ]
 
 DEFAULT_POLICY = "infinipot-v"
@@ -28,7 +29,7 @@ DEFAULT_POLICY = "infinipot-v"
 
 # Loaded on first use: the command line's help names the default policy and needs no torch.
 _LATER = dict.fromkeys(("SEPARATOR", "TEXT", "Needs", "Policy", "Scorer", "View", "keep_top"), "base")
-_LATER |= dict.fromkeys(("available", "get", "read"), "registry")
+_LATER |= dict.fromkeys(("available", "get", "read", "write"), "registry")
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ from millpond.policies.allocators.base import Allocator
 from millpond.policies.base import Policy
 from millpond.policies.layered import Layered
 
-__all__ = ["ALLOCATORS", "POLICIES", "available", "get", "read"]
+__all__ = ["ALLOCATORS", "POLICIES", "available", "get", "read", "write"]
 
 POLICIES: Plugins[Policy] = Plugins("millpond.policies", Policy, "policy")  # type: ignore[type-abstract]
 ALLOCATORS: Plugins[Allocator] = Plugins("millpond.allocators", Allocator, "allocator")  # type: ignore[type-abstract]
@@ -26,3 +26,15 @@ def read(text: str) -> Policy:
         raise PolicyError(f"{text!r}: name an allocator behind the plus: {', '.join(sorted(ALLOCATORS.found))}")
     scorer = POLICIES.read(policy)
     return Layered(scorer, ALLOCATORS.read(allocator)) if plus else scorer
+
+
+def write(policy: Policy) -> str:
+    """The word that `read` makes an equal policy from.
+
+    Raises:
+        PolicyError: there is none: one of its parameters is a policy itself, say, or it is not registered.
+    """
+    if not isinstance(policy, Layered):
+        return POLICIES.write(policy)
+    word = f"{POLICIES.write(policy.scorer)}+{ALLOCATORS.write(policy.allocator)}"
+    return POLICIES.same(policy, word, read)

@@ -17,6 +17,7 @@ import torch
 from millpond import frames
 from millpond.errors import SourceError
 from millpond.frames import Frame
+from millpond.memory.plan import Plan
 from millpond.models.base import Grid, Tokens
 from millpond.stream.recent_frames import RecentFrames, Shot
 from millpond.stream.runner import Runner, dated
@@ -131,6 +132,11 @@ class Ingest:
                 f"than a year: it is left out"
             )
         return offset
+
+    def make_fit(self, plan: Plan) -> None:
+        """Run the complete groups that wait, if another plan has smaller blocks and no room for so many frames."""
+        if _nbytes(self.at.waiting) > plan.waiting_bytes:
+            self._digest(partial=False)
 
     def _take(self, time_us: int, pixels: np.ndarray) -> None:
         """Queue one frame at model resolution; run the block when it is full."""

@@ -5,51 +5,49 @@ Owns the memory of one stream, its clock and its budget. Knows tokens, not frame
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from millpond.admission.base import Admission, Verdict
+from millpond.admission.base import Verdict, admission_consumers
 from millpond.admission.gate import filter_groups
+from millpond.cache.consumers import make_plan
 from millpond.cache.host import HostCache
 from millpond.cache.pond import Pond
 from millpond.cache.proxy_queries import accumulate_attention
 from millpond.cache.rerotation import close_gaps, shift_uniformly
 from millpond.cache.retrieval import Retrieval
-from millpond.errors import BudgetError, MillpondError, ModelError
+from millpond.config import SessionConfig
+from millpond.errors import BudgetError, ModelError
 from millpond.memory.available import check_memory
 from millpond.memory.budget import Budget
-from millpond.memory.plan import Plan, make_plan
+from millpond.memory.plan import Plan
 from millpond.models.base import Family, Grid, Tokens
 from millpond.models.query_recorder import See
-from millpond.policies.base import SEPARATOR, Policy
-from millpond.policies.composition import ADMISSION, SEPARATORS, check
+from millpond.policies.base import SEPARATOR
+from millpond.policies.composition import SEPARATORS, check
 from millpond.positions import Clock
+from millpond.stream.recent_frames import FramesAsPixels
 
 if TYPE_CHECKING:
     from millpond.stream.step import Step
 
-__all__ = ["Positions", "Runner", "dated", "grid_positions"]
-
-Positions = Literal["absolute", "contiguous"]
+__all__ = ["Runner", "dated", "grid_positions"]
 
 
 class Runner:
     """One stream's memory and the way into it.
 
     Args:
-        family, policy, positions, system, reserve_tokens, admission, recent_frames, host_path: as in `millpond.Session`.
-        budget: bytes; None only for a policy without a cap.
-        host_budget: bytes; None where nothing is recalled, or only planned.
+        family: an adapted model.
+        config: without a budget only for a policy that has no cap, without a host budget where nothing is recalled, or only planned.
 
     Attributes:
-        recent_frames: as given.
         clock: where the next token stands.
         grid: the largest frame size planned for; None before the first frame.
         tokens: stream tokens that went in, the prompt among them.
@@ -60,39 +58,23 @@ class Runner:
         BudgetError: the budget cannot even hold the prompt and one turn; names the minimum that works.
     """
 
-    def __init__(
-        self,
-        family: Family,
-        *,
-        budget: int | None,
-        policy: Policy,
-        positions: Positions,
-        system: str | None,
-        reserve_tokens: int | None,
-        admission: Admission | None = None,
-        recent_frames: int = 0,
-        host_budget: int | None = None,
-        host_path: str | Path | None = None,
-    ) -> None:
-        check(policy, *([] if admission is None else [ADMISSION]))
-        if not isinstance(recent_frames, int) or recent_frames < 0:
-            raise MillpondError(f"recent_frames must be a whole number, at least 0, not {recent_frames!r}")
+    def __init__(self, family: Family, config: SessionConfig) -> None:
         self.family = family
-        self.policy = policy
-        self.recent_frames = recent_frames
-        self.admission = admission
+        self._config = config
+        self.policy = config.policy
+        self.recent_frames = config.recent_frames
+        self.admission = config.admission
         self._seen: Any = None  # the admission's state
-        self.positions = positions
+        self.positions = config.positions
         self.clock = Clock()
         self.grid: Grid | None = None
         self.tokens = self.reanchorings = 0
         self.seconds = dict.fromkeys(("source", "vision", "decoder", "compaction", "answers", "total"), 0.0)
         self.open_step: Step | None = None
-        self._budget = budget
-        self._reserve = reserve_tokens
-        self._host_budget, self._host_path = host_budget, host_path
-        self._opening = family.opening(system)
-        self._proxy_tokens = len(family.question("", after_video=True)) if policy.needs.proxy == "prompt" else 0
+        self._budget = config.budget
+        self._host_budget, self._host_path = config.host_budget, config.host_path
+        self._opening = family.opening(config.system)
+        self._proxy_tokens = len(family.question("", after_video=True)) if self.policy.needs.proxy == "prompt" else 0
         self.plan_for(None)  # refuse now what can never work
         self._pond: Pond | None = None  # allocated with the first frame or question, when the frames' size is known
 
@@ -274,6 +256,11 @@ class Runner:
     # --- the budget ---------------------------------------------------------------------------------------------
 
     @property
+    def config(self) -> SessionConfig:
+        """As given, with the budget that is in force."""
+        return replace(self._config, budget=self._budget)
+
+    @property
     def plan(self) -> Plan:
         """How the budget is split now: for the largest frames so far, or for text alone before the first."""
         return self.plan_for(None) if self._pond is None else self._pond.plan
@@ -285,6 +272,8 @@ class Runner:
         if grid is not None and self._host_budget is not None:
             HostCache.check(self.family.geometry, self._host_budget, grid.tokens)
         what = "this model's prompt and one turn" if grid is None else f"frames of {grid.width} x {grid.height}"
+        frame_bytes = 0 if grid is None else grid.height * grid.width * 3
+        pixels = FramesAsPixels(frame_bytes, self.recent_frames, len(self.family.reopening()))
         return make_plan(
             self._budget if budget is None else budget,
             self.family.geometry,
@@ -292,12 +281,10 @@ class Runner:
             prompt_tokens=len(self._opening),
             group_tokens=1 if grid is None else grid.tokens,
             frames_per_group=self.family.frames_per_group,
-            frame_bytes=0 if grid is None else grid.height * grid.width * 3,
-            reserve_tokens=self._reserve,
-            state_bytes=0 if self.admission is None else self.admission.state_bytes(self.family.hidden),
+            reserve_tokens=self._config.reserve_tokens,
             proxy_tokens=self._proxy_tokens,
-            recent_frames=self.recent_frames,
-            reopening_tokens=len(self.family.reopening()),
+            reserve=[pixels.slots],
+            beside=[pixels.waiting, pixels.pixels, *admission_consumers(self.admission, self.family.hidden)],
             what=what,
         )
 
@@ -308,17 +295,22 @@ class Runner:
             return
         plan = self.plan_for(grid)
         if self._pond is not None and not self.policy.capped:
-            plan = replace(plan, slots=max(plan.slots, self._pond.capacity))
+            plan = plan.with_slots(max(plan.slots, self._pond.capacity))
         self._move(plan, self._budget, grid)
 
-    def resize(self, budget: str | int) -> None:
-        """Change the budget; a smaller one compacts at once. See `millpond.Session.resize`."""
+    def resize(self, budget: str | int, make_fit: Callable[[Plan], None]) -> None:
+        """Change the budget; a smaller one compacts at once. See `millpond.Session.resize`.
+
+        `make_fit` is called when it is known that the new plan works, while the old one is in force: what is held beside the memory must
+        fit the new one too.
+        """
         if not self.policy.capped:
             raise BudgetError(f"the policy {self.policy.name!r} has no budget to resize")
         size = int(Budget(budget))
         plan = self.plan_for(self.grid, size)
         held = 0 if self._pond is None else self._pond.ledger.held
         check_memory(plan.total_bytes - held, self.family.device)
+        make_fit(plan)
         self._move(plan, size, self.grid)
 
     def _move(self, plan: Plan, budget: int | None, grid: Grid | None) -> None:
