@@ -12,11 +12,11 @@ import torch
 
 from millpond import PolicyError, PondCache, Session, policies
 from millpond.cache import Pond
+from millpond.cache.consumers import make_plan
 from millpond.cache.host import HostCache
 from millpond.cache.kv_quantizer import KVQuantizer
 from millpond.cache.tier import Tier
 from millpond.memory.geometry import Geometry
-from millpond.memory.plan import make_plan
 from millpond.policies import composition
 from millpond.policies.allocators.diversity import Diversity
 from millpond.policies.base import Needs, Policy, Scorer, Shape, View
