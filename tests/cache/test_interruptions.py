@@ -18,6 +18,7 @@ from millpond import native, policies
 from millpond.cache import Pond
 from millpond.cache.host import HostCache
 from millpond.cache.rerotation import close_gaps, shift_uniformly
+from millpond.cache.storage.mixed_precision_layer import MixedPrecisionLayer
 from millpond.errors import BudgetError, MillpondError
 from millpond.memory.geometry import Geometry
 from millpond.memory.plan import Plan, make_plan
@@ -30,7 +31,7 @@ from tests.session.test_layer_budgets import layered
 WIDTH, ROWS, COLS, STEP = 8, 2, 2, 4
 ROPE = Rope(1.0 / (10_000 ** (torch.arange(0, WIDTH, 2).float() / WIDTH)), torch.tensor([0, 0, 1, 2]), limit=600)
 SOURCE = Path(millpond.__file__).parent
-WATCHED = [*(SOURCE / "cache").glob("*.py"), SOURCE / "resumable.py", SOURCE / "policies" / "merging.py"]
+WATCHED = [*(SOURCE / "cache").rglob("*.py"), SOURCE / "resumable.py", SOURCE / "policies" / "merging.py"]
 FAULTS = (RuntimeError, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError)
 
 POLICIES: dict[str, Callable[[], Policy]] = {
@@ -132,7 +133,7 @@ def roll_back(one: Scene) -> None:
 def state(one: Scene) -> list[Any]:
     """Everything that lives in a pond, and its books."""
     pond = one.pond
-    out: list[Any] = [vars(one.clock).copy(), pond.plan, pond.ledger.limit, pond._ahead, list(pond._recent), pond._text]
+    out: list[Any] = [vars(one.clock).copy(), pond.plan, pond.ledger.limit, pond.storage.ahead, pond.recent]
     out += [
         pond.compactions,
         pond.evicted,
@@ -144,15 +145,15 @@ def state(one: Scene) -> list[Any]:
     for layer in pond.layers:
         out += [layer.length, layer.capacity, {tensor.shape[1] for tensor in layer.tensors()}]
         tensors += [tensor[:, : layer.length] for tensor in layer.tensors()]
-        if pond.dequantization_buffer:
+        if isinstance(layer, MixedPrecisionLayer):
             out += [layer.quantized_store.groups, layer.quantized_store.capacity]
             tensors += [tensor[:, : layer.quantized_store.groups] for tensor in layer.quantized_store.tensors()]
     if pond.host is not None:
         host = pond.host
-        out += [host.first, host.end, host.forgotten, host.bytes_in, host.span, host._next, host._moved.tolist()]
+        out += [host.ring, host.span, host._moved.tolist()]
         # What has left may be written over at any time.
-        rows = [number % host._rows for number in range(host.first, host.end)]
-        slots = [slot % host._slots for slot in range(host._next - host.tokens, host._next)]
+        rows = [number % host._rows for number in range(host.ring.first, host.ring.end)]
+        slots = [slot % host._slots for slot in range(host.ring.next - host.tokens, host.ring.next)]
         tensors += [host._table[rows], host._sums[:, :, rows], host._positions[slots], host._place[slots]]
         tensors += [host._keys[:, :, slots], host._values[:, :, slots]]
     return [*out, [tensor.clone() for tensor in tensors]]
@@ -268,7 +269,7 @@ def test_interrupted_at_any_line(name: str, kind: str, compiled: bool) -> None:
         assert fault in (caught, caught.__cause__), f"{where} became {caught!r}"
         now = state(one)
         assert any(same(now, twin) for twin in allowed), f"{where} leaves the pond between two states"
-        assert one.pond._move is None
+        assert not one.pond.moving
 
 
 @pytest.mark.parametrize(("name", "kind", "compiled"), CASES)
@@ -282,7 +283,7 @@ def test_no_memory_at_any_operator(name: str, kind: str, compiled: bool) -> None
         one = copy.deepcopy(start)
         with pytest.raises((torch.OutOfMemoryError, BudgetError)), Operators(at, for_good=number % 2 == 0):
             move(one)
-        if one.pond._move is not None:
+        if one.pond.moving:
             with Operators(1, for_good=True), pytest.raises(MillpondError, match="every call tries again"):
                 one.pond.overrun(1)
         one.pond.finish()  # as every call does

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["carried_scores_of", "matching_scratch"]
+__all__ = ["carried_scores_of", "matching_scratch", "order_keys"]
 
 
 def carried_scores_of(
@@ -43,10 +43,17 @@ def matching_scratch(tokens: int) -> int:
     return 72 * tokens + 64
 
 
+def order_keys(time: Tensor, grid_position: Tensor) -> Tensor:
+    """One number for each token's time and place, int64 [n], that ascends in the order of the stream.
+
+    Args:
+        time: int64 [n], below 2^31; overwritten. place: int16 [n, 2], which orders a frame by rows.
+    """
+    time.bitwise_left_shift_(32)
+    time.add_(grid_position[:, 0].to(torch.int64).add_(2).bitwise_left_shift_(16))
+    return time.add_(grid_position[:, 1].to(torch.int64).add_(2))
+
+
 def _keys(times: Tensor, time_us: Tensor, grid_position: Tensor) -> Tensor:
-    """One number for each token's time and place, int64 [n]; of the time only its rank among `times`, so that all fits in."""
-    key = torch.searchsorted(times, time_us)
-    key.bitwise_left_shift_(32)
-    key.add_(grid_position[:, 0].to(torch.int64).add_(2).bitwise_left_shift_(16))
-    key.add_(grid_position[:, 1].to(torch.int64).add_(2))
-    return key
+    """Those of one layer's tokens, or of another's, int64 [n]; of the time only its rank among `times`, so that all fits in."""
+    return order_keys(torch.searchsorted(times, time_us), grid_position)

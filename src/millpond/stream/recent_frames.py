@@ -59,9 +59,3 @@ class RecentFrames:
             else:
                 blocks.append(list(group))
         return blocks
-
-    def fork(self, runner: Runner) -> RecentFrames:
-        """The same for a copy of the runner."""
-        other = RecentFrames(runner)
-        other.groups = self.groups
-        return other
