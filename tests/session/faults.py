@@ -12,7 +12,10 @@ import millpond
 FOLDER = Path(millpond.__file__).parent
 FILES = {
     str(FOLDER / f"{name}.py")
-    for name in ("session", "runner", "ingest", "step", "turn", "decoding", "second_look", "exclusive")
+    for name in (
+        *("session", "runner", "ingest", "step", "turn", "decoding", "second_look", "exclusive"),
+        *("cache/pond", "cache/recent"),
+    )
 }
 Line = tuple[str, int]
 

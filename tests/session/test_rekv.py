@@ -294,7 +294,7 @@ def test_a_fork_shares_nothing() -> None:
     mine, theirs = session._runner.pond.host, other._runner.pond.host
     assert mine is not None
     assert theirs is not None
-    assert mine.end < theirs.end
+    assert mine.ring.end < theirs.ring.end
     assert mine._keys.untyped_storage().data_ptr() != theirs._keys.untyped_storage().data_ptr()
 
 

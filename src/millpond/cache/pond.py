@@ -233,7 +233,7 @@ class Pond(Transactional, Cache):
         )
 
     def rewind(self, mark: Mark) -> None:
-        """Put back what there was, unless a compaction has come between. Can be repeated."""
+        """Put back what there was; nothing may have been compacted since. Can be repeated."""
         self.truncate(mark.length)
         self.recent = mark.recent
         if mark.queries is not None:

@@ -46,7 +46,9 @@ class Steps:
 class Transactional:
     """Base of what is changed in place by moves, one at a time: one that has begun is finished before anything else is done."""
 
-    _move: Move | None = None  # that has begun and is not finished
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._move: Move | None = None  # that has begun and is not finished
 
     @property
     def moving(self) -> bool:

@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,10 +30,7 @@ from millpond.models.base import Family, Grid, Tokens
 from millpond.models.query_recorder import See
 from millpond.policies.base import SEPARATOR, Policy
 from millpond.positions import Clock
-from millpond.stream.state import FlowMark, FlowState
-
-if TYPE_CHECKING:
-    from millpond.stream.step import Step
+from millpond.stream.state import FlowMark, FlowState, OpenStep
 
 __all__ = ["Positions", "Runner", "dated", "grid_positions"]
 
@@ -89,7 +86,7 @@ class Runner:
         self.grid: Grid | None = None
         self.tokens = self.reanchorings = 0
         self.seconds = dict.fromkeys(("source", "vision", "decoder", "compaction", "answers", "total"), 0.0)
-        self.open_step: Step | None = None
+        self.open_step: OpenStep | None = None
         self._budget = budget
         self._system, self._reserve = system, reserve_tokens
         self._host_budget, self._host_path = host_budget, host_path

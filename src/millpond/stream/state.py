@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from millpond.cache.pond_state import Mark, PondState
 from millpond.models.base import Grid
 from millpond.positions import Clock
 
-__all__ = ["FlowMark", "FlowState"]
+__all__ = ["FlowMark", "FlowState", "OpenStep"]
+
+
+class OpenStep(Protocol):
+    """A step of a stream that is neither in nor taken back."""
+
+    def roll_back(self) -> None:
+        """Take it back."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,15 +10,25 @@ Moves of the memory (compaction, re-anchoring, another size) stand outside of st
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
+from millpond.stream.runner import Runner
 from millpond.stream.state import FlowMark
 
-if TYPE_CHECKING:
-    from millpond.stream.ingest import Ingest
-    from millpond.stream.runner import Runner
+__all__ = ["Step", "Waiting"]
 
-__all__ = ["Step"]
+
+class Waiting(Protocol):
+    """What stands in front of a flow and goes back with it: a `millpond.stream.ingest.Ingest`."""
+
+    def state(self) -> Any:
+        """What it goes on with; never changed afterwards."""
+
+    def restore(self, state: Any) -> None:
+        """Go back to a state; can be repeated."""
+
+    def book(self) -> None:
+        """Write down in the ledger what it holds now."""
 
 
 class Step:
@@ -26,12 +36,12 @@ class Step:
     session's next call goes on with it.
 
     Args:
-        flow, intake: the stream.
+        flow: the stream. intake: what waits in front of it.
         queries, sums: whether the step's forwards note queries, or add to the sums of attention; what there was is copied then.
     """
 
     def __init__(
-        self, runner: Runner, ingest: Ingest, *, queries: bool = False, accumulated_attention: bool = False
+        self, runner: Runner, ingest: Waiting, *, queries: bool = False, accumulated_attention: bool = False
     ) -> None:
         self._runner, self._ingest = runner, ingest
         self._mark: FlowMark | None = None  # until the step is in, or has been taken back

@@ -31,6 +31,8 @@ class Turn(Step):
         done: the answer, once it has been run.
     """
 
+    _ingest: Ingest
+
     def __init__(self, runner: Runner, ingest: Ingest, *, remember: bool) -> None:
         self._remember = remember
         self.done = Generated()
