@@ -31,7 +31,10 @@ from tests.session.test_layer_budgets import layered
 WIDTH, ROWS, COLS, STEP = 8, 2, 2, 4
 ROPE = Rope(1.0 / (10_000 ** (torch.arange(0, WIDTH, 2).float() / WIDTH)), torch.tensor([0, 0, 1, 2]), limit=600)
 SOURCE = Path(millpond.__file__).parent
-WATCHED = [*(SOURCE / "cache").rglob("*.py"), SOURCE / "resumable.py", SOURCE / "policies" / "merging.py"]
+WATCHED = [
+    *(path for room in ("cache", "quantization") for path in (SOURCE / room).rglob("*.py")),
+    *(SOURCE / name for name in ("resumable.py", "policies/merging.py", "policies/matching.py")),
+]
 FAULTS = (RuntimeError, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError)
 
 POLICIES: dict[str, Callable[[], Policy]] = {

@@ -35,21 +35,25 @@ def attributes(thing: Any, path: str, seen: set[int]) -> Iterator[tuple[str, obj
         yield path, thing
 
 
-OPTIONS: dict[str, dict[str, object]] = {
-    "infinipot-v": {"admission": "curvestream", "recent_frames": 2, "share": 0.9},
-    "mikv:group=8:full_share=0.4:base=h2o": {"system": "be brief"},
-    "cake+cake": {"positions": "absolute", "share": 2.2},
-    "rekv": {"host_budget": "1MiB", "share": 2.2},
+OPTIONS: dict[str, tuple[str, dict[str, object]]] = {
+    "infinipot-v": ("qwen2_5_vl", {"admission": "curvestream", "recent_frames": 2, "share": 0.9}),
+    "mikv:group=8:full_share=0.4:base=h2o": ("qwen2_5_vl", {"system": "be brief"}),
+    "cake+cake": ("qwen2_5_vl", {"positions": "absolute", "share": 2.2}),
+    "rekv": ("llava_onevision", {"host_budget": "1MiB", "share": 2.2}),
 }
 
 
 @pytest.mark.parametrize("policy", OPTIONS)
 def test_a_fork_is_the_original_in_every_attribute_and_goes_on_as_it(policy: str) -> None:
-    family = tiny("qwen2_5_vl")
-    session = filled(family, policy, 41, **OPTIONS[policy])  # type: ignore[arg-type]
+    name, options = OPTIONS[policy]
+    family = tiny(name, max_position_embeddings=400 if policy == "rekv" else 70)
+    session = filled(family, policy, 41, **options)  # type: ignore[arg-type]
     session.ask(QUESTION, max_new_tokens=2, remember=policy != "rekv")
     session.resize(session.plan.total_bytes + 40_000)
     session.feed(list(moving(3, start=60)))
+    assert session.usage.reanchorings > 0
+    if session._runner.pond.host is not None:
+        assert session._runner.pond.host.span > 0
 
     def everything(of: Session) -> dict[str, object]:
         shared = {id(family), id(family.rope)}
