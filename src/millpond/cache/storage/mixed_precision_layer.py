@@ -133,10 +133,9 @@ class MixedPrecisionLayer(PondLayer):
         return [*drop, put, *self.compaction(keep, start, chunk)]
 
     def kept(self, start: int) -> tuple[Tensor, Tensor]:
-        time_us, grid_position = super().kept(start)
-        return torch.cat([self.quantized_store.live("time_us"), time_us], dim=1), torch.cat(
-            [self.quantized_store.live("grid_position"), grid_position], dim=1
-        )
+        shelved = self.quantized_store.live("time_us"), self.quantized_store.live("grid_position")
+        time_us, grid_position = (torch.cat(both, dim=1) for both in zip(shelved, super().kept(start), strict=True))
+        return time_us, grid_position
 
     def accumulated(self, length: int) -> list[Tensor]:
         quantized = (
