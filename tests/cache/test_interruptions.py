@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import millpond
-from millpond import native, policies
+from millpond import cache, native, policies
 from millpond.cache import Pond
 from millpond.cache.host import HostCache
 from millpond.cache.rerotation import close_gaps, shift_uniformly
@@ -26,15 +25,15 @@ from millpond.policies.base import TEXT, Policy
 from millpond.policies.mikv import MiKV
 from millpond.positions import Clock, Rope
 from tests.cache.text_model import Scattered
+from tests.session.faults import files_of
 from tests.session.test_layer_budgets import layered
 
 WIDTH, ROWS, COLS, STEP = 8, 2, 2, 4
 ROPE = Rope(1.0 / (10_000 ** (torch.arange(0, WIDTH, 2).float() / WIDTH)), torch.tensor([0, 0, 1, 2]), limit=600)
-SOURCE = Path(millpond.__file__).parent
-WATCHED = [
-    *(path for room in ("cache", "quantization") for path in (SOURCE / room).rglob("*.py")),
-    *(SOURCE / name for name in ("resumable.py", "policies/merging.py", "policies/matching.py")),
-]
+WATCHED = {
+    *map(str, Path(cache.__file__).parent.rglob("*.py")),
+    *files_of("millpond.memory.resumable", "millpond.policies.merging", "millpond.policies.matching"),
+}
 FAULTS = (RuntimeError, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError)
 
 POLICIES: dict[str, Callable[[], Policy]] = {
@@ -187,7 +186,7 @@ class Lines:
     """Raises before the n-th line that runs in the watched files, or counts them."""
 
     def __init__(self, fault: BaseException | None = None, at: int = -1) -> None:
-        self.fault, self.at, self.lines, self.names = fault, at, [], {str(path) for path in WATCHED}
+        self.fault, self.at, self.lines, self.names = fault, at, [], WATCHED
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
         if frame.f_code.co_filename not in self.names:

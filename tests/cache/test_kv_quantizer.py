@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from millpond import native
+from millpond.cache.kv_quantizer import BITS, KVQuantizer
 from millpond.errors import PolicyError
-from millpond.kv_quantization.quantizer import BITS, KVQuantizer
 from tests.session.measure import transient_peak
 
 CPU = torch.device("cpu")

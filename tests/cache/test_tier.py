@@ -9,11 +9,11 @@ from torch import Tensor
 
 from millpond import native
 from millpond.cache import Pond
+from millpond.cache.kv_quantizer import KVQuantizer
 from millpond.cache.rerotation import close_gaps, shift_uniformly
 from millpond.cache.storage.mixed_precision_layer import stream_order
+from millpond.cache.tier import Tier
 from millpond.errors import PolicyError
-from millpond.kv_quantization.quantizer import KVQuantizer
-from millpond.kv_quantization.tier import Tier
 from millpond.memory.geometry import Geometry
 from millpond.memory.plan import Plan, make_plan
 from millpond.policies.base import TEXT, Policy, View

@@ -149,8 +149,8 @@ def test_a_fault_at_any_line_of_a_block(family: Family, policy: str, error: type
 
 def test_a_fault_at_any_line_of_the_proxy(family: Family, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """The template's tokens, run before a compaction for their queries alone, are gone again wherever that is interrupted."""
-    for name in ("cache/storage/base", "resumable"):
-        monkeypatch.setattr(faults, "FILES", faults.FILES | {str(faults.FOLDER / f"{name}.py")})
+    moves = faults.files_of("millpond.cache.storage.base", "millpond.memory.resumable")
+    monkeypatch.setattr(faults, "FILES", faults.FILES | moves)
     session = filled(family, "streammem", 30)
 
     def stored() -> list[object]:

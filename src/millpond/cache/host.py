@@ -28,13 +28,13 @@ from millpond.memory.geometry import Geometry
 from millpond.memory.resumable import Pieces
 from millpond.positions import Rope
 
-__all__ = ["HostCache", "HostState"]
+__all__ = ["HostCache", "HostCacheState"]
 
 _TIME, _START, _COUNT = range(3)
 
 
 @dataclass(frozen=True, eq=False)
-class HostState:
+class HostCacheState:
     """What a host tier holds.
 
     Attributes:
@@ -363,14 +363,14 @@ class HostCache:
             "seconds_host": self.seconds,
         }
 
-    def state(self) -> HostState:
+    def state(self) -> HostCacheState:
         """What is held."""
         size = self._rows, self._slots
-        return HostState(
+        return HostCacheState(
             size, self.ring, self.span, self.bytes_out, self.seconds, self._moved, self._written(self.ring)
         )
 
-    def restore(self, state: HostState) -> None:
+    def restore(self, state: HostCacheState) -> None:
         """Copy what the `state` of a tier with the same geometry says; in a file of its own where this one is in a file."""
         if state.tensors:
             self._allocate(*state.size)

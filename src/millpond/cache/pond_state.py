@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from millpond.cache.host import HostState
+from millpond.cache.host import HostCacheState
 from millpond.cache.proxy_queries import QueriesState
 from millpond.cache.recent import RecentWindow
 from millpond.cache.storage.state import StorageState
@@ -27,7 +27,7 @@ class PondState:
     plan: Plan
     storage: StorageState
     queries: QueriesState
-    host: HostState | None
+    host: HostCacheState | None
     recent: RecentWindow
     compactions: int
     evicted: int

@@ -20,7 +20,7 @@ from millpond.errors import PolicyError
 from millpond.memory.resumable import Move
 
 if TYPE_CHECKING:
-    from millpond.kv_quantization.tier import Tier
+    from millpond.cache.tier import Tier
     from millpond.positions import Rope
 
 __all__ = ["LAYER_SHARE", "SEPARATOR", "TEXT", "Policy", "View", "check_between", "keep_top"]

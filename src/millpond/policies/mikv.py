@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from millpond.cache.kv_quantizer import KVQuantizer
+from millpond.cache.tier import Tier
 from millpond.errors import PolicyError
-from millpond.kv_quantization.quantizer import KVQuantizer
-from millpond.kv_quantization.tier import Tier
 from millpond.policies.base import Policy, View
 from millpond.policies.registry import read
 

@@ -22,7 +22,7 @@ from millpond.stream.recent_frames import RecentFrames, Shot
 from millpond.stream.runner import Runner, dated
 from millpond.stream.step import Step
 
-__all__ = ["Ingest", "IntakeState", "Standing"]
+__all__ = ["Ingest", "IngestState", "Standing"]
 
 # Beyond these a stream's microseconds leave 64 bits, or its positions (up to 25 a second) 32; the clock could never go back.
 _FARTHEST_SECONDS = 10**11
@@ -57,7 +57,7 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class IntakeState:
+class IngestState:
     """What a copy of an intake is made from.
 
     Attributes:
@@ -264,11 +264,11 @@ class Ingest:
         for name in sorted(sizes, key=lambda name: sizes[name] - ledger.account(name)):
             ledger.hold(name, sizes[name])
 
-    def state(self) -> IntakeState:
+    def state(self) -> IngestState:
         """Everything that frames on their way in go on with."""
-        return IntakeState(self.at, self._recent_frames.groups)
+        return IngestState(self.at, self._recent_frames.groups)
 
-    def restore(self, state: IntakeState) -> None:
+    def restore(self, state: IngestState) -> None:
         """Go on where a `state` stood; can be repeated. What that takes is for `book` to write down."""
         self._recent_frames.groups, self.at = state.recent, state.at
 

@@ -30,7 +30,7 @@ from millpond.models.base import Family, Grid, Tokens
 from millpond.models.query_recorder import See
 from millpond.policies.base import SEPARATOR, Policy
 from millpond.positions import Clock
-from millpond.stream.state import FlowMark, FlowState, OpenStep
+from millpond.stream.state import OpenStep, RunnerMark, RunnerState
 
 __all__ = ["Positions", "Runner", "dated", "grid_positions"]
 
@@ -326,27 +326,27 @@ class Runner:
 
     # --- state --------------------------------------------------------------------------------------------------
 
-    def mark(self, *, queries: bool = False, accumulated_attention: bool = False) -> FlowMark:
+    def mark(self, *, queries: bool = False, accumulated_attention: bool = False) -> RunnerMark:
         """Where the stream stands, to `rewind` to; see `Pond.mark`."""
         pond = self.pond.mark(queries=queries, accumulated_attention=accumulated_attention)
-        return FlowMark(replace(self.clock), self.tokens, self.admission_state, pond)
+        return RunnerMark(replace(self.clock), self.tokens, self.admission_state, pond)
 
-    def rewind(self, mark: FlowMark) -> None:
+    def rewind(self, mark: RunnerMark) -> None:
         """Put everything back; can be repeated."""
         self.pond.rewind(mark.pond)
         self.clock, self.tokens, self.admission_state = replace(mark.clock), mark.tokens, mark.admission
 
-    def keep_turn(self, mark: FlowMark) -> None:
+    def keep_turn(self, mark: RunnerMark) -> None:
         """Count what has run since the mark as part of the stream."""
         self.tokens += self.pond.keep_turn(mark.pond)
 
-    def state(self) -> FlowState:
+    def state(self) -> RunnerState:
         """Everything that the stream goes on with."""
         clock, seconds = replace(self.clock), dict(self.seconds)
         stream = self._budget, self.grid, clock, self.tokens, self.reanchorings, seconds, self.admission_state
-        return FlowState(*stream, self.pond.state())
+        return RunnerState(*stream, self.pond.state())
 
-    def restore(self, state: FlowState) -> None:
+    def restore(self, state: RunnerState) -> None:
         """Go on, with a memory of its own, where the `state` of a flow with the same settings stood."""
         pond = self._allocate(state.pond.plan)
         pond.restore(state.pond)

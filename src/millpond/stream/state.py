@@ -10,7 +10,7 @@ from millpond.cache.pond_state import Mark, PondState
 from millpond.models.base import Grid
 from millpond.positions import Clock
 
-__all__ = ["FlowMark", "FlowState", "OpenStep"]
+__all__ = ["OpenStep", "RunnerMark", "RunnerState"]
 
 
 class OpenStep(Protocol):
@@ -21,7 +21,7 @@ class OpenStep(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class FlowState:
+class RunnerState:
     """Everything that a stream goes on with, beside the settings with which it began and the frames that wait in front of it.
 
     Attributes:
@@ -42,8 +42,8 @@ class FlowState:
 
 
 @dataclass(frozen=True, eq=False)
-class FlowMark:
-    """Where a step of a stream began. The attributes are those of `FlowState`."""
+class RunnerMark:
+    """Where a step of a stream began. The attributes are those of `RunnerState`."""
 
     clock: Clock
     tokens: int

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from millpond.stream.runner import Runner
-from millpond.stream.state import FlowMark
+from millpond.stream.state import RunnerMark
 
 __all__ = ["Step", "Waiting"]
 
@@ -44,7 +44,7 @@ class Step:
         self, runner: Runner, ingest: Waiting, *, queries: bool = False, accumulated_attention: bool = False
     ) -> None:
         self._runner, self._ingest = runner, ingest
-        self._mark: FlowMark | None = None  # until the step is in, or has been taken back
+        self._mark: RunnerMark | None = None  # until the step is in, or has been taken back
         self._standing = ingest.state()
         runner.open_step = self
         try:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from millpond.cache.storage.exchange import zeros
 from millpond.cache.storage.quantized_store import QuantizedStore
-from millpond.kv_quantization.tier import Tier
+from millpond.cache.tier import Tier
 from millpond.memory.geometry import Geometry
 from millpond.memory.ledger import Ledger
 from millpond.memory.plan import Plan

@@ -11,8 +11,8 @@ from millpond.cache.storage.base import Choose, Relocation, Step, Storage
 from millpond.cache.storage.dequantization import DequantizationBuffer
 from millpond.cache.storage.mixed_precision_layer import MixedPrecisionLayer
 from millpond.cache.storage.surviving import surviving_groups
+from millpond.cache.tier import Tier
 from millpond.errors import BudgetError
-from millpond.kv_quantization.tier import Tier
 from millpond.memory.geometry import Geometry
 from millpond.memory.ledger import Ledger
 from millpond.memory.plan import Plan

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from millpond.cache.kv_quantizer import KVQuantizer
 from millpond.errors import PolicyError
-from millpond.kv_quantization.quantizer import KVQuantizer
 from millpond.memory.geometry import Geometry
 
 __all__ = ["Tier"]
@@ -63,7 +63,9 @@ class Tier:
     def choosing_bytes(self, geometry: Geometry, full: int, quantized: int) -> int:
         """What choosing among the packed tokens takes beside the policy; `full` and `quantized` tokens of a layer."""
         # [H, n]: order, time, place, sums, protection, and which full ones stay or leave.
-        return geometry.kv_heads * ((full + quantized) * (8 + 8 + 4 + 1 + 4 * geometry.sums) + 8 * full)
+        return geometry.kv_heads * (
+            (full + quantized) * (8 + 8 + 4 + 1 + 4 * geometry.accumulated_attention) + 8 * full
+        )
 
     def sorting_bytes(self, tokens: int) -> int:
         """What putting one head's tokens in order takes, before the policy sees them."""

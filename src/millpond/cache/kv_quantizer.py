@@ -52,41 +52,39 @@ class KVQuantizer:
 
     # --- sizes --------------------------------------------------------------------------------------------------
 
-    def row_bytes(self, head_dim: int) -> int:
-        """Bytes of the packed codes of one key or value vector of `head_dim` components."""
+    def row_bytes(self, width: int) -> int:
+        """Bytes of the packed codes of one key or value vector of `width` components."""
         values, size = self._word
-        return -(-head_dim // values) * size
+        return -(-width // values) * size
 
-    def value_groups(self, head_dim: int) -> int:
+    def value_groups(self, width: int) -> int:
         """Groups that a value vector is cut into; the last may be shorter."""
-        return -(-head_dim // self.group)
+        return -(-width // self.group)
 
-    def group_bytes(self, head_dim: int) -> int:
+    def group_bytes(self, width: int) -> int:
         """Bytes of G tokens of one KV head, keys and values: codes, steps and minima."""
-        scales = 2 * _SCALE.itemsize * (head_dim + self.group * self.value_groups(head_dim))
-        return 2 * self.group * self.row_bytes(head_dim) + scales
+        scales = 2 * _SCALE.itemsize * (width + self.group * self.value_groups(width))
+        return 2 * self.group * self.row_bytes(width) + scales
 
-    def bytes_per_token(self, head_dim: int) -> float:
+    def bytes_per_token(self, width: int) -> float:
         """Bytes of one token of one KV head, its share of the group's steps and minima included."""
-        return self.group_bytes(head_dim) / self.group
+        return self.group_bytes(width) / self.group
 
-    def scratch_bytes(self, tokens: int, head_dim: int) -> int:
+    def scratch_bytes(self, tokens: int, width: int) -> int:
         """The most that encoding or decoding `tokens` tokens of one head allocates, in bytes."""
         # Two float32 copies, codes and packed words (int32 where a word is wider than a byte), and the groups' bounds.
         values, size = self._word
-        padded = -(-head_dim // values) * values
+        padded = -(-width // values) * values
         words = padded // values * (2 if size == 1 else 2 * 4 + 2 * 8)
-        bounds = max(-(-tokens // self.group) * head_dim, tokens) * (4 * 4 + 2 * 2 + 2)
+        bounds = max(-(-tokens // self.group) * width, tokens) * (4 * 4 + 2 * 2 + 2)
         return tokens * (2 * 4 * padded + 3 * padded + words) + bounds
 
     # --- keys: per channel --------------------------------------------------------------------------------------
 
-    def new_keys(
-        self, shape: tuple[int, ...], groups: int, head_dim: int, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
+    def new_keys(self, shape: tuple[int, ...], groups: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Storage for `groups` groups of keys: codes uint8 [*shape, groups, G, R], scales float16 [*shape, groups, 2, D]."""
-        codes = torch.zeros(*shape, groups, self.group, self.row_bytes(head_dim), dtype=torch.uint8, device=device)
-        return codes, torch.zeros(*shape, groups, 2, head_dim, dtype=_SCALE, device=device)
+        codes = torch.zeros(*shape, groups, self.group, self.row_bytes(width), dtype=torch.uint8, device=device)
+        return codes, torch.zeros(*shape, groups, 2, width, dtype=_SCALE, device=device)
 
     def quantize_keys(self, keys: Tensor, codes: Tensor, scales: Tensor) -> None:
         """Write m groups of keys.
@@ -115,11 +113,11 @@ class KVQuantizer:
     # --- values: per token --------------------------------------------------------------------------------------
 
     def new_values(
-        self, shape: tuple[int, ...], groups: int, head_dim: int, device: torch.device
+        self, shape: tuple[int, ...], groups: int, width: int, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """Storage for `groups` times G values: codes uint8 [*shape, groups, G, R], scales float16 [*shape, groups, G, 2, C]."""
-        codes = torch.zeros(*shape, groups, self.group, self.row_bytes(head_dim), dtype=torch.uint8, device=device)
-        scales = torch.zeros(*shape, groups, self.group, 2, self.value_groups(head_dim), dtype=_SCALE, device=device)
+        codes = torch.zeros(*shape, groups, self.group, self.row_bytes(width), dtype=torch.uint8, device=device)
+        scales = torch.zeros(*shape, groups, self.group, 2, self.value_groups(width), dtype=_SCALE, device=device)
         return codes, scales
 
     def quantize_values(self, values: Tensor, codes: Tensor, scales: Tensor) -> None:
@@ -191,7 +189,7 @@ class KVQuantizer:
         for byte in range(size):
             quantized[..., byte::size] = ((words >> (8 * byte)) & 255).to(torch.uint8)
 
-    def _unpack(self, quantized: Tensor, head_dim: int) -> Tensor:
+    def _unpack(self, quantized: Tensor, width: int) -> Tensor:
         """Words to codes as float32 [..., D]."""
         values, size = self._word
         if size == 1:
@@ -200,7 +198,7 @@ class KVQuantizer:
             words = quantized[..., ::size].to(torch.int32)
             for byte in range(1, size):
                 words.bitwise_or_(quantized[..., byte::size].to(torch.int32) << (8 * byte))
-        floats = torch.empty(*quantized.shape[:-1], head_dim, device=quantized.device)
+        floats = torch.empty(*quantized.shape[:-1], width, device=quantized.device)
         for place in range(values):
             part = floats[..., place::values]
             part.copy_((words[..., : part.shape[-1]] >> (self.bits * place)) & (2**self.bits - 1))
