@@ -25,7 +25,6 @@ FILES = files_of(
     "millpond.stream.recent_frames",
     "millpond.stream.exclusive",
     "millpond.cache.pond",
-    "millpond.cache.recent",
 )
 Line = tuple[str, int]
 
