@@ -108,7 +108,7 @@ def _hand_on(at: CompactionState, index: int, carried_scores: Tensor) -> Tensor:
 def _grant(at: CompactionState, slots: int, protected: Protected) -> list[int]:
     """Tokens that each layer keeps behind the prompt, `slots` of them on average."""
     layers = at.storage.layers
-    if at.policy.layer_share == 1:
+    if not at.storage.layer_budgets:
         return [slots] * len(layers)
     held = [layer.length - at.plan.prompt_tokens for layer in layers]
     weights = at.policy.layer_weights(at.view(index, protected) for index in range(len(layers)))

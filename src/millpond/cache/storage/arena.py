@@ -28,6 +28,8 @@ class ArenaStorage(Storage):
         arena: in which they lie.
     """
 
+    layer_budgets = True
+
     def __init__(self, geometry: Geometry, plan: Plan, device: torch.device, ledger: Ledger) -> None:
         layers = [PondLayer(geometry, 0, device) for _ in range(geometry.layers)]
         self.arena = Arena(layers, [plan.slots] * geometry.layers)

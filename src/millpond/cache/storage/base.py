@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -54,6 +55,9 @@ class Storage:
         layers: to which transformers appends.
         ahead: how many tokens more than the first layer each one holds, between forwards.
     """
+
+    layer_budgets: ClassVar[bool] = False
+    """Whether layers can be granted different numbers of tokens."""
 
     def __init__(self, geometry: Geometry, layers: Sequence[PondLayer], ledger: Ledger) -> None:
         self.geometry, self.layers, self.ledger = geometry, list(layers), ledger
