@@ -1,4 +1,4 @@
-"""What a session gives back: answers, usage, and what it remembers. Plain typed objects, no behaviour."""
+"""What a session gives back: answers, usage, and what it remembers. Plain typed objects."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
 __all__ = ["Answer", "LayerMemory", "Usage"]
 
@@ -111,3 +112,9 @@ class LayerMemory:
     row: np.ndarray
     column: np.ndarray
     quantized: int = 0
+
+    @classmethod
+    def of(cls, time_us: Tensor, grid_position: Tensor, quantized: int) -> LayerMemory:
+        """From what a cache holds: int64 [H, n] and int16 [H, n, 2]."""
+        row, column = (grid_position[:, :, axis].cpu().numpy().copy() for axis in range(2))
+        return cls(time_us.cpu().numpy() / 1e6, row, column, quantized)

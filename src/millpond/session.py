@@ -59,10 +59,11 @@ class Session:
             check_memory(self._runner.plan.total_bytes, family.device)
         if config.host_budget is not None and config.host_path is None:
             check_memory(config.host_budget)
-        self._ingest = Ingest(self._runner)
-        self._make_locks()
+        self._begin(self._runner, Ingest(self._runner))
 
-    def _make_locks(self) -> None:
+    def _begin(self, runner: Runner, ingest: Ingest) -> None:
+        """All that a session is: a stream, what waits in front of it, and who may change them."""
+        self._runner, self._ingest = runner, ingest
         self._turn = Exclusive("an answer is still being streamed: finish it or close() it first")
         self._feeding = Exclusive(
             "frames are being fed: give this feed's source the frames, or wait until it has ended"
@@ -268,51 +269,19 @@ class Session:
     def usage(self) -> Usage:
         """Bytes, tokens, frames and seconds so far; from any thread, also within one's own streaming loop."""
         with self._changing():  # before the first frame this makes the memory
-            runner, at, pond = self._runner, self._ingest.at, self._runner.pond
-            pond.finish()
-            seconds: dict[str, Any] = {f"seconds_{stage}": spent for stage, spent in runner.seconds.items()}
-            return Usage(
-                budget_bytes=pond.plan.budget,
-                live_bytes=pond.live_bytes,
-                allocated_bytes=pond.ledger.held,
-                peak_bytes=pond.ledger.peak,
-                full_cache_bytes=runner.tokens * self.family.geometry.kv_bytes_per_token,
-                frames_seen=at.frames,
-                frames_dropped=at.dropped,
-                frames_skipped=at.skipped,
-                frames_reduced=at.reduced,
-                timestamps_kept=pond.timestamps(),
-                memory_tokens=pond.memory_tokens,
-                stream_tokens=runner.tokens,
-                evicted_tokens=pond.evicted,
-                compactions=pond.compactions,
-                reanchorings=runner.reanchorings,
-                stream_seconds=(at.last_us or 0) / 1e6,
-                **seconds,
-                **({} if pond.host is None else pond.host.usage()),
-            )
+            return Usage(**self._runner.usage(), **self._ingest.usage())
 
     def memory(self) -> tuple[LayerMemory, ...]:
         """What is remembered: time and place of every kept token, per layer and head; while an answer is streamed, its turn's too."""
         with self._changing():
-            return tuple(
-                LayerMemory(
-                    seconds=times.cpu().numpy() / 1e6,
-                    row=grid_position[:, :, 0].cpu().numpy().copy(),
-                    column=grid_position[:, :, 1].cpu().numpy().copy(),
-                    quantized=self._runner.pond.quantized_tokens,
-                )
-                for times, grid_position in self._runner.pond.kept()
-            )
+            return self._runner.memory()
 
     def fork(self) -> Session:
         """A second session on a copy of the memory, with a budget of the same size of its own."""
         with self._exclusive():
+            runner = self._runner.fork()
             other = object.__new__(Session)
-            other.__dict__.update(self.__dict__)
-            other._runner = self._runner.fork()
-            other._ingest = self._ingest.fork(other._runner)
-            other._make_locks()
+            other._begin(runner, self._ingest.fork(runner))
             return other
 
     # --- one thing at a time ------------------------------------------------------------------------------------

@@ -159,12 +159,12 @@ def test_a_fork_goes_on_by_itself(qwen: Family) -> None:
 def test_a_block_that_fails_leaves_the_admission_as_it_was(qwen: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     session = tight(qwen, admission="curvestream")
     session.feed(list(moving(20)))
-    before, seen = session._runner._seen, session.usage
+    before, seen = session._runner.admission_state, session.usage
     with monkeypatch.context() as patch:
         patch.setattr(qwen, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("no")))
         with pytest.raises(RuntimeError):
             session.feed(list(moving(8, start=10)))
-    assert session._runner._seen is before
+    assert session._runner.admission_state is before
     assert session.usage.frames_reduced == seen.frames_reduced
 
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millpond.cache.arena import Arena
-from millpond.cache.layer import PondLayer
+from millpond.cache.storage.arena import Arena
+from millpond.cache.storage.layer import PondLayer
 from millpond.memory.geometry import Geometry
 from millpond.memory.resumable import Steps
 from tests.session.measure import transient_peak

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import millpond
-from millpond import policies
+from millpond import cache, policies
 from millpond.cache import Pond
 from millpond.cache.consumers import make_plan
 from millpond.cache.host import HostCache
 from millpond.cache.rerotation import close_gaps, shift_uniformly
+from millpond.cache.storage.mixed_precision_layer import MixedPrecisionLayer
 from millpond.errors import BudgetError, MillpondError
 from millpond.memory.geometry import Geometry
 from millpond.memory.plan import Plan
@@ -27,12 +27,15 @@ from millpond.policies.base import TEXT, Policy
 from millpond.policies.methods.mikv import MiKV
 from millpond.positions import Clock, Rope
 from tests.cache.text_model import Scattered
+from tests.session.faults import files_of
 from tests.session.test_layer_budgets import layered
 
 WIDTH, ROWS, COLS, STEP = 8, 2, 2, 4
 ROPE = Rope(1.0 / (10_000 ** (torch.arange(0, WIDTH, 2).float() / WIDTH)), torch.tensor([0, 0, 1, 2]), limit=600)
-SOURCE = Path(millpond.__file__).parent
-WATCHED = [*(SOURCE / "cache").glob("*.py"), SOURCE / "resumable.py", SOURCE / "policies" / "merging.py"]
+WATCHED = {
+    *map(str, Path(cache.__file__).parent.rglob("*.py")),
+    *files_of("millpond.memory.resumable", "millpond.policies.merging", "millpond.policies.matching"),
+}
 FAULTS = (RuntimeError, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError)
 
 POLICIES: dict[str, Callable[[], Policy]] = {
@@ -134,7 +137,7 @@ def roll_back(one: Scene) -> None:
 def state(one: Scene) -> list[Any]:
     """Everything that lives in a pond, and its books."""
     pond = one.pond
-    out: list[Any] = [vars(one.clock).copy(), pond.plan, pond.ledger.limit, pond._ahead, list(pond._recent), pond._text]
+    out: list[Any] = [vars(one.clock).copy(), pond.plan, pond.ledger.limit, pond.storage.ahead, pond.recent]
     out += [
         pond.compactions,
         pond.evicted,
@@ -146,15 +149,15 @@ def state(one: Scene) -> list[Any]:
     for layer in pond.layers:
         out += [layer.length, layer.capacity, {tensor.shape[1] for tensor in layer.tensors()}]
         tensors += [tensor[:, : layer.length] for tensor in layer.tensors()]
-        if pond.dequantization_buffer:
+        if isinstance(layer, MixedPrecisionLayer):
             out += [layer.quantized_store.groups, layer.quantized_store.capacity]
             tensors += [tensor[:, : layer.quantized_store.groups] for tensor in layer.quantized_store.tensors()]
     if pond.host is not None:
         host = pond.host
-        out += [host.first, host.end, host.forgotten, host.bytes_in, host.span, host._next, host._moved.tolist()]
+        out += [host.ring, host.span, host._moved.tolist()]
         # What has left may be written over at any time.
-        rows = [number % host._rows for number in range(host.first, host.end)]
-        slots = [slot % host._slots for slot in range(host._next - host.tokens, host._next)]
+        rows = [number % host._rows for number in range(host.ring.first, host.ring.end)]
+        slots = [slot % host._slots for slot in range(host.ring.next - host.tokens, host.ring.next)]
         tensors += [host._table[rows], host._sums[:, :, rows], host._positions[slots], host._place[slots]]
         tensors += [host._keys[:, :, slots], host._values[:, :, slots]]
     return [*out, [tensor.clone() for tensor in tensors]]
@@ -185,7 +188,7 @@ class Lines:
     """Raises before the n-th line that runs in the watched files, or counts them."""
 
     def __init__(self, fault: BaseException | None = None, at: int = -1) -> None:
-        self.fault, self.at, self.lines, self.names = fault, at, [], {str(path) for path in WATCHED}
+        self.fault, self.at, self.lines, self.names = fault, at, [], WATCHED
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
         if frame.f_code.co_filename not in self.names:
@@ -271,7 +274,7 @@ def test_interrupted_at_any_line(name: str, kind: str, compiled: bool) -> None:
         assert fault in (caught, caught.__cause__), f"{where} became {caught!r}"
         now = state(one)
         assert any(same(now, twin) for twin in allowed), f"{where} leaves the pond between two states"
-        assert one.pond._move is None
+        assert not one.pond.moving
 
 
 @pytest.mark.slow
@@ -286,7 +289,7 @@ def test_no_memory_at_any_operator(name: str, kind: str, compiled: bool) -> None
         one = copy.deepcopy(start)
         with pytest.raises((torch.OutOfMemoryError, BudgetError)), Operators(at, for_good=number % 2 == 0):
             move(one)
-        if one.pond._move is not None:
+        if one.pond.moving:
             with Operators(1, for_good=True), pytest.raises(MillpondError, match="every call tries again"):
                 one.pond.overrun(1)
         one.pond.finish()  # as every call does

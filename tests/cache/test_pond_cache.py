@@ -156,7 +156,7 @@ def test_what_lies_before_the_latest_forward_cannot_be_taken_back() -> None:
         model(prompt(8), past_key_values=cache)
         model(prompt(3), past_key_values=cache)
     cache.crop(-2)
-    assert (cache.get_seq_length(), cache.length, cache._text) == (9, 9, 5)
+    assert (cache.get_seq_length(), cache.length, cache.recent.text) == (9, 9, 5)
     for wrong in (-2, 4):
         with pytest.raises(ModelError, match=r"take back the 1 tokens"):
             cache.crop(wrong)

@@ -11,7 +11,8 @@ from millpond.cache import Pond
 from millpond.cache.consumers import make_plan
 from millpond.cache.kv_quantizer import KVQuantizer
 from millpond.cache.rerotation import close_gaps, shift_uniformly
-from millpond.cache.tier import Tier, stream_order
+from millpond.cache.storage.mixed_precision_layer import stream_order
+from millpond.cache.tier import Tier
 from millpond.errors import PolicyError
 from millpond.memory.geometry import Geometry
 from millpond.memory.plan import Plan
@@ -19,6 +20,7 @@ from millpond.ops import dispatch
 from millpond.policies.base import TEXT, Policy, View
 from millpond.policies.methods.mikv import MiKV
 from millpond.positions import Clock
+from tests.cache.test_pond import copied
 from tests.cache.test_rerotation import ROPE, Stream, roped
 from tests.cache.text_model import Scattered
 from tests.session.measure import transient_peak
@@ -190,7 +192,7 @@ def test_the_policy_sees_packed_and_protected_tokens_in_stream_order() -> None:
         stream.frame()
         if at == 20:
             stream.text()
-    dequantization_buffer = stream.pond.dequantization_buffer.keys.data_ptr()
+    dequantization_buffer = stream.pond.storage.buffer.keys.data_ptr()
     shown = [view for at, view in views if at == dequantization_buffer]
     assert len(shown) > 5
     values, _ = stream.values()
@@ -251,7 +253,7 @@ def test_fork_is_a_copy_and_both_go_on_alone() -> None:
     stream = tiered()
     for _ in range(30):
         stream.frame()
-    other = stream.pond.fork()
+    other = copied(stream.pond)
     before = state(other)
     assert same(state(stream.pond), before)
     mine = {
@@ -267,7 +269,7 @@ def test_fork_is_a_copy_and_both_go_on_alone() -> None:
         for copy in other.layers
         for t in (*copy.tensors(), *copy.quantized_store.tensors())
     )
-    assert other.dequantization_buffer is not stream.pond.dequantization_buffer
+    assert other.storage.buffer is not stream.pond.storage.buffer
 
 
 @pytest.mark.parametrize("factor", [0.6, 0.8, 1.2, 3.0])
@@ -321,7 +323,7 @@ def test_a_policy_that_fails_leaves_both_tiers_whole(layer: int, quantized: bool
     for _ in range(40):
         stream.frame()
     before = state(stream.pond)
-    armed.append(stream.pond.dequantization_buffer.keys.data_ptr())
+    armed.append(stream.pond.storage.buffer.keys.data_ptr())
     with pytest.raises(PolicyError, match="on purpose"):
         stream.pond.compact(stream.pond.full_precision_tokens - 1)
     if layer == 0:
@@ -344,9 +346,7 @@ def test_the_plans_bytes_are_those_allocated(bits: int, axes: int, accumulated_a
     plan = make_plan(400_000, geometry, policy, prompt_tokens=5, group_tokens=12)
     pond = Pond(geometry, plan, policy, CPU)
     assert pond.nbytes == plan.slots * plan.bytes_per_token + plan.quantized_bytes
-    assert (
-        pond.dequantization_buffer.keys.nbytes + pond.dequantization_buffer.values.nbytes == plan.dequantization_bytes
-    )
+    assert pond.storage.buffer.keys.nbytes + pond.storage.buffer.values.nbytes == plan.dequantization_bytes
     assert plan.total_bytes <= 400_000
     assert plan.quantized_tokens % 8 == 0
     share = plan.memory_tokens / (plan.memory_tokens + plan.quantized_tokens)
@@ -371,7 +371,7 @@ def test_scratch_of_every_pass_is_within_the_plan(compiled: bool, monkeypatch: p
         return  # the compiled reading takes nothing
     layer = pond.layers[0]
     new = torch.randn(1, 2, 1, 16)
-    assert 0 < transient_peak(lambda: layer.update(new, new)) <= pond.dequantization_buffer.quantization_bytes
+    assert 0 < transient_peak(lambda: layer.update(new, new)) <= pond.storage.buffer.quantization_bytes
 
 
 def test_order_is_that_of_the_stream() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from millpond import PolicyError, policies
 from millpond.cache import Pond
 from millpond.cache.consumers import make_plan
-from millpond.cache.tier import MixedPrecisionLayer
+from millpond.cache.storage.mixed_precision_layer import MixedPrecisionLayer
 from millpond.memory.geometry import Geometry
 from millpond.ops import dispatch
 from millpond.policies.base import SEPARATOR, TEXT, Needs, Policy, View
@@ -78,8 +78,7 @@ def ask(pond: Pond) -> None:
 
 def seen(pond: Pond, slots: int) -> list[View]:
     """Copies of all layers' views before a compaction to `slots`."""
-    since, text = pond._protect(slots)
-    views = [pond._view(index, layer, since, text) for index, layer in enumerate(pond.layers)]
+    views = pond.views(slots)
     return [replace(v, **{k: t.clone() for k, t in vars(v).items() if isinstance(t, torch.Tensor)}) for v in views]
 
 

@@ -3,14 +3,29 @@
 import linecache
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from importlib.util import find_spec
 from types import FrameType
 from typing import Any
 
-import millpond
 
-FOLDER = Path(millpond.__file__).parent
-FILES = {str(FOLDER / "session.py"), *map(str, (FOLDER / "stream").glob("*.py"))}
+def files_of(*modules: str) -> set[str]:
+    """Where modules lie; a module that is not there is a fault of the test."""
+    specs = {name: find_spec(name) for name in modules}
+    assert all(spec is not None and spec.origin for spec in specs.values()), specs
+    return {str(spec.origin) for spec in specs.values() if spec is not None}
+
+
+FILES = files_of(
+    "millpond.session",
+    "millpond.stream.runner",
+    "millpond.stream.ingest",
+    "millpond.stream.step",
+    "millpond.stream.turn",
+    "millpond.stream.generate",
+    "millpond.stream.recent_frames",
+    "millpond.stream.exclusive",
+    "millpond.cache.pond",
+)
 Line = tuple[str, int]
 
 

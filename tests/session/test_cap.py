@@ -165,7 +165,7 @@ def test_reanchoring_stays_under_the_cap(monkeypatch: pytest.MonkeyPatch) -> Non
     family = tiny("qwen2_5_vl", max_position_embeddings=120)
     session = Session(family, budget="300KiB", positions="contiguous")
     peaks = []
-    import millpond.stream.runner as module
+    import millpond.cache.rerotation as module
 
     for name in ("close_gaps", "shift_uniformly"):
         original = getattr(module, name)

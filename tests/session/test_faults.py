@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from millpond import PolicyError, Session
-from millpond.cache.tier import MixedPrecisionLayer
+from millpond.cache.storage.mixed_precision_layer import MixedPrecisionLayer
 from millpond.models.base import Family
 from millpond.policies.base import Needs, Policy, View, keep_top
 from millpond.stream.step import Step
@@ -42,9 +42,9 @@ def filled(family: Family, policy: str | Policy, frames: int, share: float = 1.6
 def memory_of(session: Session) -> list[object]:
     """Everything in the pond and on the clock, bit for bit."""
     runner, pond = session._runner, session._runner.pond
-    admitted = {} if runner._seen is None else vars(runner._seen)
+    admitted = {} if runner.admission_state is None else vars(runner.admission_state)
     seen = [part.numpy().tobytes() if isinstance(part, torch.Tensor) else part for part in admitted.values()]
-    parts: list[object] = [repr(runner.clock), runner.tokens, seen, list(pond._recent), pond._text, pond.compactions]
+    parts: list[object] = [repr(runner.clock), runner.tokens, seen, pond.recent, pond.compactions]
     parts += [
         list(pond.queries.counts),
         *(pond.queries.layer(index).numpy().tobytes() for index in range(len(pond.layers))),
@@ -64,7 +64,7 @@ def state_of(session: Session) -> list[object]:
     """The same, and what waits in front of it, and the books."""
     at, ledger = session._ingest.at, session._runner.pond.ledger
     waiting = [(time, frame.tobytes()) for time, frame in at.waiting]
-    recent = [[(time, frame.tobytes()) for time, frame in group] for group in session._ingest._recent_frames.groups]
+    recent = [[(time, frame.tobytes()) for time, frame in group] for group in session._ingest.state().recent]
     counts = at.video_open, at.last_us, at.interval_us, at.frames, at.dropped
     return [*memory_of(session), waiting, recent, counts, {key: size for key, size in ledger._accounts.items() if size}]
 
@@ -155,8 +155,8 @@ def test_a_fault_at_any_line_of_a_block(family: Family, policy: str, error: type
 
 def test_a_fault_at_any_line_of_the_proxy(family: Family, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """The template's tokens, run before a compaction for their queries alone, are gone again wherever that is interrupted."""
-    for name in ("cache/pond", "resumable"):
-        monkeypatch.setattr(faults, "FILES", faults.FILES | {str(faults.FOLDER / f"{name}.py")})
+    moves = faults.files_of("millpond.cache.storage.base", "millpond.memory.resumable")
+    monkeypatch.setattr(faults, "FILES", faults.FILES | moves)
     session = filled(family, "streammem", 30)
 
     def stored() -> list[object]:
@@ -194,7 +194,7 @@ def test_a_policy_that_fails_behind_a_remembered_turn(family: Family, layer: int
     with pytest.raises(PolicyError, match="the policy failed"):
         session.ask(QUESTION, max_new_tokens=4, remember=True)
     pond, clock = session._runner.pond, session._runner.clock
-    if pond.compactions == before[5]:
+    if pond.compactions == before[4]:
         assert state_of(session) == before
     else:  # the pass was finished by recency: the turn is in, and the clock behind it
         assert not session._ingest.at.video_open

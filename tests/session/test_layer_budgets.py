@@ -10,6 +10,7 @@ from torch import Tensor
 
 from millpond import BudgetError, PolicyError, PondCache, Session, policies
 from millpond.cache.pond import Pond
+from millpond.cache.storage import ArenaStorage
 from millpond.models.base import Family
 from millpond.models.transformers_insides import cache_argument
 from millpond.policies.allocators.base import Allocator
@@ -63,7 +64,7 @@ def test_equal_budgets_change_no_bit(name: str, policy: str) -> None:
     answers = [session.ask(QUESTION, max_new_tokens=8).token_ids for session in (plain, budgeted)]
     assert answers[0] == answers[1]
     assert budgeted.usage.compactions > 2
-    assert budgeted._runner.pond.arena is not None
+    assert isinstance(budgeted._runner.pond.storage, ArenaStorage)
     assert not budgeted._runner.pond.uneven
 
 
@@ -164,7 +165,8 @@ def test_no_phase_passes_the_budget(name: str, policy: str, monkeypatch: pytest.
     watched = Watched(session, monkeypatch)
     session.feed(list(moving(71)))
     pond = session._runner.pond
-    storage = pond.arena.flat("keys").data_ptr() if pond.arena else 0
+    assert isinstance(pond.storage, ArenaStorage)
+    storage = pond.storage.arena.flat("keys").data_ptr()
     assert session.usage.compactions >= 2
     assert pond.uneven
     assert sum(layer.length for layer in pond.layers) <= 3 * session.plan.slots
@@ -173,8 +175,7 @@ def test_no_phase_passes_the_budget(name: str, policy: str, monkeypatch: pytest.
     session.ask(QUESTION, max_new_tokens=10_000)
     session.ask(QUESTION, max_new_tokens=10_000, remember=True)
     session.feed(list(moving(11, start=36)))
-    assert pond.arena is not None
-    assert pond.arena.flat("keys").data_ptr() == storage  # cut in place, never replaced
+    assert pond.storage.arena.flat("keys").data_ptr() == storage  # cut in place, never replaced
     for size in (budget * 3, budget * 10 // 9, budget, budget * 19 // 20):
         session.resize(size)
         session.feed(list(moving(40, start=session.usage.stream_seconds + 1)))
@@ -286,7 +287,7 @@ def test_a_layer_keeps_what_is_protected_and_at_most_twice_the_mean(qwen: Family
     pond, start = session._runner.pond, session.plan.prompt_tokens
     pond.compact(pond.memory_tokens - 20)
     held = [layer.length - start for layer in pond.layers]
-    recent = int(pond._view(0, pond.layers[0], *pond._protect(pond.memory_tokens)).protected[0].sum())
+    recent = int(next(pond.views(pond.memory_tokens)).protected[0].sum())
     assert held[0] >= recent > 0
     assert max(held) <= 2 * sum(held) / 3 + 1
 

@@ -10,6 +10,7 @@ import torch
 
 from millpond import MillpondError, ModelError, Session
 from millpond.cache.pond import Pond
+from millpond.cache.pond_state import Mark
 from millpond.frames import Frame
 from millpond.models.base import Family
 from millpond.stream.step import Step
@@ -151,16 +152,22 @@ def test_what_a_block_could_have_to_put_back_is_counted(
     family: Family, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = Session(family, budget="400KiB", policy=policy)
-    commit, copies = Step.commit, []
+    commit, mark, copies = Step.commit, Pond.mark, []
+    marks: list[Mark] = []
+
+    def marked(pond: Pond, **which: bool) -> Mark:
+        marks[:] = [mark(pond, **which)]
+        return marks[0]
 
     def measured(step: Step) -> None:
         ledger = session._runner.pond.ledger
-        copies.append(sum(one.untyped_storage().nbytes() for one in (step._queries, *step._sums) if one is not None))
+        copies.append(marks[0].nbytes)
         assert copies[-1] <= ledger.account("undo") == session.plan.undo_bytes
         assert held_bytes(session) <= ledger.held <= session.plan.budget
         commit(step)
 
     monkeypatch.setattr(Step, "commit", measured)
+    monkeypatch.setattr(Pond, "mark", marked)
     session.feed(list(moving(80)))
     assert session.usage.compactions > 0
     assert max(copies) > session.plan.undo_bytes / 2

@@ -127,7 +127,7 @@ def test_memory_tells_of_packed_tokens_and_the_latest_frame_is_in_full() -> None
     session = Session(family, budget=budget_for(family), policy="mikv:group=8:full_share=0.4")
     session.feed(list(moving(71)))
     pond = session._runner.pond
-    latest = session._runner.pond._recent[-1]
+    latest = pond.recent.groups[-1]
     for layer in session.memory():
         assert (
             layer.seconds.shape[1] == session.usage.memory_tokens == pond.quantized_tokens + pond.full_precision_tokens
@@ -159,7 +159,7 @@ def test_a_stream_past_the_trained_range(
     budget = budget_for(family)
     session = Session(family, budget=budget, policy=f"mikv:group=8:full_share=0.4:base={base}", positions=positions)  # type: ignore[arg-type]
     watched = Watched(session, monkeypatch)
-    import millpond.stream.runner as module
+    import millpond.cache.rerotation as module
 
     for moved in ("close_gaps", "shift_uniformly"):
         original = getattr(module, moved)

@@ -61,7 +61,7 @@ def state(session: Session, *, queries: bool = True) -> list[bytes]:
     tensors = [tensor[:, : pond.length] for layer in pond.layers for tensor in layer.tensors()]
     tensors += [pond.queries.layer(index) for index in range(len(pond.layers)) if queries]
     raw = [tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors]
-    return [*raw, repr((session._runner.clock, pond.length, pond.compactions, pond._recent, pond._text)).encode()]
+    return [*raw, repr((session._runner.clock, pond.length, pond.compactions, pond.recent)).encode()]
 
 
 def attention(pond: Pond, index: int) -> torch.Tensor:
@@ -80,12 +80,12 @@ def test_the_latest_queries_are_the_model_s_own(name: str) -> None:
         session.feed(list(moving(40)))
     pond = session._runner.pond
     assert pond.compactions >= 2
-    for index in range(len(pond.layers)):
+    for index, view in enumerate(pond.views(pond.memory_tokens)):
         count = pond.queries.counts[index]
         assert count == min(32, own[index][-1].shape[2])
         model = own[index][-1][:, :, -count:]
         torch.testing.assert_close(attention(pond, index), model, rtol=1e-3, atol=1e-5)
-        shown = proxy_attention(pond._view(index, pond.layers[index], 0, 0), latest=True)
+        shown = proxy_attention(view, latest=True)
         memory = model[..., pond.plan.prompt_tokens :].mean((1, 2))
         torch.testing.assert_close(shown.double(), memory, rtol=1e-3, atol=1e-5)
 
@@ -102,15 +102,13 @@ def test_the_proxy_text_s_queries_are_the_model_s_own(name: str) -> None:
     assert state(session, queries=False) == before
     asked = pond.length
 
-    view = pond._view(1, pond.layers[1], 0, 0)
-    assert view.queries is not None
-    count = view.queries.shape[2]
-    assert count == len(family.question("", after_video=True))
     # The proxy's own tokens share the model's softmax, and not the policy's.
-    for index in range(len(pond.layers)):
+    for index, view in enumerate(pond.views(pond.memory_tokens)):
+        assert view.queries is not None
+        assert view.queries.shape[2] == len(family.question("", after_video=True))
         attended = own[index][-1][..., pond.plan.prompt_tokens : asked]
         total = own[index][-1][..., :asked].sum(-1, keepdim=True)
-        shown = proxy_attention(pond._view(index, pond.layers[index], 0, 0), latest=False)
+        shown = proxy_attention(view, latest=False)
         torch.testing.assert_close(shown.double(), (attended / total).mean((1, 2)), rtol=1e-3, atol=1e-5)
 
 
@@ -252,8 +250,7 @@ def test_noted_queries_move_with_the_positions(policy: str) -> None:
     runner, pond = session._runner, session._runner.pond
 
     def attended() -> list[torch.Tensor]:
-        views = (pond._view(index, layer, 0, 0) for index, layer in enumerate(pond.layers))
-        return [proxy_attention(view, latest=policy == "snapkv") for view in views]
+        return [proxy_attention(view, latest=policy == "snapkv") for view in pond.views(pond.memory_tokens)]
 
     before = attended()
     shift_uniformly(pond, family.rope, runner.clock, 40)
@@ -265,7 +262,7 @@ def test_noted_queries_follow_the_end_of_the_stream_when_gaps_close() -> None:
     family = tiny("qwen2_5_vl", max_position_embeddings=260)
     session = tight(family, "snapkv", positions="contiguous")
     session.feed(list(moving(60, fps=1)))
-    import millpond.stream.runner as module
+    import millpond.cache.rerotation as module
 
     compared = []
     close = module.close_gaps
@@ -299,16 +296,14 @@ def test_noted_queries_follow_the_end_of_the_stream_when_gaps_close() -> None:
 
 
 def test_summing_up_stays_within_the_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
-    import millpond.stream.runner as module
-
-    add, peaks = module.accumulate_attention, []
+    add, peaks = Pond.accumulate_attention, []
     session = tight(tiny("qwen2_5_vl"), "h2o")
 
     def measured(pond: Pond, *args: Any) -> None:
         peaks.append(transient_peak(lambda: add(pond, *args)))
         assert peaks[-1] <= pond.plan.scratch_bytes
 
-    monkeypatch.setattr(module, "accumulate_attention", measured)
+    monkeypatch.setattr(Pond, "accumulate_attention", measured)
     session.feed(list(moving(20)))
     assert max(peaks) > 0
 

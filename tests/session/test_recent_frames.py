@@ -46,7 +46,7 @@ def tight(family: Family, **options: object) -> Session:
 
 def whole_state(session: Session) -> list[bytes]:
     """The memory, and the pixels that are kept of the latest frames."""
-    kept = [frame.tobytes() for group in session._ingest._recent_frames.groups for _, frame in group]
+    kept = [frame.tobytes() for group in session._ingest.state().recent for _, frame in group]
     return state(session) + kept
 
 
@@ -177,7 +177,7 @@ def test_every_policy_answers_and_keeps_its_memory(policy: str, monkeypatch: pyt
     question = len(family.question(QUESTION, after_video=True))
     assert session.usage.stream_tokens == tokens + question + len(kept.token_ids), "the turn alone stays"
     lengths = [layer.length for layer in session._runner.pond.layers]
-    assert session._runner.pond._ahead == [length - lengths[0] for length in lengths]
+    assert session._runner.pond.storage.ahead == [length - lengths[0] for length in lengths]
     for layer in session._runner.pond.layers:
         times = layer.time_us[:, session.plan.prompt_tokens : layer.length]
         assert bool((times[:, 1:] >= times[:, :-1]).all()), "what was left behind would break the order"

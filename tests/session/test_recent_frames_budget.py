@@ -86,7 +86,7 @@ def test_the_cap_holds_at_every_step(
         session.ask(QUESTION, max_new_tokens=2)
         session.feed(list(moving(20, start=session.usage.stream_seconds + 1)))
     assert session.usage.peak_bytes <= session.plan.budget  # type: ignore[operator]
-    size, _ = next(iter(session._ingest._recent_frames.groups))[0][1].shape[:2]
+    size, _ = next(iter(session._ingest.state().recent))[0][1].shape[:2]
     assert session._runner.pond.ledger.account("recent frames") == session.plan.recent_bytes == N * size * size * 3
     budget = session.plan.budget
     assert budget is not None

@@ -87,7 +87,7 @@ def test_when_every_frame_is_recalled_the_answer_is_that_of_a_full_cache(
     session.feed(list(moving(40)))
     host = session._runner.pond.host
     assert host is not None
-    assert host.forgotten == 0
+    assert host.ring.forgotten == 0
     assert host.frames >= 8
     assert host.tokens + session.usage.memory_tokens + session.plan.prompt_tokens == session.usage.stream_tokens
     record.on, record.hidden = False, []
@@ -127,7 +127,7 @@ def test_the_frames_recalled_are_those_of_a_brute_force_in_double_precision(
     for index, (queries, keys, values) in seen.items():
         grouped = queries.double().mean(0).view(geometry.kv_heads, geometry.kv_groups, -1).mean(1)
         scores, frames = {}, {}
-        for number in range(host.first, host.end):
+        for number in range(host.ring.first, host.ring.end):
             whole = [torch.cat(part, dim=-2) for part in zip(*host.pieces(index, number, host.size(number), 999))]  # noqa: B905
             frames[number] = whole
             mean = whole[0].double().mean(1)
@@ -156,11 +156,11 @@ def test_asking_leaves_no_trace_and_gives_the_same_answer_twice(name: str, frame
     session.feed(list(moving(frames)))
     host = session._runner.pond.host
     assert host is not None
-    before, held = state(session), (host.frames, host.tokens, host._next)
+    before, held = state(session), (host.frames, host.tokens, host.ring.next)
     first = session.ask(QUESTION, max_new_tokens=6)
     assert session.ask(QUESTION, max_new_tokens=6).token_ids == first.token_ids
     assert state(session) == before
-    assert (host.frames, host.tokens, host._next) == held
+    assert (host.frames, host.tokens, host.ring.next) == held
     assert (session.usage.host_bytes_out > 0) == (frames > 50)
 
 
@@ -257,17 +257,17 @@ def test_the_oldest_frames_leave_a_full_host() -> None:
         session.feed(frame)
         host = session._runner.pond.host
         assert host is not None
-        times = [host.time_us(number) for number in range(host.first, host.end)]
+        times = [host.time_us(number) for number in range(host.ring.first, host.ring.end)]
         assert times == sorted(set(times))
         seen = sorted({*seen, *times})
         assert times == seen[len(seen) - len(times) :], "what is missing is the oldest"
     assert host is not None
-    assert host.forgotten == len(seen) - host.frames > 20
+    assert host.ring.forgotten == len(seen) - host.frames > 20
     window = {round(time * 1e6) for time in session.memory()[0].seconds[0]}
     assert {*seen, *window} == {round(index * 5e5) for index in range(90)}, (
         "a frame is in the window, in the host or was"
     )
-    assert len({host.time_us(host.end - 1), *window}) <= len(window) + 1
+    assert len({host.time_us(host.ring.end - 1), *window}) <= len(window) + 1
 
 
 def test_a_tier_in_a_file_gives_the_same_answers_and_leaves_nothing(tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_a_fork_shares_nothing() -> None:
     mine, theirs = session._runner.pond.host, other._runner.pond.host
     assert mine is not None
     assert theirs is not None
-    assert mine.end < theirs.end
+    assert mine.ring.end < theirs.ring.end
     assert mine._keys.untyped_storage().data_ptr() != theirs._keys.untyped_storage().data_ptr()
 
 

@@ -41,7 +41,7 @@ def state(session: Session) -> list[bytes]:
         for layer in pond.layers
         for t in layer.tensors()
     ]
-    parts.append(repr((session._runner.clock, pond.length, pond._recent, pond._text, pond.compactions)).encode())
+    parts.append(repr((session._runner.clock, pond.length, pond.recent, pond.compactions)).encode())
     parts += [frame.tobytes() for _, frame in session._ingest.waiting]
     return parts
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,49 +19,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from millpond.cache.layer import PondLayer
-from millpond.cache.storage import zeros
+from millpond.cache.arrivals import Arrival, Arrivals, Ring
+from millpond.cache.storage.exchange import zeros
+from millpond.cache.storage.layer import PondLayer
 from millpond.errors import BudgetError
 from millpond.memory.budget import format_bytes
 from millpond.memory.geometry import Geometry
 from millpond.memory.resumable import Pieces
 from millpond.positions import Rope
 
-__all__ = ["Arrivals", "HostCache"]
+__all__ = ["HostCache", "HostCacheState"]
 
 _TIME, _START, _COUNT = range(3)
 
 
-@dataclass(frozen=True)
-class _Arrival:
-    """Tokens of one frame that a pass brings.
+@dataclass(frozen=True, eq=False)
+class HostCacheState:
+    """What a host tier holds.
 
     Attributes:
-        row: of the frame. slot: of its first new token, before the ring's modulo.
-        first, count: which of the leaving tokens they are.
-        line: int64 [3], the frame's line in the table afterwards.
-        new: whether no part of the frame came before.
+        size: frames and tokens that there is storage for. ring, span, bytes_out, seconds: as in `HostCache`.
+        moved: by how much re-anchoring moved the stream so far, int64 [axes].
+        tensors: storage by name, as far as it has ever been written; views. Empty while none is allocated.
     """
 
-    row: int
-    slot: int
-    first: int
-    count: int
-    line: Tensor
-    new: bool
-
-
-@dataclass(frozen=True)
-class Arrivals:
-    """What a pass brings, and where it goes: worked out by `HostCache.arrange`, written by `ensure_capacity` and `storing`.
-
-    Attributes:
-        counters: the tier's afterwards, by name.
-        frames: in stream order.
-    """
-
-    counters: dict[str, int]
-    frames: list[_Arrival]
+    size: tuple[int, int]
+    ring: Ring
+    span: int
+    bytes_out: int
+    seconds: float
+    moved: Tensor
+    tensors: Mapping[str, Tensor]
 
 
 class HostCache:
@@ -75,9 +63,8 @@ class HostCache:
             the tier.
 
     Attributes:
-        first, end: frames held are numbered `first`, ..., `end` - 1, by their order in the stream.
-        forgotten: frames that left because the tier was full.
-        bytes_in, bytes_out: moved from the device, and to it.
+        ring: which frames and tokens are held.
+        bytes_out: moved to the device.
         seconds: spent on moving and on scoring.
         span: most positions that a frame took on the first axis, from its first token to its last.
 
@@ -87,9 +74,9 @@ class HostCache:
 
     def __init__(self, geometry: Geometry, rope: Rope, budget: int, folder: str | Path | None = None) -> None:
         self.geometry, self.rope, self.budget, self.folder = geometry, rope, budget, folder
-        self.first = self.end = self.forgotten = self.bytes_in = self.bytes_out = self.span = 0
+        self.ring = Ring()
+        self.bytes_out = self.span = 0
         self.seconds = 0.0
-        self._next = 0  # tokens that ever came in: the next one's slot, before the ring's modulo
         self._moved = torch.zeros(geometry.axes, dtype=torch.int64)  # by how much re-anchoring moved the stream so far
         self._buffer: Tensor | None = None
         self._rows = self._slots = 0
@@ -128,12 +115,12 @@ class HostCache:
     @property
     def frames(self) -> int:
         """Frames held."""
-        return self.end - self.first
+        return self.ring.end - self.ring.first
 
     @property
     def tokens(self) -> int:
         """Tokens held."""
-        return self._next - int(self._table[self.first % self._rows, _START]) if self.frames else 0
+        return self.ring.next - int(self._table[self.ring.first % self._rows, _START]) if self.frames else 0
 
     def _allocate(self, rows: int, slots: int) -> None:
         geometry = self.geometry
@@ -204,7 +191,7 @@ class HostCache:
             most = max(1, self.budget // (group_tokens * each + beside))
             self._allocate(most, (self.budget - most * beside) // each)
         times, counts = (part.tolist() for part in time_us.unique_consecutive(return_counts=True))
-        latest = self._table[(self.end - 1) % self._rows].tolist() if self.frames else None
+        latest = self._table[(self.ring.end - 1) % self._rows].tolist() if self.frames else None
         goes_on = latest is not None and times[:1] == latest[_TIME : _TIME + 1]
         # From the newest back: what is older than what fits has no place.
         taken = tokens = 0
@@ -215,28 +202,24 @@ class HostCache:
             taken += 1
         skipped = len(times) - taken
         first = sum(counts[:skipped])
-        arrivals: list[_Arrival] = []
-        oldest, end, behind = self.first, self.end, self._next
+        arrivals: list[Arrival] = []
+        ring = self.ring
+        oldest, end, behind = ring.first, ring.end, ring.next
         for time, count in zip(times[skipped:], counts[skipped:], strict=True):
             new = not goes_on or first > 0
-            while oldest < self.end and (
+            while oldest < self.ring.end and (
                 behind - self._start(oldest) + count > self._slots or end - oldest + new > self._rows
             ):
                 oldest += 1
             end += new
             start, held = (behind, 0) if new or latest is None else latest[_START:]
             line = torch.tensor([time, start, held + count])
-            arrivals.append(_Arrival((end - 1) % self._rows, behind, first, count, line, new))
+            arrivals.append(Arrival((end - 1) % self._rows, behind, first, count, line, new))
             behind += count
             first += count
-        counters = {
-            "first": oldest,
-            "end": end,
-            "_next": behind,
-            "forgotten": self.forgotten + skipped + oldest - self.first,
-            "bytes_in": self.bytes_in + sum(frame.count for frame in arrivals) * self._moving * self.geometry.layers,
-        }
-        return Arrivals(counters, arrivals)
+        bytes_in = ring.bytes_in + sum(frame.count for frame in arrivals) * self._moving * self.geometry.layers
+        after = Ring(oldest, end, behind, ring.forgotten + skipped + oldest - ring.first, bytes_in)
+        return Arrivals(after, tuple(arrivals))
 
     def ensure_capacity(self, arrivals: Arrivals, grid_position: Tensor, positions: Tensor) -> None:
         """Write down which frame tokens come, before `storing` takes each layer's; can be repeated until then.
@@ -252,8 +235,8 @@ class HostCache:
                 known = slice(frame.first + begin, frame.first + begin + many)
                 self._positions[slot : slot + many] = positions[known].cpu() + self._moved
                 self._place[slot : slot + many] = grid_position[known].cpu()
-        vars(self).update(arrivals.counters)
-        for number in range(max(self.first, self.end - len(arrivals.frames)), self.end):
+        self.ring = arrivals.ring
+        for number in range(max(self.ring.first, self.ring.end - len(arrivals.frames)), self.ring.end):
             low, high = self.extent(number)
             self.span = max(self.span, high - low)
 
@@ -327,10 +310,10 @@ class HostCache:
 
         Each with the first frame's number.
         """
-        number = self.first
-        while number < self.end:
+        number = self.ring.first
+        while number < self.ring.end:
             row = number % self._rows
-            count = min(at_most, self.end - number, self._rows - row)
+            count = min(at_most, self.ring.end - number, self._rows - row)
             part = slice(row, row + count)
             yield number, self._sums[index, :, part], self._table[part, _COUNT]
             number += count
@@ -374,26 +357,39 @@ class HostCache:
             "host_budget_bytes": self.budget,
             "host_bytes": self.nbytes,
             "host_frames": self.frames,
-            "host_frames_forgotten": self.forgotten,
-            "host_bytes_in": self.bytes_in,
+            "host_frames_forgotten": self.ring.forgotten,
+            "host_bytes_in": self.ring.bytes_in,
             "host_bytes_out": self.bytes_out,
             "seconds_host": self.seconds,
         }
 
-    def fork(self) -> HostCache:
-        """A copy that shares nothing, in a file of its own where this one is in a file."""
-        other = HostCache(self.geometry, self.rope, self.budget, self.folder)
-        if self._buffer is not None:
-            other._allocate(self._rows, self._slots)
-            slots, rows = min(self._next, self._slots), min(self.end, self._rows)
-            # What was never written stays untouched, so that it takes no memory in the copy either.
-            for mine, copy in ((self._keys, other._keys), (self._values, other._values)):
-                copy[:, :, :slots].copy_(mine[:, :, :slots])
-            other._positions[:slots].copy_(self._positions[:slots])
-            other._place[:slots].copy_(self._place[:slots])
-            other._sums[:, :, :rows].copy_(self._sums[:, :, :rows])
-            other._table[:rows].copy_(self._table[:rows])
-        other._moved = self._moved.clone()
-        for name in ("first", "end", "forgotten", "bytes_in", "bytes_out", "span", "seconds", "_next"):
-            setattr(other, name, getattr(self, name))
-        return other
+    def state(self) -> HostCacheState:
+        """What is held."""
+        size = self._rows, self._slots
+        return HostCacheState(
+            size, self.ring, self.span, self.bytes_out, self.seconds, self._moved, self._written(self.ring)
+        )
+
+    def restore(self, state: HostCacheState) -> None:
+        """Copy what the `state` of a tier with the same geometry says; in a file of its own where this one is in a file."""
+        if state.tensors:
+            self._allocate(*state.size)
+        for name, mine in self._written(state.ring).items():
+            mine.copy_(state.tensors[name])
+        self.ring, self.span, self.bytes_out, self.seconds = state.ring, state.span, state.bytes_out, state.seconds
+        self._moved = state.moved.clone()
+
+    def _written(self, ring: Ring) -> dict[str, Tensor]:
+        """The storage by name, as far as it was written to for what a ring holds; empty while none is allocated."""
+        if self._buffer is None:
+            return {}
+        # What was never written stays untouched, so that it takes no memory in a copy either.
+        slots, rows = min(ring.next, self._slots), min(ring.end, self._rows)
+        return {
+            "keys": self._keys[:, :, :slots],
+            "values": self._values[:, :, :slots],
+            "positions": self._positions[:slots],
+            "grid_position": self._place[:slots],
+            "sums": self._sums[:, :, :rows],
+            "table": self._table[:rows],
+        }

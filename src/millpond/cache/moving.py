@@ -1,29 +1,25 @@
 """What follows a compaction's choice: layers merge, hand over, pack and move what was chosen, and the books are set, as one `Move`.
 
 Nothing here asks what to keep, and nothing fails for good but by want of memory: interrupted anywhere, a pass goes on where it
-stopped. Knows the pond it works on.
+stopped.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from millpond.cache.tier import MixedPrecisionLayer
+from millpond.cache.arrivals import Arrivals
+from millpond.cache.compaction_state import CompactionState
+from millpond.cache.recent import Protected
+from millpond.cache.storage.layer import PondLayer
 from millpond.memory.resumable import Lazy, Mask, Move, Steps
 from millpond.policies.base import TEXT, Policy, View
-
-if TYPE_CHECKING:
-    from millpond.cache.host import Arrivals
-    from millpond.cache.layer import PondLayer
-    from millpond.cache.pond import Pond
 
 __all__ = ["Chosen", "Compaction", "Forgetting"]
 
@@ -33,7 +29,7 @@ class Chosen:
     """What stays in one layer.
 
     Attributes:
-        keep: of the full tokens behind the prompt; None for all. stay: of the packed groups; None for all.
+        keep: of the full tokens behind the prompt; None for all. stay: of the quantized groups; None for all.
         carry: what the policy left in `View.carried_scores`, for its `merge`.
     """
 
@@ -45,13 +41,12 @@ class Chosen:
 class _Pass(ABC):
     """Steps for every layer that changes, and what follows them."""
 
-    def __init__(self, pond: Pond) -> None:
-        self._pond = pond
+    def __init__(self, at: CompactionState) -> None:
+        self._at = at
         self._steps = Steps([])
-        self._before = pond.evicted + pond.memory_tokens
 
     def run(self) -> None:
-        with self._pond.ledger.borrow("scratch", self._pond.plan.scratch_bytes):
+        with self._at.ledger.borrow("scratch", self._at.plan.scratch_bytes):
             self._steps.run()
 
     @abstractmethod
@@ -61,90 +56,69 @@ class _Pass(ABC):
     def _layers(self, chosen: Sequence[Chosen | None]) -> list[Callable[[], None]]:
         return [Lazy(partial(self._layer, index, one)).run for index, one in enumerate(chosen) if one is not None]
 
-    def _count(self) -> None:
-        """Of the tokens that were evicted or in memory before, those that are not in memory now have been evicted."""
-        self._pond.evicted = self._before - self._pond.memory_tokens
-
 
 class Forgetting(_Pass):
-    """Packed groups go, in every layer."""
+    """Quantized groups go, in every layer."""
 
-    def __init__(self, pond: Pond, chosen: Sequence[Chosen | None]) -> None:
-        super().__init__(pond)
-        self._steps = Steps([*self._layers(chosen), self._count])
+    def __init__(self, at: CompactionState, chosen: Sequence[Chosen | None]) -> None:
+        super().__init__(at)
+        self._steps = Steps([*self._layers(chosen), partial(at.settle, at.recent)])
 
     def _layer(self, index: int, chosen: Chosen) -> list[Callable[[], None]]:
-        layer = self._pond.layers[index]
-        assert isinstance(layer, MixedPrecisionLayer)
         assert chosen.stay is not None
-        return layer.quantized_store.dropping(chosen.stay.indices())
+        return self._at.storage.dropping(index, chosen.stay.indices())
 
 
 class Compaction(_Pass):
     """One pass.
 
     Args:
-        chosen: for every layer; None for one that keeps all it has. capacities: each layer's slots in the arena afterwards.
-        since, text: what was protected, see `Pond._protect`.
+        chosen: for every layer; None for one that keeps all it has. protected: what had to be among it.
+        free: slots that are not in use afterwards, on average over the layers.
     """
 
-    def __init__(
-        self, pond: Pond, chosen: Sequence[Chosen | None], capacities: Sequence[int], since: int, text: int
-    ) -> None:
-        super().__init__(pond)
-        self._since, self._text = since, text
+    def __init__(self, at: CompactionState, chosen: Sequence[Chosen | None], protected: Protected, free: int) -> None:
+        super().__init__(at)
+        self._protected = protected
         self._faults: list[str] = []  # of the policy, in merging
         self._arrivals: Arrivals | None = None
-        steps = self._layers(chosen)
-        if pond.host is not None:
+        steps, layers = self._layers(chosen), at.storage.layers
+        if at.host is not None:
             # Every layer and head keeps the same.
-            layer, keep = pond.layers[0], next(one.keep for one in chosen if one is not None and one.keep is not None)
+            layer, keep = layers[0], next(one.keep for one in chosen if one is not None and one.keep is not None)
             leave = self._leave(layer, keep.indices()[0])
-            self._arrivals = pond.host.arrange(layer.time_us[0].index_select(0, leave), pond.plan.group_tokens)
+            self._arrivals = at.host.arrange(layer.time_us[0].index_select(0, leave), at.plan.group_tokens)
             grid_position, positions = (
                 tensor[0].index_select(0, leave) for tensor in (layer.grid_position, layer.positions)
             )
-            steps.insert(0, partial(pond.host.ensure_capacity, self._arrivals, grid_position, positions))
+            steps.insert(0, partial(at.host.ensure_capacity, self._arrivals, grid_position, positions))
         lengths = [
-            layer.length if one is None or one.keep is None else pond.plan.prompt_tokens + one.keep.kept
-            for layer, one in zip(pond.layers, chosen, strict=True)
+            layer.length if one is None or one.keep is None else at.plan.prompt_tokens + one.keep.kept
+            for layer, one in zip(layers, chosen, strict=True)
         ]
-        if pond.arena:
-            steps += pond.arena.cutting(capacities, lengths, pond.plan.chunk)
-        books = {
-            "_ahead": [length - lengths[0] for length in lengths],
-            "compactions": pond.compactions + 1,
-            # What was not protected is no longer whole in every head, and can never be protected again.
-            "_recent": deque(group for group in pond._recent if group[0] >= since),
-            # None where there was no text, so that nobody looks for any.
-            "_text": None if pond._text is None else text,
-        }
-        steps += [partial(pond.__dict__.update, books), self._count]
-        self._steps = Steps(steps)
+        steps += at.storage.settling(lengths, free, at.plan.chunk)
+        self._steps = Steps([*steps, partial(at.settle, at.recent.compacted(protected))])
 
     def _layer(self, index: int, chosen: Chosen) -> list[Callable[[], None]]:
-        pond, layer = self._pond, self._pond.layers[index]
+        at, layer = self._at, self._at.storage.layers[index]
         assert chosen.keep is not None
-        keep, start, chunk = chosen.keep.indices(), pond.plan.prompt_tokens, pond.plan.chunk
+        keep, start, chunk = chosen.keep.indices(), at.plan.prompt_tokens, at.plan.chunk
         steps: list[Callable[[], None]] = []
-        if pond.policy.needs.merging:
-            steps.append(_Merging(pond.policy, partial(self._view, index, chosen), keep, self._faults).run)
-        if pond.host is not None and self._arrivals is not None:
-            at_most = max(1, chunk // pond.geometry.kv_heads)
-            steps.append(pond.host.storing(self._arrivals, index, layer, self._leave(layer, keep[0]), at_most))
-        if isinstance(layer, MixedPrecisionLayer):
-            stay = None if chosen.stay is None else chosen.stay.indices()
-            return [*steps, *layer.quantization_steps(keep, stay, start, chunk)]
-        return [*steps, *layer.compaction(keep, start, chunk)]
+        if at.policy.needs.merging:
+            steps.append(_Merging(at.policy, partial(self._view, index, chosen), keep, self._faults).run)
+        if at.host is not None and self._arrivals is not None:
+            at_most = max(1, chunk // len(keep))
+            steps.append(at.host.storing(self._arrivals, index, layer, self._leave(layer, keep[0]), at_most))
+        stay = None if chosen.stay is None else chosen.stay.indices()
+        return [*steps, *at.storage.compaction(index, keep, stay, start, chunk)]
 
     def _view(self, index: int, chosen: Chosen) -> View:
-        view = self._pond._view(index, self._pond.layers[index], self._since, self._text)
-        return replace(view, carried_scores=chosen.carried_scores)
+        return replace(self._at.view(index, self._protected), carried_scores=chosen.carried_scores)
 
     def _leave(self, layer: PondLayer, keep: Tensor) -> Tensor:
         """Slots of the frame tokens that a layer forgets, int64 [m]; `keep`, int64 [S], is that of every head."""
-        start = self._pond.plan.prompt_tokens
-        gone = torch.ones(layer.length - start, dtype=torch.bool, device=self._pond.device)
+        start = self._at.plan.prompt_tokens
+        gone = torch.ones(layer.length - start, dtype=torch.bool, device=layer.device)
         gone[keep] = False
         gone &= layer.grid_position[0, start : layer.length, 0] != TEXT
         return gone.nonzero()[:, 0].add_(start)

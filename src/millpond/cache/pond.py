@@ -6,43 +6,36 @@ Every allocation goes through the ledger. The pond never sees frames, questions 
 
 from __future__ import annotations
 
-import traceback
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from millpond import ops
-from millpond.cache.arena import Arena
-from millpond.cache.compaction import compact_pond, forget_quantized
+from millpond.cache.compaction import choose_groups, choose_tokens
+from millpond.cache.compaction_state import CompactionState
 from millpond.cache.host import HostCache
-from millpond.cache.layer import PondLayer
-from millpond.cache.proxy_queries import ProxyQueries
-from millpond.cache.resize import resize_pond
-from millpond.cache.tier import DequantizationBuffer, MixedPrecisionLayer
-from millpond.errors import BudgetError, MillpondError
+from millpond.cache.pond_state import Mark, PondState
+from millpond.cache.proxy_queries import ProxyQueries, accumulate_attention
+from millpond.cache.recent import RecentWindow
+from millpond.cache.resize import Resizing, most_tokens, reachable
+from millpond.cache.storage import make_storage
+from millpond.errors import BudgetError
 from millpond.memory.geometry import Geometry
 from millpond.memory.ledger import Ledger
 from millpond.memory.plan import Plan
-from millpond.memory.resumable import Move, Steps
+from millpond.memory.resumable import Steps, Transactional
 from millpond.policies.base import TEXT, Policy, View
 from millpond.policies.composition import check
 from millpond.positions import Rope
 
 __all__ = ["Pond"]
 
-# The newest text of remembered turns is protected up to this share of the memory; older text competes like everything
-# else, so that a long conversation cannot crowd out the video.
-_TEXT_SHARE = 4
 
-
-class Pond(Cache):
+class Pond(Transactional, Cache):
     """A `transformers.Cache` of preallocated layers with a hard cap in bytes.
 
     Args:
@@ -53,8 +46,9 @@ class Pond(Cache):
         ledger: the books; made from the plan's budget when not given.
 
     Attributes:
+        storage: where the tokens lie, of the kind that the policy needs.
         queries: what the policy's proxy asked last.
-        arena: the layers' common storage, for a policy with layer budgets; None when each layer has its own.
+        recent: what of the stream's newest part can still be protected.
         host: where frames go that are not kept; None where they are forgotten.
         rope: of the model, shown to a policy that turns keys; a session's flow sets it.
         compactions: passes so far.
@@ -72,35 +66,21 @@ class Pond(Cache):
         self.policy = policy
         self.device = device
         self.ledger = ledger if ledger is not None else Ledger(plan.budget if policy.capped else None, plan.lines)
-        self.ledger.hold("storage", plan.slots * geometry.bytes_per_token + plan.quantized_bytes)
+        check(policy)
+        self.storage = make_storage(policy, geometry, plan, device, self.ledger)
+        super().__init__(layers=list(self.storage.layers))
         self.ledger.hold("queries", plan.query_bytes)
         self.queries = ProxyQueries(geometry, plan.query_bytes // geometry.query_bytes, device)
-        check(policy)
-        tier = policy.needs.quantized_tier
-        self.dequantization_buffer = DequantizationBuffer(geometry, plan, tier, device, self.ledger) if tier else None
-        super().__init__(layers=[self._layer() for _ in range(geometry.layers)])
-        self.arena = Arena(self.layers, [plan.slots] * geometry.layers) if policy.needs.layer_share > 1 else None
-        self._ahead = [0] * geometry.layers  # how many tokens more than the first layer each one holds
+        self.recent = RecentWindow()
         self.host: HostCache | None = None
         self.rope: Rope | None = None
         self.compactions = 0
         self.evicted = 0
-        self._text: int | None = None  # newest text tokens that are whole in every head; None while there was no text
-        self._recent: deque[tuple[int, int]] = deque()  # (time_us, tokens) of the latest groups, newest last
-        self._move: Move | None = None  # that has begun and is not finished
-
-    def _layer(self) -> PondLayer:
-        if self.dequantization_buffer is None:
-            own = self.plan.slots if self.policy.needs.layer_share == 1 else 0  # else the arena's
-            return PondLayer(self.geometry, own, self.device)
-        groups = self.plan.quantized_tokens // self.dequantization_buffer.tier.quantizer.group
-        return MixedPrecisionLayer(self.geometry, self.plan.slots, groups, self.dequantization_buffer, self.device)
 
     @property
     def length(self) -> int:
         """Live slots of the first layer; between forwards the same in every layer, but for a policy with layer budgets."""
-        length: int = self.layers[0].length
-        return length
+        return self.storage.length
 
     @property
     def capacity(self) -> int:
@@ -110,12 +90,12 @@ class Pond(Cache):
     @property
     def free(self) -> int:
         """Slots not in use, in the layer that has fewest."""
-        return min(int(layer.capacity - layer.length) for layer in self.layers)
+        return self.storage.free
 
     @property
     def uneven(self) -> bool:
         """Whether layers hold different numbers of tokens, so that each needs a mask of its own."""
-        return any(self._ahead)
+        return self.storage.uneven
 
     @property
     def memory_tokens(self) -> int:
@@ -125,34 +105,22 @@ class Pond(Cache):
     @property
     def full_precision_tokens(self) -> int:
         """Those of them that are stored as they came."""
-        return max(0, self.length + sum(self._ahead) // len(self._ahead) - self.plan.prompt_tokens)
+        return max(0, self.storage.mean_length - self.plan.prompt_tokens)
 
     @property
     def quantized_tokens(self) -> int:
         """Those of them that are stored in few bits."""
-        first = self.layers[0]
-        return first.quantized_store.tokens if isinstance(first, MixedPrecisionLayer) else 0
-
-    @property
-    def moving(self) -> bool:
-        """Whether a move has begun and is still to be finished."""
-        return self._move is not None
+        return self.storage.quantized_tokens
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated by all layers, metadata included."""
-        return self.arena.nbytes if self.arena else sum(layer.nbytes for layer in self.layers)
+        return self.storage.nbytes
 
     @property
     def live_bytes(self) -> int:
         """Bytes that the live tokens take."""
-        quantized = (
-            self.dequantization_buffer.tier.quantized_bytes(self.geometry, self.quantized_tokens)
-            if self.dequantization_buffer
-            else 0
-        )
-        live: int = sum(layer.length for layer in self.layers)
-        return live * self.geometry.bytes_per_token // len(self.layers) + quantized
+        return self.storage.live_bytes
 
     # --- growing ------------------------------------------------------------------------------------------------
 
@@ -213,9 +181,8 @@ class Pond(Cache):
         count = time_us.shape[0]
         if count > self.free:
             raise BudgetError(f"a block of {count} tokens was not admitted: {self.free} slots are free")
-        time_us, grid_position = time_us.to(self.device), grid_position.to(self.device)
-        ops.write_metadata(
-            time_us, grid_position, positions.T.to(self.device), [layer.metadata() for layer in self.layers]
+        self.storage.write_metadata(
+            time_us.to(self.device), grid_position.to(self.device), positions.T.to(self.device)
         )
 
     def commit(self, time_us: Tensor, grid_position: Tensor) -> None:
@@ -224,70 +191,70 @@ class Pond(Cache):
         Args:
             time_us: int64 [n]. place: int16 [n, 2]. On the CPU; as announced.
         """
-        recent, said = self._recent.copy(), self._text
-        shown = grid_position[:, 0] != TEXT
-        text = int(len(shown) - shown.sum())
-        if text:
-            said = (said or 0) + text
-            time_us = time_us[shown]
-        for time, run in groupby(time_us.tolist()):
-            count = sum(1 for _ in run)
-            if recent and recent[-1][0] == time:
-                count += recent.pop()[1]
-            recent.append((time, count))
-        # Groups beyond what the memory could hold can never be protected again.
-        held = sum(count for _, count in recent)
-        while len(recent) > 1 and held - recent[0][1] >= self.plan.slots:
-            held -= recent.popleft()[1]
-        self.__dict__.update(_recent=recent, _text=said)
+        self.recent = self.recent.with_block(time_us, grid_position, self.plan.slots)
+
+    def accumulate_attention(self, index: int, queries: Tensor, positions: Tensor) -> None:
+        """Add to each live token's sum in one layer the attention that the block just run pays it; see `cache.queries.accumulate_attention`."""
+        assert self.rope is not None
+        with self.ledger.borrow("scratch", self.plan.scratch_bytes):
+            accumulate_attention(
+                self.layers[index], self.geometry.kv_groups, queries, positions, self.rope, self.plan.chunk
+            )
 
     def truncate(self, length: int) -> None:
         """Forget everything from slot `length` of the first layer on: the end of a turn that is not remembered, or a failed block."""
         self.finish()
-        lengths = [min(layer.length, length + ahead) for layer, ahead in zip(self.layers, self._ahead, strict=True)]
-        self.carry_out(Steps(partial(layer.settle, each) for layer, each in zip(self.layers, lengths, strict=True)))
+        self.carry_out(Steps(self.storage.truncating(length)))
 
     def cut(self, start: int, count: int) -> None:
         """Take `count` slots from slot `start` of the first layer on out of every layer; what lies behind them moves down."""
         self.finish()
         if not count:
             return
-        behind = torch.arange(count, self.length - start, device=self.device).repeat(self.geometry.kv_heads, 1)
-        steps: list[Callable[[], None]] = []
-        for layer, ahead in zip(self.layers, self._ahead, strict=True):
-            steps += layer.compaction(behind, start + ahead, self.plan.chunk)
+        steps = self.storage.cutting_out(start, count, self.plan.chunk)
         with self.ledger.borrow("scratch", self.plan.scratch_bytes):
             self.carry_out(Steps(steps))
 
-    # --- moves --------------------------------------------------------------------------------------------------
+    # --- steps of a stream --------------------------------------------------------------------------------------
 
-    def carry_out(self, move: Move) -> None:
-        """Carry a prepared move out: once begun it is finished, also when it is interrupted, before the interruption goes on."""
-        try:
-            self._move = move
-            move.run()
-            self._move = None
-        except BaseException as error:
-            traceback.clear_frames(error.__traceback__)  # what they worked on goes: its bytes are needed again
-            with suppress(Exception):  # what `finish` says then is said by every call from now on
-                self.finish()
-            raise
+    def mark(self, *, queries: bool = False, accumulated_attention: bool = False) -> Mark:
+        """Remember what there is, to `rewind` to it until `release`.
 
-    def finish(self) -> None:
-        """Finish a move that was interrupted, if one was; everything that reads or changes the memory begins with it.
-
-        Raises:
-            MillpondError: it cannot be finished, for want of memory most likely. The next call tries again.
+        What is appended lies behind it and need not be copied. What changes in place is: with `queries` those that were noted, with `accumulated_attention`
+        the attention summed up; the plan counts that as `undo_bytes`.
         """
-        if self._move is None:
-            return
-        try:
-            self._move.run()
-        except Exception as error:
-            raise MillpondError(
-                f"the memory cannot be used: it was interrupted while it moved, and going on fails ({error}); every call tries again"
-            ) from error
-        self._move = None
+        self.finish()
+        self.ledger.hold("undo", self.plan.undo_bytes)
+        noted = self.queries.state() if queries and self.plan.query_bytes else None
+        return Mark(
+            self.length,
+            self.recent,
+            None if noted is None else replace(noted, rows=noted.rows.clone()),
+            tuple(live.clone() for live in self.storage.accumulated(self.length))
+            if accumulated_attention and self.geometry.accumulated_attention
+            else (),
+        )
+
+    def rewind(self, mark: Mark) -> None:
+        """Put back what there was; nothing may have been compacted since. Can be repeated."""
+        self.truncate(mark.length)
+        self.recent = mark.recent
+        if mark.queries is not None:
+            self.queries.restore(mark.queries)
+        if mark.accumulated_attention:
+            for live, saved in zip(self.storage.accumulated(mark.length), mark.accumulated_attention, strict=True):
+                live.copy_(saved)
+
+    def keep_turn(self, mark: Mark) -> int:
+        """Count everything behind the mark as part of the stream; returns how many tokens."""
+        first = self.storage.layers[0]  # a turn is the same in every head until it is compacted
+        turn = slice(mark.length, self.length)
+        self.commit(first.time_us[0, turn].cpu(), first.grid_position[0, turn].cpu())
+        return turn.stop - turn.start
+
+    def release(self) -> None:
+        """The bytes that a mark's copies took are free: whoever had it has let go of it."""
+        self.ledger.hold("undo", 0)
 
     # --- shrinking ----------------------------------------------------------------------------------------------
 
@@ -303,7 +270,10 @@ class Pond(Cache):
             PolicyError: the policy failed or broke its contract; nothing has moved. Only where its `merge` fails, and fails again, is
                 the pass finished, and what had not been merged by then is forgotten without a trace.
         """
-        compact_pond(self, slots)
+        self.finish()
+        for target in self.storage.targets(self.plan, self.full_precision_tokens, slots):
+            if move := choose_tokens(self._compaction(1), target):
+                self.carry_out(move)
 
     def forget_quantized(self, groups: int) -> None:
         """Keep at most `groups` packed groups in every head of every layer.
@@ -311,52 +281,26 @@ class Pond(Cache):
         Raises:
             PolicyError: the policy failed; nothing has moved.
         """
-        forget_quantized(self, groups)
+        self.finish()
+        if move := choose_groups(self._compaction(0), groups):
+            self.carry_out(move)
 
-    def _protect(self, slots: int) -> tuple[int, int]:
-        """The stream time from which frames are protected, and how many of the newest text tokens are."""
-        text = min(self._text or 0, slots // _TEXT_SHARE)
-        if not self._recent:
-            return torch.iinfo(torch.int64).max, text
-        frames = max(1, self.full_precision_tokens // self._recent[-1][1])
-        held, since = 0, self._recent[-1][0] + 1
-        for time, count in list(self._recent)[: -max(1, self.policy.recent(frames)) - 1 : -1]:
-            if held + count + text > slots:
-                break
-            held += count
-            since = time
-        return since, text
+    def views(self, slots: int) -> Iterator[View]:
+        """Each layer's memory as the policy would be shown it to keep `slots` tokens."""
+        self.finish()
+        at = self._compaction(0)
+        protected = at.protect(slots)
+        return (at.view(index, protected) for index in range(len(self.layers)))
 
-    def _view(self, index: int, layer: PondLayer, since: int, text: int) -> View:
-        start, end = self.plan.prompt_tokens, layer.length
-        keys, values, time_us, grid_position, positions, *accumulated_attention = (
-            tensor.narrow(1, start, end - start) for tensor in layer.tensors()
+    def _compaction(self, passes: int) -> CompactionState:
+        books = partial(self._count_pass, self.compactions + passes, self.evicted + self.memory_tokens)
+        return CompactionState(
+            self.storage, self.plan, self.policy, self.ledger, self.recent, self.queries, self.host, self.rope, books
         )
-        protected = time_us >= since
-        if self._text is not None:
-            for head in range(protected.shape[0]):
-                said = grid_position[head, :, 0] == TEXT
-                # Text is protected by its rank from the end, not by time: a whole turn shares one time.
-                after = said.sum() - said.cumsum(0)
-                protected[head] &= ~said
-                protected[head] |= said & (after < text)
-        block = self._recent[-1][1] if self._recent else 1
-        return View(
-            keys,
-            values,
-            time_us,
-            grid_position,
-            protected,
-            index,
-            len(self.layers),
-            block,
-            self.plan.chunk,
-            queries=self.queries.layer(index) if self.policy.needs.proxy else None,
-            prompt_keys=layer.keys[0, :, :start] if self.policy.needs.proxy else None,
-            accumulated_attention=accumulated_attention[0] if accumulated_attention else None,
-            positions=positions if self.policy.needs.positions else None,
-            rope=self.rope if self.policy.needs.positions else None,
-        )
+
+    def _count_pass(self, compactions: int, ever: int, recent: RecentWindow) -> None:
+        """The books behind a pass. Of `ever` tokens that had been evicted or were in memory, those not in memory now have been evicted."""
+        self.recent, self.compactions, self.evicted = recent, compactions, ever - self.memory_tokens
 
     def kept(self) -> Iterator[tuple[Tensor, Tensor]]:
         """For each layer, stream times int64 [H, n] and places int16 [H, n, 2] of the live tokens behind the prompt.
@@ -364,16 +308,7 @@ class Pond(Cache):
         Packed ones come first, in the order in which they were packed.
         """
         self.finish()
-        start = self.plan.prompt_tokens
-        for layer in self.layers:
-            time_us, grid_position = (
-                layer.time_us[:, start : layer.length],
-                layer.grid_position[:, start : layer.length],
-            )
-            if isinstance(layer, MixedPrecisionLayer):
-                time_us = torch.cat([layer.quantized_store.live("time_us"), time_us], dim=1)
-                grid_position = torch.cat([layer.quantized_store.live("grid_position"), grid_position], dim=1)
-            yield time_us, grid_position
+        return (layer.kept(self.plan.prompt_tokens) for layer in self.storage.layers)
 
     def timestamps(self) -> int:
         """Distinct times of frame groups of which some head of some layer still holds a token."""
@@ -382,6 +317,21 @@ class Pond(Cache):
             for head in range(times.shape[0]):
                 found.update(times[head][grid_position[head, :, 0] != TEXT].unique_consecutive().tolist())
         return len(found)
+
+    def usage(self) -> dict[str, Any]:
+        """What `millpond.Usage` shows of it, by its names there."""
+        self.finish()
+        return {
+            "budget_bytes": self.plan.budget,
+            "live_bytes": self.live_bytes,
+            "allocated_bytes": self.ledger.held,
+            "peak_bytes": self.ledger.peak,
+            "timestamps_kept": self.timestamps(),
+            "memory_tokens": self.memory_tokens,
+            "evicted_tokens": self.evicted,
+            "compactions": self.compactions,
+            **({} if self.host is None else self.host.usage()),
+        }
 
     # --- storage ------------------------------------------------------------------------------------------------
 
@@ -394,20 +344,40 @@ class Pond(Cache):
             BudgetError: the new plan cannot hold what must survive, or the machine has no such memory; the plan stays as it was, and
                 so does the memory, but for what was forgotten to make it smaller.
         """
-        resize_pond(self, plan)
-
-    def fork(self) -> Pond:
-        """A second pond with a copy of the memory and books of its own."""
         self.finish()
-        other = Pond(self.geometry, self.plan, self.policy, self.device)
-        if self.arena and other.arena:
-            Steps(other.arena.cutting(self.arena.capacities, [0] * len(self.layers), self.plan.chunk)).run()
-        for mine, copy in zip(self.layers, other.layers, strict=True):
-            copy.adopt(mine)
-        other._ahead = list(self._ahead)
-        other.compactions, other.evicted, other._text = self.compactions, self.evicted, self._text
-        other._recent = self._recent.copy()
-        other.queries.adopt(self.queries)
-        other.host = None if self.host is None else self.host.fork()
-        other.rope = self.rope
-        return other
+        old, storage, ledger = self.plan, self.storage, self.ledger
+        limit = max(old.budget or 0, plan.budget or 0) if self.policy.capped else None
+        if plan.slots < old.slots:
+            self.compact(most_tokens(storage, ledger, old, plan, limit))
+        self.forget_quantized(storage.groups_of(plan))
+        move = Resizing(storage, ledger, old, reachable(storage, ledger, old, plan, limit), limit, self._adopt)
+        self.carry_out(move)
+        if move.refused is not None:
+            raise move.refused
+
+    def _adopt(self, plan: Plan) -> None:
+        self.plan = plan
+        self.ledger.settle(plan.budget if self.policy.capped else None, plan.lines)
+
+    # --- state --------------------------------------------------------------------------------------------------
+
+    def state(self) -> PondState:
+        """Everything that the stream's memory goes on with."""
+        self.finish()
+        return PondState(
+            self.plan,
+            self.storage.state(),
+            self.queries.state(),
+            None if self.host is None else self.host.state(),
+            self.recent,
+            self.compactions,
+            self.evicted,
+        )
+
+    def restore(self, state: PondState) -> None:
+        """Become what the `state` of a pond says that was made for the same model, plan and policy; its tensors are copied."""
+        self.storage.restore(state.storage)
+        self.queries.restore(state.queries)
+        if self.host is not None and state.host is not None:
+            self.host.restore(state.host)
+        self.recent, self.compactions, self.evicted = state.recent, state.compactions, state.evicted

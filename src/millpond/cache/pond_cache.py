@@ -16,6 +16,7 @@ from torch import Tensor
 from millpond import policies
 from millpond.cache.consumers import make_plan
 from millpond.cache.pond import Pond
+from millpond.cache.recent import RecentWindow
 from millpond.errors import BudgetError, ModelError
 from millpond.memory.available import check_memory
 from millpond.memory.budget import Budget
@@ -133,7 +134,7 @@ class PondCache(Pond):
         length = self.length - count
         pinned = max(0, min(self.length, self.plan.prompt_tokens) - length)  # those were never counted as the stream's
         if count > pinned:
-            self._text = (self._text or 0) - (count - pinned)
+            self.recent = self.recent.without_text(count - pinned)
         self.truncate(length)
         self._seen -= count
         self._newest -= count
@@ -150,7 +151,6 @@ class PondCache(Pond):
     def reset(self) -> None:
         """Forget everything; the storage stays."""
         self.finish()
-        for layer in self.layers:
-            layer.reset()
-        self._seen, self._newest, self._text = 0, 0, None
-        self._recent.clear()
+        self.storage.clear()
+        self._seen = self._newest = 0
+        self.recent = RecentWindow()

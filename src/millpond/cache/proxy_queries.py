@@ -6,20 +6,25 @@ Knows nothing about who asks; `millpond.stream.runner` decides whose queries com
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from millpond import ops
-from millpond.cache.layer import turning
+from millpond.cache.storage.layer import PondLayer, turning
 from millpond.memory.geometry import Geometry
 from millpond.positions import Rope
 
-if TYPE_CHECKING:
-    from millpond.cache.pond import Pond
+__all__ = ["ProxyQueries", "QueriesState", "accumulate_attention"]
 
-__all__ = ["ProxyQueries", "accumulate_attention"]
+
+@dataclass(frozen=True, eq=False)
+class QueriesState:
+    """What was noted: `rows` and `counts` of `ProxyQueries`, the rows a view of its storage."""
+
+    rows: Tensor
+    counts: tuple[int, ...]
 
 
 class ProxyQueries:
@@ -58,36 +63,36 @@ class ProxyQueries:
         every = [self.layer(index).view(-1, self._geometry.head_dim) for index in range(len(self.counts))]
         return [turning(rows, rope, by.expand(len(rows), -1), chunk) for rows in every]
 
-    def adopt(self, other: ProxyQueries) -> None:
-        """Copy what another of the same size holds."""
-        self.rows.copy_(other.rows)
-        self.counts = list(other.counts)
+    def state(self) -> QueriesState:
+        """What is noted now."""
+        return QueriesState(self.rows, tuple(self.counts))
+
+    def restore(self, state: QueriesState) -> None:
+        """Copy what the `state` of queries of the same size says."""
+        self.rows.copy_(state.rows)
+        self.counts = list(state.counts)
 
 
-def accumulate_attention(pond: Pond, index: int, queries: Tensor, positions: Tensor, rope: Rope) -> None:
+def accumulate_attention(
+    layer: PondLayer, group: int, queries: Tensor, positions: Tensor, rope: Rope, chunk: int
+) -> None:
     """Add to each live token's sum the attention that the block just run pays it; called behind the layer's attention.
 
     The rows of the softmax are built anew from the block's queries, a piece at a time.
 
     Args:
+        group: query heads that share a KV head. chunk: rows of a head at a time.
         queries: [n, H * g, D] of the last n live tokens, without their rotation. positions: int64 [axes, n].
     """
-    layer, group, chunk = pond.layers[index], pond.geometry.kv_groups, pond.plan.chunk
-    count = queries.shape[0]
-    at_once = max(1, chunk // group)
-    with pond.ledger.borrow("scratch", pond.plan.scratch_bytes):
-        keys, accumulated_attention = layer.attended()
-        before = keys.shape[1] - count
-        for first in range(0, count, at_once):
-            last = min(first + at_once, count)
-            own = torch.arange(before + first, before + last, device=keys.device)
-            for head in range(keys.shape[0]):
-                piece = (
-                    queries[first:last, head * group : (head + 1) * group].transpose(0, 1).to(torch.float32, copy=True)
-                )
-                rope.rotate_(piece, positions[:, first:last].T)
-                rows = piece.reshape(-1, piece.shape[2])
-                ops.add_attention(
-                    rows, keys[head, :0], keys[head], accumulated_attention[head], chunk, own.repeat(group)
-                )
-        layer.credit(accumulated_attention)
+    count, at_once = queries.shape[0], max(1, chunk // group)
+    keys, accumulated_attention = layer.attended()
+    before = keys.shape[1] - count
+    for first in range(0, count, at_once):
+        last = min(first + at_once, count)
+        own = torch.arange(before + first, before + last, device=keys.device)
+        for head in range(keys.shape[0]):
+            piece = queries[first:last, head * group : (head + 1) * group].transpose(0, 1).to(torch.float32, copy=True)
+            rope.rotate_(piece, positions[:, first:last].T)
+            rows = piece.reshape(-1, piece.shape[2])
+            ops.add_attention(rows, keys[head, :0], keys[head], accumulated_attention[head], chunk, own.repeat(group))
+    layer.credit(accumulated_attention)

@@ -13,13 +13,36 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from millpond.cache.layer import PondLayer
 from millpond.cache.pond import Pond
+from millpond.cache.storage.layer import PondLayer
 from millpond.memory.resumable import Lazy, Steps
 from millpond.positions import Clock, Rope
 from millpond.positions.gaps import measure
 
-__all__ = ["close_gaps", "shift_uniformly"]
+__all__ = ["close_gaps", "shift_uniformly", "stay_in_range"]
+
+
+def stay_in_range(pond: Pond, rope: Rope, clock: Clock, tokens: int, *, closing: bool) -> int:
+    """Re-anchor when the next `tokens` tokens would pass the positions that the weights were trained on.
+
+    Args:
+        closing: whether gaps close first; what is still too far then is shifted uniformly.
+
+    Returns:
+        By how many positions the end of the stream moved back.
+    """
+    # At most a quarter: tokens of one frame share positions, and a turn that counts them all would re-anchor every block.
+    ahead = min(tokens, rope.limit // 4)
+    if clock.next + ahead <= rope.limit or pond.length == 0:
+        return 0
+    moved = close_gaps(pond, rope, clock) if closing else 0
+    if clock.next + ahead > rope.limit * 3 // 4:
+        # Nothing (more) to close: true distances stay, the numbers move into the first half of the range.
+        by = clock.next - rope.limit // 2
+        if by > 0:
+            shift_uniformly(pond, rope, clock, by)
+            moved += by
+    return moved
 
 
 def shift_uniformly(pond: Pond, rope: Rope, clock: Clock, by: int) -> None:

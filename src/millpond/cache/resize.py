@@ -1,161 +1,93 @@
-"""Moving a pond into larger or smaller storage while the stream runs, as one `Move` that can also be taken back.
+"""Moving a storage to larger or smaller tensors while the stream runs, as one `Move` that can also be taken back.
 
 What the new plan wants is compared with what the cap has room for before anything moves. A machine that refuses memory on the way gets
-the pond its old storage back. With a low-bit tier the dequantization buffer, which holds nothing between forwards, is given back first.
+the storage its old tensors back. One algorithm for every kind of storage, which says what its tensors are and what is done around
+their exchange.
 """
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from millpond.cache.storage import Exchange, Slab, feasible
-from millpond.cache.tier import MixedPrecisionLayer
+from millpond.cache.storage.base import Storage
+from millpond.cache.storage.exchange import Exchange, Slab, feasible
 from millpond.errors import BudgetError
+from millpond.memory.ledger import Ledger
+from millpond.memory.plan import Plan
 from millpond.memory.resumable import Steps
 
-if TYPE_CHECKING:
-    from millpond.cache.arena import Arena
-    from millpond.cache.pond import Pond
-    from millpond.memory.plan import Plan
-
-__all__ = ["resize_pond"]
-
-_VECTORS = ("keys", "values")
-_METADATA = ("time_us", "grid_position", "positions", "accumulated_attention")
+__all__ = ["Resizing", "most_tokens", "reachable"]
 
 
-def resize_pond(pond: Pond, plan: Plan) -> None:
-    """See `Pond.resize`."""
-    pond.finish()
-    old = pond.plan
-    limit = max(old.budget or 0, plan.budget or 0) if pond.policy.capped else None
-    groups = 0
-    if pond.dequantization_buffer is not None:
-        groups = plan.quantized_tokens // pond.dequantization_buffer.tier.quantizer.group
-    if plan.slots < old.slots:
-        _shrink(pond, plan, groups, limit)
-    if pond.dequantization_buffer is not None:
-        pond.forget_quantized(groups)
-    longest = max(layer.length for layer in pond.layers)
-    if not feasible(_slabs(pond, plan, longest, groups), _held(pond), limit):
-        if plan.slots <= old.slots or pond.dequantization_buffer is not None:
-            raise BudgetError(f"the pond cannot be moved to {plan.slots} slots", minimum=old.budget)
-        # Too small a step to be worth a second copy of a tensor, which the cap has no room for: keep the storage.
-        plan = plan.with_slots(old.slots)
-    move = _Resizing(pond, plan, _slabs(pond, plan, longest, groups), limit)
-    pond.carry_out(move)
-    if move.refused is not None:
-        raise move.refused
+def most_tokens(storage: Storage, ledger: Ledger, old: Plan, new: Plan, limit: int | None) -> int:
+    """The most tokens behind the prompt that can be kept on the way to fewer slots.
 
+    As many as the new plan has slots for, or fewer, so that a tensor's live rows fit elsewhere while it is exchanged.
 
-def _shrink(pond: Pond, plan: Plan, groups: int, limit: int | None) -> None:
-    """Forget as much as the new plan has no slots for, and as much more as must go for a tensor's live rows to fit elsewhere."""
-    start = plan.prompt_tokens
-    target = min(plan.memory_tokens, plan.slots - plan.reserve_tokens - start)
-    few, most = 0, target  # the most for which the move is feasible
+    Args:
+        limit: the cap on the way in bytes.
+
+    Raises:
+        BudgetError: none.
+    """
+    start = new.prompt_tokens
+    few, most = 0, min(new.memory_tokens, new.slots - new.reserve_tokens - start)
     while few < most:
         middle = (few + most + 1) // 2
-        if feasible(_slabs(pond, plan, start + middle, groups), _held(pond), limit):
+        if feasible(_slabs(storage, new, start + middle), ledger.held - storage.buffer_bytes, limit):
             few = middle
         else:
             most = middle - 1
     if few < 1:
-        raise BudgetError(f"the pond cannot shrink to {plan.slots} slots", minimum=pond.plan.budget)
-    pond.compact(few)
+        raise BudgetError(f"the pond cannot shrink to {new.slots} slots", minimum=old.budget)
+    return few
 
 
-def _held(pond: Pond) -> int:
-    """Bytes of the cap that are taken while storage is exchanged."""
-    return pond.ledger.held - pond.ledger.account("dequantization_buffer")
+def reachable(storage: Storage, ledger: Ledger, old: Plan, new: Plan, limit: int | None) -> Plan:
+    """The new plan; or the same on the tensors that there are, where the step is too small to be worth a second copy of one, for which
+    the cap has no room.
+
+    Raises:
+        BudgetError: neither can be reached.
+    """
+    if feasible(_slabs(storage, new, _longest(storage)), ledger.held - storage.buffer_bytes, limit):
+        return new
+    plan = storage.unchanged(old, new) if new.slots > old.slots else None
+    if plan is None:
+        raise BudgetError(f"the pond cannot be moved to {new.slots} slots", minimum=old.budget)
+    return plan
 
 
-def _slabs(pond: Pond, plan: Plan, length: int, groups: int) -> list[Slab]:
-    """Every tensor that changes its size, in the order of the exchange, for `length` live slots on average over the layers."""
-    slabs: list[Slab] = []
-    if pond.arena is not None:
-        live = min(pond.arena.slots, sum(layer.length for layer in pond.layers), length * len(pond.layers))
-        slabs = [_flat(pond.arena, kind, plan.slots * len(pond.layers), live) for kind in pond.arena.kinds]
-    else:
-        for layer in pond.layers:
-            for name in (*_VECTORS, *_METADATA):
-                if getattr(layer, name) is not None:
-                    slabs.append(_own(layer, name, plan.slots, min(length, layer.length), name in _VECTORS))
-            if isinstance(layer, MixedPrecisionLayer):
-                quantized_store = layer.quantized_store
-                for name in quantized_store.NAMES:
-                    if getattr(quantized_store, name) is not None:
-                        slabs.append(_own(quantized_store, name, groups, min(groups, quantized_store.groups), False))
-    # What becomes smaller goes first, the largest in front; of what becomes larger the small ones, while there is most room.
-    slabs.sort(key=lambda slab: slab.nbytes(slab.new) - slab.nbytes(slab.old))
-    return [slab for slab in slabs if slab.new != slab.old]
+class Resizing:
+    """To the new plan, which is `reachable`; or, once the machine has refused memory, back to the old one. A `Move`.
 
-
-def _own(holder: Any, name: str, new: int, live: int, batched: bool) -> Slab:
-    """A tensor of a layer or shelf, [H, n, ...], or [1, H, n, ...] when `batched`."""
-
-    def get() -> Tensor:
-        tensor: Tensor = getattr(holder, name)
-        return tensor[0] if batched else tensor
-
-    def put(tensor: Tensor) -> None:
-        setattr(holder, name, tensor[None] if batched else tensor)
-
-    return _slab(get, put, get().shape[1], new, live)
-
-
-def _flat(arena: Arena, kind: str, slots: int, live: int) -> Slab:
-    """One kind of an arena's storage, which has its heads one behind the other: [1, n x H, ...]."""
-    heads = len(arena.flat(kind)) // arena.slots
-    return _slab(
-        lambda: arena.flat(kind)[None],
-        lambda tensor: arena.replace(kind, tensor[0]),
-        arena.slots * heads,
-        slots * heads,
-        live * heads,
-    )
-
-
-def _slab(get: Callable[[], Tensor], put: Callable[[Tensor], None], old: int, new: int, live: int) -> Slab:
-    like = get()
-    return Slab(get, put, tuple(like.shape[2:]), like.dtype, like.device, like.shape[0], old, new, live)
-
-
-class _Resizing:
-    """To the new plan; or, once the machine has refused memory, back to the old one. A `Move`.
+    Args:
+        settle: what is left to do when the storage is that of a plan.
 
     Attributes:
         refused: why it went back.
     """
 
-    def __init__(self, pond: Pond, plan: Plan, slabs: Sequence[Slab], limit: int | None) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        ledger: Ledger,
+        old: Plan,
+        new: Plan,
+        limit: int | None,
+        settle: Callable[[Plan], None],
+    ) -> None:
         self.refused: BudgetError | None = None
-        self._pond = pond
-        exchange = Exchange(slabs, pond.ledger, limit, lambda: pond.nbytes)
-        arena, dequantization_buffer = pond.arena if slabs else None, pond.dequantization_buffer
-        clear: list[Callable[[], None]] = [] if dequantization_buffer is None else [dequantization_buffer.clear]
+        slabs = _slabs(storage, new, _longest(storage))
+        exchange = Exchange(slabs, ledger, limit, lambda: storage.nbytes)
+        around = storage.relocation(old, new, bool(slabs))
         # A step like the others: a move that is complete must not cap anything again.
-        capped = partial(pond.ledger.move, limit)
-        forth: list[Callable[[], None]] = [*clear, exchange.forth]
-        back: list[Callable[[], None]] = [capped, *clear, exchange.back]
-        self._pack = Steps([capped])
-        if arena is not None:
-            chunk, lengths = pond.plan.chunk, [layer.length for layer in pond.layers]
-            headroom = (plan.slots * len(lengths) - sum(lengths)) // len(lengths)
-            self._pack = Steps([capped, self._with_scratch(pond.plan, arena.packing(chunk)).run])
-            forth.append(
-                self._with_scratch(plan, arena.unpacking([length + headroom for length in lengths], chunk)).run
-            )
-            back.append(self._with_scratch(pond.plan, arena.unpacking(arena.capacities, chunk)).run)
-        if dequantization_buffer is not None:
-            forth.append(partial(dequantization_buffer.allocate, plan))
-            back.append(partial(dequantization_buffer.allocate, pond.plan))
-        self._forth = Steps([*forth, partial(self._settle, plan)])
-        self._back = Steps([*back, partial(self._settle, pond.plan)])
+        capped = partial(ledger.move, limit)
+        self._pack = Steps([capped, *around.pack])
+        self._forth = Steps([*around.clear, exchange.forth, *around.forth, partial(settle, new)])
+        self._back = Steps([capped, *around.clear, exchange.back, *around.back, partial(settle, old)])
 
     def run(self) -> None:
         self._pack.run()
@@ -168,16 +100,13 @@ class _Resizing:
                 self.refused = error
         self._back.run()
 
-    def _with_scratch(self, plan: Plan, moves: Sequence[Callable[[], None]]) -> Steps:
-        """An arena's moves, with the scratch of a plan that leaves room for it."""
-        steps = Steps(moves)
 
-        def run() -> None:
-            with self._pond.ledger.borrow("scratch", plan.scratch_bytes):
-                steps.run()
+def _longest(storage: Storage) -> int:
+    return max(layer.length for layer in storage.layers)
 
-        return Steps([run])
 
-    def _settle(self, plan: Plan) -> None:
-        self._pond.plan = plan
-        self._pond.ledger.settle(plan.budget if self._pond.policy.capped else None, plan.lines)
+def _slabs(storage: Storage, plan: Plan, length: int) -> list[Slab]:
+    """Every tensor that changes its size, in the order of the exchange, for `length` live slots on average over the layers."""
+    # What becomes smaller goes first, the largest in front; of what becomes larger the small ones, while there is most room.
+    slabs = sorted(storage.resized(plan, length), key=lambda slab: slab.nbytes(slab.new) - slab.nbytes(slab.old))
+    return [slab for slab in slabs if slab.new != slab.old]

@@ -41,8 +41,7 @@ class Retrieval:
         self._front, self._origin = _front(pond, clock)
         self._step, self._closed = clock.step, closed
         self.start, self.count = pond.length, min(pond.plan.retrieved_tokens, pond.host.tokens)
-        for layer in pond.layers:
-            layer.length += self.count
+        pond.storage.reserve(self.count)
 
     def fill(self, index: int, queries: Tensor) -> None:
         """Choose and copy one layer's frames; called before that layer's attention.

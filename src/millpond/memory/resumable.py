@@ -8,14 +8,18 @@ it changes nothing. Knows rows of tensors; nothing about tokens, layers or budge
 from __future__ import annotations
 
 import ctypes
+import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["InPlace", "Lazy", "Mask", "Move", "Pieces", "Progress", "Steps"]
+from millpond.errors import MillpondError
+
+__all__ = ["InPlace", "Lazy", "Mask", "Move", "Pieces", "Progress", "Steps", "Transactional"]
 
 T = TypeVar("T")
 
@@ -38,6 +42,47 @@ class Steps:
             self._steps[self._at]()
             self._at += 1
         self._steps = []  # they may hold whoever holds this, and tensors with them
+
+
+class Transactional:
+    """Base of what is changed in place by moves, one at a time: one that has begun is finished before anything else is done."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._move: Move | None = None  # that has begun and is not finished
+
+    @property
+    def moving(self) -> bool:
+        """Whether a move has begun and is still to be finished."""
+        return self._move is not None
+
+    def carry_out(self, move: Move) -> None:
+        """Carry a prepared move out: once begun it is finished, also when it is interrupted, before the interruption goes on."""
+        try:
+            self._move = move
+            move.run()
+            self._move = None
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # what they worked on goes: its bytes are needed again
+            with suppress(Exception):  # what `finish` says then is said by every call from now on
+                self.finish()
+            raise
+
+    def finish(self) -> None:
+        """Finish a move that was interrupted, if one was; everything that reads or changes the memory begins with it.
+
+        Raises:
+            MillpondError: it cannot be finished, for want of memory most likely. The next call tries again.
+        """
+        if self._move is None:
+            return
+        try:
+            self._move.run()
+        except Exception as error:
+            raise MillpondError(
+                f"the memory cannot be used: it was interrupted while it moved, and going on fails ({error}); every call tries again"
+            ) from error
+        self._move = None
 
 
 class Lazy:

@@ -23,7 +23,7 @@ from millpond.stream.recent_frames import RecentFrames, Shot
 from millpond.stream.runner import Runner, dated
 from millpond.stream.step import Step
 
-__all__ = ["Ingest", "Standing"]
+__all__ = ["Ingest", "IngestState", "Standing"]
 
 # Beyond these a stream's microseconds leave 64 bits, or its positions (up to 25 a second) 32; the clock could never go back.
 _FARTHEST_SECONDS = 10**11
@@ -55,6 +55,18 @@ class Standing:
         """The same when the first `count` waiting frames have gone."""
         left = self.waiting[count:]
         return replace(self, waiting=left, grid=self.grid if left else None)
+
+
+@dataclass(frozen=True)
+class IngestState:
+    """What a copy of an intake is made from.
+
+    Attributes:
+        at: how far the frames have come. recent: the groups of those kept to be shown again.
+    """
+
+    at: Standing
+    recent: tuple[tuple[Shot, ...], ...]
 
 
 class Ingest:
@@ -202,7 +214,7 @@ class Ingest:
         step = Step(runner, self, accumulated_attention=runner.policy.needs.accumulated_attention)
         try:
             runner.put(tokens, text=False, admitted=admitted)
-            runner._seen = seen
+            runner.admission_state = seen
             at = self.at.without(len(block))
             for index, verdict in enumerate(verdicts):
                 of_it = min(size, len(block) - index * size)
@@ -258,12 +270,31 @@ class Ingest:
         for name in sorted(sizes, key=lambda name: sizes[name] - ledger.account(name)):
             ledger.hold(name, sizes[name])
 
+    def state(self) -> IngestState:
+        """Everything that frames on their way in go on with."""
+        return IngestState(self.at, self._recent_frames.groups)
+
+    def restore(self, state: IngestState) -> None:
+        """Go on where a `state` stood; can be repeated. What that takes is for `book` to write down."""
+        self._recent_frames.groups, self.at = state.recent, state.at
+
     def fork(self, runner: Runner) -> Ingest:
         """The same for a copy of the runner."""
-        other = object.__new__(Ingest)
-        other._runner, other.at, other._recent_frames = runner, self.at, self._recent_frames.fork(runner)
+        other = Ingest(runner)
+        other.restore(self.state())
         other.book()
         return other
+
+    def usage(self) -> dict[str, Any]:
+        """What `millpond.Usage` shows of it, by its names there."""
+        at = self.at
+        return {
+            "frames_seen": at.frames,
+            "frames_dropped": at.dropped,
+            "frames_skipped": at.skipped,
+            "frames_reduced": at.reduced,
+            "stream_seconds": (at.last_us or 0) / 1e6,
+        }
 
 
 def _nbytes(shots: Iterable[Shot]) -> int:

@@ -67,12 +67,6 @@ class RecentFrames:
                 blocks.append(list(group))
         return blocks
 
-    def fork(self, runner: Runner) -> RecentFrames:
-        """The same for a copy of the runner."""
-        other = RecentFrames(runner)
-        other.groups = self.groups
-        return other
-
 
 @dataclass(frozen=True)
 class FramesAsPixels:

@@ -9,18 +9,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from millpond.admission.base import Verdict, admission_consumers
 from millpond.admission.gate import filter_groups
+from millpond.answer import LayerMemory
 from millpond.cache.consumers import make_plan
 from millpond.cache.host import HostCache
 from millpond.cache.pond import Pond
-from millpond.cache.proxy_queries import accumulate_attention
-from millpond.cache.rerotation import close_gaps, shift_uniformly
+from millpond.cache.rerotation import stay_in_range
 from millpond.cache.retrieval import Retrieval
 from millpond.config import SessionConfig
 from millpond.errors import BudgetError, ModelError
@@ -33,9 +33,7 @@ from millpond.policies.base import SEPARATOR
 from millpond.policies.composition import SEPARATORS, check
 from millpond.positions import Clock
 from millpond.stream.recent_frames import FramesAsPixels
-
-if TYPE_CHECKING:
-    from millpond.stream.step import Step
+from millpond.stream.state import OpenStep, RunnerMark, RunnerState
 
 __all__ = ["Runner", "dated", "grid_positions"]
 
@@ -49,6 +47,7 @@ class Runner:
 
     Attributes:
         clock: where the next token stands.
+        admission_state: what the admission remembers of the stream; replaced, never changed.
         grid: the largest frame size planned for; None before the first frame.
         tokens: stream tokens that went in, the prompt among them.
         reanchorings: how often positions were moved.
@@ -64,13 +63,13 @@ class Runner:
         self.policy = config.policy
         self.recent_frames = config.recent_frames
         self.admission = config.admission
-        self._seen: Any = None  # the admission's state
+        self.admission_state: Any = None
         self.positions = config.positions
         self.clock = Clock()
         self.grid: Grid | None = None
         self.tokens = self.reanchorings = 0
         self.seconds = dict.fromkeys(("source", "vision", "decoder", "compaction", "answers", "total"), 0.0)
-        self.open_step: Step | None = None
+        self.open_step: OpenStep | None = None
         self._budget = config.budget
         self._host_budget, self._host_path = config.host_budget, config.host_path
         self._opening = family.opening(config.system)
@@ -87,16 +86,21 @@ class Runner:
         plan = self.plan_for(self.grid)
         check_memory(plan.total_bytes, self.family.device)
         try:
-            pond = self._pond = Pond(self.family.geometry, plan, self.policy, self.family.device)
-            pond.rope = self.family.rope
-            pond.ledger.hold("admission", plan.state_bytes)
-            if self._host_budget is not None:
-                pond.host = HostCache(self.family.geometry, self.family.rope, self._host_budget, self._host_path)
+            pond = self._pond = self._allocate(plan)
             with torch.no_grad():
                 self.append(self.family.embed(self._opening), text=True)
         except BaseException:
             self._pond, self.clock, self.tokens = None, Clock(), 0
             raise
+        return pond
+
+    def _allocate(self, plan: Plan) -> Pond:
+        """An empty memory."""
+        pond = Pond(self.family.geometry, plan, self.policy, self.family.device)
+        pond.rope = self.family.rope
+        pond.ledger.hold("admission", plan.state_bytes)
+        if self._host_budget is not None:
+            pond.host = HostCache(self.family.geometry, self.family.rope, self._host_budget, self._host_path)
         return pond
 
     def check_model(self) -> None:
@@ -160,7 +164,7 @@ class Runner:
         """What the admission lets in of a block of frames: the tokens (None: all), its verdict on each group, and its next state."""
         if self.admission is None:
             return None, (), None
-        return filter_groups(self.admission, frames, self._seen)
+        return filter_groups(self.admission, frames, self.admission_state)
 
     def run(self, tokens: Tokens) -> Tensor:
         """One forward of the decoder over a turn behind the live tokens; returns hidden states [n, hidden]."""
@@ -200,7 +204,7 @@ class Runner:
             if noted:
                 pond.queries.note(layer, queries, positions, rope)
             if summed:
-                accumulate_attention(pond, layer, queries, positions, rope)
+                pond.accumulate_attention(layer, queries, positions)
 
         return see if noted or summed else None
 
@@ -227,21 +231,9 @@ class Runner:
 
     def _stay_in_range(self, tokens: int) -> None:
         """Re-anchor when the next block or turn would pass the positions that the weights were trained on."""
-        rope, clock = self.family.rope, self.clock
-        # At most a quarter: tokens of one frame share positions, and a turn that counts them all would re-anchor every block.
-        ahead = min(tokens + self.pond.plan.turn_tokens + self.pond.plan.recent_tokens, rope.limit // 4)
-        if clock.next + ahead <= rope.limit or self.pond.length == 0:
-            return
-        moved = 0
-        if self.positions == "contiguous":
-            moved = close_gaps(self.pond, rope, clock)
-        if clock.next + ahead > rope.limit * 3 // 4:
-            # Nothing (more) to close: true distances stay, the numbers move into the first half of the range.
-            by = clock.next - rope.limit // 2
-            if by > 0:
-                shift_uniformly(self.pond, rope, clock, by)
-                moved += by
-        self.reanchorings += moved > 0
+        pond, closing = self.pond, self.positions == "contiguous"
+        ahead = tokens + pond.plan.turn_tokens + pond.plan.recent_tokens
+        self.reanchorings += stay_in_range(pond, self.family.rope, self.clock, ahead, closing=closing) > 0
 
     def roll_back(self, mark: int, clock: Clock) -> None:
         """Forget everything from slot `mark` on and put the clock back."""
@@ -329,15 +321,55 @@ class Runner:
                 self._budget, self.grid = before
             raise
 
+    # --- state --------------------------------------------------------------------------------------------------
+
+    def mark(self, *, queries: bool = False, accumulated_attention: bool = False) -> RunnerMark:
+        """Where the stream stands, to `rewind` to; see `Pond.mark`."""
+        pond = self.pond.mark(queries=queries, accumulated_attention=accumulated_attention)
+        return RunnerMark(replace(self.clock), self.tokens, self.admission_state, pond)
+
+    def rewind(self, mark: RunnerMark) -> None:
+        """Put everything back; can be repeated."""
+        self.pond.rewind(mark.pond)
+        self.clock, self.tokens, self.admission_state = replace(mark.clock), mark.tokens, mark.admission
+
+    def keep_turn(self, mark: RunnerMark) -> None:
+        """Count what has run since the mark as part of the stream."""
+        self.tokens += self.pond.keep_turn(mark.pond)
+
+    def state(self) -> RunnerState:
+        """Everything that the stream goes on with."""
+        clock, seconds = replace(self.clock), dict(self.seconds)
+        stream = self._budget, self.grid, clock, self.tokens, self.reanchorings, seconds, self.admission_state
+        return RunnerState(*stream, self.pond.state())
+
+    def restore(self, state: RunnerState) -> None:
+        """Go on, with a memory of its own, where the `state` of a flow with the same settings stood."""
+        pond = self._allocate(state.pond.plan)
+        pond.restore(state.pond)
+        self._pond, self._budget, self.grid = pond, state.budget, state.grid
+        self.clock, self.tokens, self.reanchorings = replace(state.clock), state.tokens, state.reanchorings
+        self.seconds, self.admission_state = dict(state.seconds), state.admission
+
     def fork(self) -> Runner:
         """A second flow on a copy of the memory."""
-        other = object.__new__(Runner)
-        other.__dict__.update(self.__dict__)
-        other._pond = self.pond.fork()
-        other._pond.ledger.hold("admission", self.pond.plan.state_bytes)
-        other.clock = replace(self.clock)
-        other.seconds = dict(self.seconds)
+        other = Runner(self.family, replace(self._config, budget=self._budget))
+        other.restore(self.state())
         return other
+
+    def usage(self) -> dict[str, Any]:
+        """What `millpond.Usage` shows of it, by its names there."""
+        return {
+            **self.pond.usage(),
+            "full_cache_bytes": self.tokens * self.family.geometry.kv_bytes_per_token,
+            "stream_tokens": self.tokens,
+            "reanchorings": self.reanchorings,
+            **{f"seconds_{stage}": spent for stage, spent in self.seconds.items()},
+        }
+
+    def memory(self) -> tuple[LayerMemory, ...]:
+        """Time and place of every kept token, per layer and head."""
+        return tuple(LayerMemory.of(*kept, self.pond.quantized_tokens) for kept in self.pond.kept())
 
 
 def dated(tokens: Tokens, time_us: int) -> Tokens:

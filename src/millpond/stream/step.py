@@ -10,19 +10,25 @@ Moves of the memory (compaction, re-anchoring, another size) stand outside of st
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
-from torch import Tensor
+from millpond.stream.runner import Runner
+from millpond.stream.state import RunnerMark
 
-from millpond.cache.tier import MixedPrecisionLayer
+__all__ = ["Step", "Waiting"]
 
-if TYPE_CHECKING:
-    from millpond.cache.pond import Pond
-    from millpond.stream.ingest import Ingest
-    from millpond.stream.runner import Runner
 
-__all__ = ["Step"]
+class Waiting(Protocol):
+    """What stands in front of a flow and goes back with it: a `millpond.stream.ingest.Ingest`."""
+
+    def state(self) -> Any:
+        """What it goes on with; never changed afterwards."""
+
+    def restore(self, state: Any) -> None:
+        """Go back to a state; can be repeated."""
+
+    def book(self) -> None:
+        """Write down in the ledger what it holds now."""
 
 
 class Step:
@@ -30,68 +36,37 @@ class Step:
     session's next call goes on with it.
 
     Args:
-        flow, intake: the stream.
-        queries, sums: whether the step's forwards note queries, or add to the sums of attention; what there was is copied then, which
-            the plan counts as `undo_bytes`.
+        flow: the stream. intake: what waits in front of it.
+        queries, sums: whether the step's forwards note queries, or add to the sums of attention; what there was is copied then.
     """
 
     def __init__(
-        self, runner: Runner, ingest: Ingest, *, queries: bool = False, accumulated_attention: bool = False
+        self, runner: Runner, ingest: Waiting, *, queries: bool = False, accumulated_attention: bool = False
     ) -> None:
         self._runner, self._ingest = runner, ingest
-        pond = runner.pond
-        self.start = pond.length
-        self._clock, self._tokens, self._seen = replace(runner.clock), runner.tokens, runner._seen
-        self._recent, self._text = pond._recent.copy(), pond._text
-        self._standing, self._recent_frames = ingest.at, ingest._recent_frames.groups
-        self._counts = list(pond.queries.counts)
-        self._queries: Tensor | None = None
-        self._sums: list[Tensor] = []
-        self._open = True
+        self._mark: RunnerMark | None = None  # until the step is in, or has been taken back
+        self._standing = ingest.state()
         runner.open_step = self
         try:
-            pond.ledger.hold("undo", pond.plan.undo_bytes)
-            if queries and pond.plan.query_bytes:
-                self._queries = pond.queries.rows.clone()
-            if accumulated_attention and pond.geometry.accumulated_attention:
-                self._sums = [live.clone() for live in _live_sums(pond, self.start)]
+            self._mark = runner.mark(queries=queries, accumulated_attention=accumulated_attention)
         except BaseException:
             self._let_go()
             raise
 
     def commit(self) -> None:
         """The step is in: from here on nothing takes it back."""
-        self._open = False
+        self._mark = None
         self._let_go()
 
     def roll_back(self) -> None:
         """Put everything back, unless the step is in already. Whatever interrupts this, it can be called again."""
-        if self._open:
-            runner, ingest, pond = self._runner, self._ingest, self._runner.pond
-            pond.truncate(self.start)
-            pond._recent, pond._text = self._recent.copy(), self._text
-            if self._queries is not None:
-                pond.queries.rows.copy_(self._queries)
-                pond.queries.counts = list(self._counts)
-            for live, saved in zip(_live_sums(pond, self.start) if self._sums else (), self._sums, strict=True):
-                live.copy_(saved)
-            runner.clock, runner.tokens, runner._seen = replace(self._clock), self._tokens, self._seen
-            ingest._recent_frames.groups, ingest.at = self._recent_frames, self._standing
-            self._open = False
+        if self._mark is not None:
+            self._runner.rewind(self._mark)
+            self._ingest.restore(self._standing)
+            self._mark = None
         self._let_go()
 
     def _let_go(self) -> None:
-        self._queries, self._sums = None, []
-        self._runner.pond.ledger.hold("undo", 0)
+        self._runner.pond.release()
         self._ingest.book()
         self._runner.open_step = None
-
-
-def _live_sums(pond: Pond, start: int) -> list[Tensor]:
-    """Views of the sums of all tokens in front of slot `start` of the first layer, packed ones included."""
-    found = []
-    for layer, ahead in zip(pond.layers, pond._ahead, strict=True):
-        found.append(layer.accumulated_attention[:, : start + ahead])
-        if isinstance(layer, MixedPrecisionLayer) and layer.quantized_store.accumulated_attention is not None:
-            found.append(layer.quantized_store.accumulated_attention[:, : layer.quantized_store.groups])
-    return found

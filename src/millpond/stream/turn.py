@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from millpond.cache.pond import Pond
 from millpond.stream.generate import Generated, generate
 from millpond.stream.ingest import Ingest
 from millpond.stream.recent_frames import Shot
@@ -31,6 +30,8 @@ class Turn(Step):
         time_us: stream time at which it is asked.
         done: the answer, once it has been run.
     """
+
+    _ingest: Ingest
 
     def __init__(self, runner: Runner, ingest: Ingest, *, remember: bool) -> None:
         self._remember = remember
@@ -77,20 +78,16 @@ class Turn(Step):
             self.roll_back()
             return
         runner, pond = self._runner, self._runner.pond
+        assert self._mark is not None
         self._ingest.close_video()
-        first, turn = (
-            pond.layers[0],
-            slice(self.start, pond.length),
-        )  # a turn is the same in every head until it is compacted
-        pond.commit(first.time_us[0, turn].cpu(), first.grid_position[0, turn].cpu())
-        runner.tokens += pond.length - self.start
-        lengths = _lengths(pond)
+        runner.keep_turn(self._mark)
+        compactions = pond.compactions
         try:
             with runner.timed("compaction"):
                 pond.ensure_capacity(0)  # the turn used the reserve: give it back
             super().commit()
         except BaseException:
-            if pond.moving or _lengths(pond) != lengths:
+            if pond.moving or pond.compactions != compactions:
                 super().commit()  # the memory has moved on, or is about to, with the turn in it
             raise
 
@@ -101,7 +98,3 @@ class Turn(Step):
         """Slots that frames take; at most, because a timestamp's text varies in length."""
         plan = self._runner.pond.plan
         return sum(-(-len(block) // plan.frames_per_group) for block in blocks) * plan.group_tokens
-
-
-def _lengths(pond: Pond) -> list[int]:
-    return [pond.quantized_tokens, *(layer.length for layer in pond.layers)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from millpond import ops
 from millpond.cache.kv_quantizer import KVQuantizer
-from millpond.cache.layer import PondLayer
+from millpond.cache.storage.exchange import Slab, attribute
+from millpond.cache.storage.layer import METADATA, PondLayer
 from millpond.memory.geometry import Geometry
 from millpond.memory.resumable import InPlace, Pieces
 from millpond.positions import Rope
@@ -27,16 +28,7 @@ class QuantizedStore:
         groups: live groups, in the order in which they were written.
     """
 
-    NAMES = (
-        "key_codes",
-        "key_scales",
-        "value_codes",
-        "value_scales",
-        "time_us",
-        "grid_position",
-        "positions",
-        "accumulated_attention",
-    )
+    CODES = ("key_codes", "key_scales", "value_codes", "value_scales")
 
     def __init__(self, geometry: Geometry, quantizer: KVQuantizer, capacity: int, device: torch.device) -> None:
         self.quantizer = quantizer
@@ -59,9 +51,14 @@ class QuantizedStore:
     def tokens(self) -> int:
         return self.groups * self.quantizer.group
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tensors that there are."""
+        return tuple(name for name in (*self.CODES, *METADATA) if getattr(self, name) is not None)
+
     def tensors(self) -> tuple[Tensor, ...]:
         """Every tensor, [H, capacity, ...]."""
-        return tuple(getattr(self, name) for name in self.NAMES if getattr(self, name) is not None)
+        return tuple(getattr(self, name) for name in self.names)
 
     def live(self, name: str) -> Tensor:
         """One of the metadata tensors of the live tokens, [H, n, ...]."""
@@ -86,9 +83,9 @@ class QuantizedStore:
                 values = layer.values[0, head].index_select(0, part)
                 self.quantizer.quantize_values(values, self.value_codes[head, to], self.value_scales[head, to])
                 del values
-                for name in self.NAMES[4:]:
-                    if (mine := getattr(self, name)) is not None:
-                        mine[head, to].flatten(0, 1).copy_(getattr(layer, name)[head].index_select(0, part))
+                for name in self.names[len(self.CODES) :]:
+                    mine: Tensor = getattr(self, name)
+                    mine[head, to].flatten(0, 1).copy_(getattr(layer, name)[head].index_select(0, part))
         self.groups = first + groups
 
     def dropping(self, stay: Tensor) -> list[Callable[[], None]]:
@@ -137,8 +134,16 @@ class QuantizedStore:
 
         return partial(Pieces().run, -(-self.groups // each), make, write)
 
-    def adopt(self, other: QuantizedStore) -> None:
-        """Copy the live groups of a quantized store of the same shapes."""
-        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
-            mine[:, : other.groups].copy_(theirs[:, : other.groups])
-        self.groups = other.groups
+    def resized(self, groups: int) -> list[Slab]:
+        """Every tensor, as it becomes `groups` groups large."""
+        return [attribute(self, name, groups, min(groups, self.groups)) for name in self.names]
+
+    def state(self) -> dict[str, Tensor]:
+        """The live groups, [H, groups, ...] views by name."""
+        return {name: getattr(self, name)[:, : self.groups] for name in self.names}
+
+    def restore(self, groups: int, tensors: Mapping[str, Tensor]) -> None:
+        """Copy what the `state` of a quantized store of `groups` live groups says."""
+        for name, theirs in tensors.items():
+            getattr(self, name)[:, :groups].copy_(theirs)
+        self.groups = groups

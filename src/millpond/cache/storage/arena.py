@@ -1,7 +1,4 @@
-"""Storage for layers of different length: one allocation a kind for the whole pond, cut into regions that can move.
-
-Knows rows, not tokens' meaning: who may hold how many is decided by `millpond.cache.pond`.
-"""
+"""Storage for layers of different length: one allocation a kind for the whole pond, cut into regions that can move."""
 
 from __future__ import annotations
 
@@ -9,16 +6,75 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 
+import torch
 from torch import Tensor
 
-from millpond.cache.layer import PondLayer
-from millpond.cache.storage import zeros
-from millpond.memory.resumable import Pieces
+from millpond.cache.storage.base import Relocation, Step, Storage
+from millpond.cache.storage.exchange import Slab, zeros
+from millpond.cache.storage.layer import VECTORS, PondLayer
+from millpond.cache.storage.state import StorageState
+from millpond.memory.geometry import Geometry
+from millpond.memory.ledger import Ledger
+from millpond.memory.plan import Plan
+from millpond.memory.resumable import Pieces, Steps
 
-__all__ = ["Arena"]
+__all__ = ["Arena", "ArenaStorage"]
 
-_VECTORS = ("keys", "values")
-_METADATA = ("time_us", "grid_position", "positions", "accumulated_attention")
+
+class ArenaStorage(Storage):
+    """`Plan.slots` slots on average over the layers, shared among them by what each was granted.
+
+    Attributes:
+        arena: in which they lie.
+    """
+
+    layer_budgets = True
+
+    def __init__(self, geometry: Geometry, plan: Plan, device: torch.device, ledger: Ledger) -> None:
+        layers = [PondLayer(geometry, 0, device) for _ in range(geometry.layers)]
+        self.arena = Arena(layers, [plan.slots] * geometry.layers)
+        super().__init__(geometry, layers, ledger)
+
+    @property
+    def nbytes(self) -> int:
+        return self.arena.nbytes
+
+    def settling(self, lengths: Sequence[int], free: int, chunk: int) -> list[Step]:
+        # Beside its memory every layer keeps the same room: blocks and turns are equally long in all of them.
+        moves = self.arena.cutting([length + free for length in lengths], lengths, chunk)
+        return [*moves, *super().settling(lengths, free, chunk)]
+
+    def resized(self, plan: Plan, length: int) -> list[Slab]:
+        arena, layers = self.arena, self.layers
+        live = min(arena.slots, sum(layer.length for layer in layers), length * len(layers))
+        return [_slab(arena, kind, plan.slots * len(layers), live) for kind in arena.kinds]
+
+    def relocation(self, old: Plan, new: Plan, exchanged: bool) -> Relocation:
+        if not exchanged:
+            return Relocation()
+        lengths = [layer.length for layer in self.layers]
+        headroom = (new.slots * len(lengths) - sum(lengths)) // len(lengths)
+        forth = self.arena.unpacking([length + headroom for length in lengths], old.chunk)
+        back = self.arena.unpacking(self.arena.capacities, old.chunk)
+        # With the scratch of a plan that leaves room for it.
+        return Relocation(
+            pack=[self._with_scratch(old, self.arena.packing(old.chunk))],
+            forth=[self._with_scratch(new, forth)],
+            back=[self._with_scratch(old, back)],
+        )
+
+    def _with_scratch(self, plan: Plan, moves: Sequence[Step]) -> Step:
+        steps = Steps(moves)
+
+        def run() -> None:
+            with self.ledger.borrow("scratch", plan.scratch_bytes):
+                steps.run()
+
+        return run
+
+    def restore(self, state: StorageState) -> None:
+        Steps(self.arena.cutting(state.capacities, [0] * len(self.layers), 1)).run()
+        super().restore(state)
 
 
 class Arena:
@@ -38,11 +94,11 @@ class Arena:
     def __init__(self, layers: Sequence[PondLayer], capacities: Sequence[int]) -> None:
         self._layers = layers
         self._heads = layers[0].geometry.kv_heads
-        self.kinds = tuple(kind for kind in (*_VECTORS, *_METADATA) if getattr(layers[0], kind) is not None)
+        self.kinds = layers[0].names
         self._flat: dict[str, Tensor] = {}
         for kind in self.kinds:
             like = getattr(layers[0], kind)
-            shape = like.shape[3:] if kind in _VECTORS else like.shape[2:]
+            shape = like.shape[3:] if kind in VECTORS else like.shape[2:]
             self._flat[kind] = zeros((sum(capacities) * self._heads, *shape), like.dtype, layers[0].device)
         self._bind(capacities)
 
@@ -144,4 +200,16 @@ class Arena:
             first = rows.stop
             for kind, flat in self._flat.items():
                 region = flat[rows].view(self._heads, size, *flat.shape[1:])
-                setattr(layer, kind, region[None] if kind in _VECTORS else region)
+                setattr(layer, kind, region[None] if kind in VECTORS else region)
+
+
+def _slab(arena: Arena, kind: str, slots: int, live: int) -> Slab:
+    """One kind of an arena's storage, which has its heads one behind the other: [1, n x H, ...]."""
+    heads = len(arena.flat(kind)) // arena.slots
+    return Slab.like(
+        lambda: arena.flat(kind)[None],
+        lambda tensor: arena.replace(kind, tensor[0]),
+        arena.slots * heads,
+        slots * heads,
+        live * heads,
+    )

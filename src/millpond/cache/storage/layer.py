@@ -14,14 +14,19 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from millpond import ops
-from millpond.cache.storage import zeros
+from millpond.cache.storage.exchange import Slab, attribute, zeros
+from millpond.cache.storage.state import LayerState
 from millpond.errors import BudgetError, ModelError
 from millpond.memory.geometry import Geometry
 from millpond.memory.resumable import InPlace, Pieces
 from millpond.ops.metadata import LayerMetadata
 from millpond.positions import Rope
 
-__all__ = ["PondLayer", "turning"]
+__all__ = ["METADATA", "VECTORS", "PondLayer", "turning"]
+
+VECTORS = ("keys", "values")
+METADATA = ("time_us", "grid_position", "positions", "accumulated_attention")
+"""Attributes of a layer that hold its tensors; `accumulated_attention` may be None."""
 
 
 class PondLayer(CacheLayerMixin):
@@ -69,8 +74,13 @@ class PondLayer(CacheLayerMixin):
     def capacity(self) -> int:
         return self.keys.shape[2]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tensors that there are."""
+        return tuple(name for name in (*VECTORS, *METADATA) if getattr(self, name) is not None)
+
     def tensors(self) -> tuple[Tensor, ...]:
-        """Every tensor of the layer as [H, capacity, ...] views of its storage."""
+        """Every tensor of the layer as [H, capacity, ...] views of its storage, in the order of `names`."""
         every = self.keys.select(0, 0), self.values.select(0, 0), self.time_us, self.grid_position, self.positions
         return every if self.accumulated_attention is None else (*every, self.accumulated_attention)
 
@@ -176,11 +186,29 @@ class PondLayer(CacheLayerMixin):
             partial(moved.run, -(-len(positions) // chunk), make, write),
         ]
 
-    def adopt(self, other: PondLayer) -> None:
-        """Copy the live tokens of a layer of the same geometry into this one's storage."""
-        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
-            mine[:, : other.length].copy_(theirs[:, : other.length])
-        self.length = other.length
+    def kept(self, start: int) -> tuple[Tensor, Tensor]:
+        """Stream times int64 [H, n] and places int16 [H, n, 2] of all live tokens from slot `start` on, quantized ones in front."""
+        return self.time_us[:, start : self.length], self.grid_position[:, start : self.length]
+
+    def accumulated(self, length: int) -> list[Tensor]:
+        """Views of the sums of the tokens in front of slot `length` and of the quantized ones."""
+        assert self.accumulated_attention is not None
+        return [self.accumulated_attention[:, :length]]
+
+    def resized(self, slots: int, length: int, groups: int) -> list[Slab]:
+        """Every tensor, as it becomes `slots` slots and `groups` quantized groups large, with at most `length` live slots by then."""
+        return [attribute(self, name, slots, min(length, self.length), name in VECTORS) for name in self.names]
+
+    def state(self) -> LayerState:
+        """What is live."""
+        live = (tensor[:, : self.length] for tensor in self.tensors())
+        return LayerState(self.length, dict(zip(self.names, live, strict=True)))
+
+    def restore(self, state: LayerState) -> None:
+        """Copy what the `state` of a layer of the same geometry says into this one's storage."""
+        for mine, theirs in zip(self.tensors(), state.tensors.values(), strict=True):
+            mine[:, : state.length].copy_(theirs)
+        self.length = state.length
 
 
 def turning(keys: Tensor, rope: Rope, by: Tensor, chunk: int) -> Callable[[], None]:

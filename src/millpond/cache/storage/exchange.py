@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from millpond.errors import BudgetError
 from millpond.memory.budget import format_bytes
+from millpond.memory.ledger import Ledger
 
-if TYPE_CHECKING:
-    from millpond.memory.ledger import Ledger
-
-__all__ = ["Exchange", "Slab", "feasible", "zeros"]
+__all__ = ["Exchange", "Slab", "attribute", "feasible", "zeros"]
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -56,6 +54,12 @@ class Slab:
     new: int
     live: int
 
+    @classmethod
+    def like(cls, get: Callable[[], Tensor], put: Callable[[Tensor], None], old: int, new: int, live: int) -> Slab:
+        """A slab of the shape and dtype of what `get` gives."""
+        like = get()
+        return cls(get, put, tuple(like.shape[2:]), like.dtype, like.device, like.shape[0], old, new, live)
+
     def nbytes(self, rows: int) -> int:
         """Bytes of `rows` rows of every head."""
         return self.heads * rows * prod(self.row) * self.dtype.itemsize
@@ -67,6 +71,19 @@ class Slab:
     def spans(self, first: int, last: int) -> list[Tensor]:
         """Bytes of the rows from `first` to `last` of each head, uint8 views."""
         return [head[first:last].reshape(-1).view(torch.uint8) for head in self.get()]
+
+
+def attribute(holder: Any, name: str, new: int, live: int, batched: bool = False) -> Slab:
+    """A holder's tensor by its name, [H, n, ...], or [1, H, n, ...] when `batched`."""
+
+    def get() -> Tensor:
+        tensor: Tensor = getattr(holder, name)
+        return tensor[0] if batched else tensor
+
+    def put(tensor: Tensor) -> None:
+        setattr(holder, name, tensor[None] if batched else tensor)
+
+    return Slab.like(get, put, get().shape[1], new, live)
 
 
 def feasible(slabs: Sequence[Slab], held: int, limit: int | None) -> bool:
