@@ -53,9 +53,13 @@ def test_a_policy_that_one_word_cannot_tell_is_not_written() -> None:
         ({"budget": "much"}, BudgetError, "cannot read 'much' as a size"),
         ({"budget": 0}, BudgetError, "at least one byte"),
         ({"recent_frames": -1}, MillpondError, "recent_frames must be a whole number, at least 0, not -1"),
-        ({"host_budget": "1MiB"}, PolicyError, "moves nothing to host memory: leave out host_budget and host_path"),
-        ({"host_path": "."}, PolicyError, "moves nothing to host memory"),
-        ({"policy": "infinipot-v-released", "admission": "curvestream"}, PolicyError, "which curvestream thins"),
+        ({"host_budget": "1MiB"}, PolicyError, "host memory do not go together: leave out host_budget and host_path"),
+        ({"host_path": "."}, PolicyError, "host memory do not go together"),
+        (
+            {"policy": "infinipot-v-released", "admission": "curvestream"},
+            PolicyError,
+            "an admission do not go together: it thins frames",
+        ),
         ({"sistem": ""}, MillpondError, "a session has no argument 'sistem'; it has: budget, policy"),
     ],
 )

@@ -143,7 +143,7 @@ def state(one: Scene) -> list[Any]:
         pond.evicted,
         pond.nbytes,
         pond.ledger.account("storage"),
-        pond.ledger.account("dequantization_buffer"),
+        pond.ledger.account("dequantization buffer"),
     ]
     tensors = [pond.queries.rows]
     for layer in pond.layers:

@@ -284,7 +284,7 @@ def test_resize_keeps_what_it_can_and_both_caps(factor: float) -> None:
     assert pond.ledger.limit == budget
     assert pond.ledger.held <= budget
     assert pond.ledger.account("storage") == pond.nbytes
-    assert pond.ledger.account("dequantization_buffer") == plan.dequantization_bytes
+    assert pond.ledger.account("dequantization buffer") == plan.dequantization_bytes
     assert pond.quantized_tokens <= plan.quantized_tokens
     assert stream.worst() <= 0.03
     if factor > 1:

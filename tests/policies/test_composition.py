@@ -98,7 +98,7 @@ class Made(Scorer):
     def score(self, view: View) -> torch.Tensor:
         shown = {
             composition.QUERIES: view.queries,
-            composition.ACCUMULATED: view.sums,
+            composition.ACCUMULATED: view.accumulated_attention,
             composition.DEEPER: view.carried_scores,
             composition.POSITIONS: view.rope,
         }

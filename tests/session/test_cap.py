@@ -119,10 +119,10 @@ def test_frames_that_wait_stay_within_a_budget_that_is_made_smaller() -> None:
     def source() -> Iterator[Frame]:
         for index, frame in enumerate(moving(40)):
             if index == 7:
-                waited.append(session._runner.pond.ledger.account("waiting"))
+                waited.append(session._runner.pond.ledger.account("waiting frames"))
                 session.resize("300KiB")
                 assert waited[0] > session.plan.waiting_bytes
-            assert session._runner.pond.ledger.account("waiting") <= session.plan.waiting_bytes
+            assert session._runner.pond.ledger.account("waiting frames") <= session.plan.waiting_bytes
             assert held_bytes(session) <= session._runner.pond.ledger.held <= session.plan.budget
             yield frame
 

@@ -71,7 +71,7 @@ def state_of(session: Session) -> list[object]:
 
 def check_books(session: Session) -> None:
     at, ledger = session._ingest.at, session._runner.pond.ledger
-    assert ledger.account("waiting") == sum(frame.nbytes for _, frame in at.waiting)
+    assert ledger.account("waiting frames") == sum(frame.nbytes for _, frame in at.waiting)
     assert ledger.account("undo") == ledger.account("scratch") == 0
 
 

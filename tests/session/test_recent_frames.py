@@ -276,7 +276,7 @@ def test_without_them_nothing_is_planned_or_kept(qwen: Family) -> None:
     session.feed(list(moving(20)))
     assert (session.plan.recent_tokens, session.plan.recent_bytes) == (0, 0)
     assert whole_state(session) == state(session)
-    assert session._runner.pond.ledger.account("recent frames") == 0
+    assert session._runner.pond.ledger.account("recent pixels") == 0
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3])

@@ -87,7 +87,7 @@ def test_the_cap_holds_at_every_step(
         session.feed(list(moving(20, start=session.usage.stream_seconds + 1)))
     assert session.usage.peak_bytes <= session.plan.budget  # type: ignore[operator]
     size, _ = next(iter(session._ingest.state().recent))[0][1].shape[:2]
-    assert session._runner.pond.ledger.account("recent frames") == session.plan.recent_bytes == N * size * size * 3
+    assert session._runner.pond.ledger.account("recent pixels") == session.plan.recent_bytes == N * size * size * 3
     budget = session.plan.budget
     assert budget is not None
     session.resize(budget * 2)

@@ -42,7 +42,7 @@ def dequantization_buffer(geometry: Geometry, split: Split) -> Line:
     """One layer's keys and values, unpacked; see `millpond.cache.tier`."""
     tier = split.policy.needs.quantized_tier
     size = tier.dequantization_bytes(geometry, split.slots + split.quantized_tokens) if tier else 0
-    return Line("dequantization buffer", 0, size, "where one layer is unpacked", account="dequantization_buffer")
+    return Line("dequantization buffer", 0, size, "where one layer is unpacked")
 
 
 def queries(geometry: Geometry, split: Split) -> Line:

@@ -181,9 +181,7 @@ class Pond(Transactional, Cache):
         count = time_us.shape[0]
         if count > self.free:
             raise BudgetError(f"a block of {count} tokens was not admitted: {self.free} slots are free")
-        self.storage.write_metadata(
-            time_us.to(self.device), grid_position.to(self.device), positions.T.to(self.device)
-        )
+        self.storage.write_metadata(time_us.to(self.device), grid_position.to(self.device), positions.T.to(self.device))
 
     def commit(self, time_us: Tensor, grid_position: Tensor) -> None:
         """Count a block that has run as part of the stream: its groups become the latest, its text protected.

@@ -138,11 +138,11 @@ class Plan:
     recent_tokens = _Total("slots", "recent frames")
     retrieved_tokens = _Total("slots", "retrieved frames")
     quantized_bytes = _Total("bytes", "quantized store")
-    dequantization_bytes = _Total("bytes", "dequantization_buffer")
+    dequantization_bytes = _Total("bytes", "dequantization buffer")
     query_bytes = _Total("bytes", "queries")
     undo_bytes = _Total("bytes", "undo")
     scratch_bytes = _Total("bytes", "scratch")
-    waiting_bytes = _Total("bytes", "waiting")
+    waiting_bytes = _Total("bytes", "waiting frames")
     recent_bytes = _Total("bytes", "recent pixels")
     state_bytes = _Total("bytes", "admission")
 

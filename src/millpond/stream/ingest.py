@@ -168,7 +168,7 @@ class Ingest:
             interval_us=0 if last is None else time_us - last,
             frames=self.at.frames + 1,
         )
-        runner.pond.ledger.hold("waiting", _nbytes(at.waiting))
+        runner.pond.ledger.hold("waiting frames", _nbytes(at.waiting))
         self.at = at
         if len(at.waiting) >= runner.pond.plan.block_groups * runner.family.frames_per_group:
             self._digest(partial=False)
@@ -265,7 +265,10 @@ class Ingest:
     def book(self) -> None:
         """Write down what the waiting frames and those for recent frames take."""
         # The frames of a block go from one account to the other, so the one that shrinks comes first.
-        sizes = {"waiting": _nbytes(self.at.waiting), "recent frames": sum(map(_nbytes, self._recent_frames.groups))}
+        sizes = {
+            "waiting frames": _nbytes(self.at.waiting),
+            "recent pixels": sum(map(_nbytes, self._recent_frames.groups)),
+        }
         ledger = self._runner.pond.ledger
         for name in sorted(sizes, key=lambda name: sizes[name] - ledger.account(name)):
             ledger.hold(name, sizes[name])

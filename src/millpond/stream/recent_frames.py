@@ -96,10 +96,10 @@ class FramesAsPixels:
         """Those frames themselves."""
         frames = self._again(split) * split.frames_per_group
         purpose = f"the latest {frames}, to be encoded again"
-        return Line("recent pixels", 0, frames * self.frame_bytes, purpose, account="recent frames")
+        return Line("recent pixels", 0, frames * self.frame_bytes, purpose)
 
     def waiting(self, geometry: Geometry, split: Split) -> Line:
         """Frames whose block is not full."""
         frames = split.block_groups * split.frames_per_group
         purpose = f"{frames} frames, until their block is full"
-        return Line("waiting frames", 0, frames * self.frame_bytes, purpose, account="waiting")
+        return Line("waiting frames", 0, frames * self.frame_bytes, purpose)

@@ -29,7 +29,7 @@ class DequantizationBuffer:
         """Make it as large as a plan says."""
         self.step = self.tier.step(plan.chunk)
         self.quantization_bytes = self.tier.quantizer.scratch_bytes(self.step, self.geometry.head_dim)
-        self.ledger.hold("dequantization_buffer", plan.dequantization_bytes)
+        self.ledger.hold("dequantization buffer", plan.dequantization_bytes)
         shape = 1, self.geometry.kv_heads, plan.quantized_tokens + plan.slots, self.geometry.head_dim
         self.keys = zeros(shape, self.geometry.dtype, self.device)
         self.values = zeros(shape, self.geometry.dtype, self.device)
@@ -37,7 +37,7 @@ class DequantizationBuffer:
     def clear(self) -> None:
         """Give the storage back."""
         self.keys = self.values = self.keys.new_empty(0)
-        self.ledger.hold("dequantization_buffer", 0)
+        self.ledger.hold("dequantization buffer", 0)
 
     def lay_out(self, quantized_store: QuantizedStore, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Unpack a quantized store and put a layer's full keys and values [1, H, n, D] behind it; returns views of both."""

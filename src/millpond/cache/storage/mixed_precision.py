@@ -58,7 +58,7 @@ class MixedPrecisionStorage(Storage):
 
     @property
     def buffer_bytes(self) -> int:
-        return self.ledger.account("dequantization_buffer")
+        return self.ledger.account("dequantization buffer")
 
     def targets(self, plan: Plan, tokens: int, slots: int) -> list[int]:
         most = tokens - plan.quantized_tokens
