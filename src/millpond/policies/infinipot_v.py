@@ -42,7 +42,7 @@ class InfiniPotV(Policy):
         tar_first: frame groups of the memory, |C| / p, that are TaR's and the recent frames' before alpha divides the rest: of a memory
             of F groups VaN gets (1 - alpha) (1 - tar_first / F), in the limit of large memories the published 1 - alpha. Published: 0,
             which leaves TaR next to nothing in memories of a few groups, where the recent one has to be paid first. Ours: 1.5, chosen on
-            validation streams (docs/accuracy.md).
+            validation streams (docs/accuracy/small-memories.md).
         recent_share: share of the frames in memory that are kept whole, from the latest back. Published: a quarter.
         pooling: "adaptive" (by CV), or one kernel (1, 3, 5, 7) for every layer; 1 is no pooling.
         thresholds: CV below the first gives kernel 7, below the second 5, below the third 3, else 1.
