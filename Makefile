@@ -11,14 +11,18 @@ PIP_INSTALL := -m pip --disable-pip-version-check -q install
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: test lint unit lowest latest triton nightly demo lock clean
+.PHONY: test lint docs unit lowest latest triton nightly demo lock clean
 
-test: lint unit lowest triton
+test: lint docs unit lowest triton
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, with an API reference from docstrings, into build/site; a broken link or reference is an error. No network.
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 unit: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2
