@@ -62,7 +62,7 @@ def test_the_source_archive_carries_tests_docs_and_kernels(tmp_path: Path, monke
     archive = tmp_path / build_meta.build_sdist(str(tmp_path))
     with tarfile.open(archive) as opened:
         names = {name.split("/", 1)[-1] for name in opened.getnames()}
-    for path in ("CHANGELOG.md", "LICENSE", "setup.py", "constraints.txt", "docs/memory/index.md", "tests/test_packaging.py"):
+    for path in ("CHANGELOG.md", "LICENSE", "setup.py", "constraints.txt", "docs/index.md", "tests/test_packaging.py"):
         assert path in names
     assert {f"src/{source.relative_to(ROOT / 'src')}" for source in ROOT.glob("src/**/*.cpp")} <= names
     assert not [name for name in names if name.endswith(".so")]

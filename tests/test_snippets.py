@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 import millpond
@@ -77,6 +78,12 @@ def test_readme(run: Any, film: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     session = run("README.md")["session"]
     assert session.usage.frames_seen == 260
     assert capsys.readouterr().out.count(f"<= {256 << 20}") == 2  # after one minute and after two
+
+
+def test_contributing(run: Any, film: Path) -> None:
+    commands = typer.Typer()
+    commands.command()(run("CONTRIBUTING.md")["count"])
+    assert CliRunner().invoke(commands, [str(film), "--fps", "1", "--json"]).stdout == '{"frames": 130}\n'
 
 
 def test_sources(run: Any, film: Path, monkeypatch: pytest.MonkeyPatch) -> None:

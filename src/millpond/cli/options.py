@@ -240,7 +240,7 @@ HostOption = Annotated[
 ]
 PolicyOption = Annotated[
     str,
-    typer.Option("--policy", "-p", envvar="MILLPOND_POLICY", help="Decides what is forgotten; `millpond policies` lists them."),
+    typer.Option("--policy", "-p", envvar="MILLPOND_POLICY", help="The policy; `millpond policies` lists them."),
 ]
 AdmissionOption = Annotated[
     str | None,
