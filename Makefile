@@ -20,9 +20,10 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The site, with an API reference from docstrings, into build/site; a broken link or reference is an error. No network.
+# The site, with an API reference from docstrings, into build/site; no network. A broken link or reference is an error (with --quiet
+# mkdocs would count none).
 docs: $(VENV)/.ready
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 unit: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2
