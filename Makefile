@@ -14,11 +14,11 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 # `make check` before every commit, `make test` before every merge, `make nightly` by night.
-.PHONY: check test lint fast unit lowest latest triton nightly demo lock clean
+.PHONY: check test lint docs fast unit lowest latest triton nightly demo lock clean
 
 check: lint fast
 
-test: lint unit lowest triton
+test: lint docs unit lowest triton
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -28,6 +28,11 @@ lint: $(VENV)/.ready
 # One case a mechanism, and nothing that takes seconds.
 fast: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 -m 'not slow and not nightly'
+
+# The site, with an API reference from docstrings, into build/site; no network. A broken link or reference is an error (with --quiet
+# mkdocs would count none).
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 unit: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 -m 'not nightly'

@@ -72,7 +72,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_source_archive_carries_tests_docs_and_kernels(archive: Path) -> None:
     names = {str(path.relative_to(archive)) for path in archive.rglob("*")}
-    for path in ("CHANGELOG.md", "LICENSE", "setup.py", "constraints.txt", "docs/memory.md", "tests/test_packaging.py"):
+    for path in ("CHANGELOG.md", "LICENSE", "setup.py", "constraints.txt", "docs/index.md", "tests/test_packaging.py"):
         assert path in names
     assert "training/minnow/train.py" in names
     assert {f"src/{source.relative_to(ROOT / 'src')}" for source in ROOT.glob("src/**/*.cpp")} <= names

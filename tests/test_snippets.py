@@ -10,16 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 import millpond
-from millpond import frames, models, precision
+from millpond import frames, minnow, models, precision
 from millpond.cli import app
 from millpond.eval import streams
 from tests.frames.media import gray
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = {
+    str(page.relative_to(ROOT)): page
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
+}
 
 
 def snippets(page: Path) -> list[str]:
@@ -32,11 +36,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[s
     monkeypatch.chdir(tmp_path)
 
     def run(name: str, **known: Any) -> dict[str, Any]:
-        page = next(page for page in PAGES if page.name == name)
         module = types.ModuleType("snippet")
         monkeypatch.setitem(sys.modules, "snippet", module)
         module.__dict__.update(known)
-        for snippet in snippets(page):
+        for snippet in snippets(PAGES[name]):
             exec(compile(snippet, name, "exec", dont_inherit=True), module.__dict__)
         return module.__dict__
 
@@ -63,43 +66,52 @@ def camera(film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_page_with_snippets_is_run_here() -> None:
     text = Path(__file__).read_text()
-    for page in PAGES:
-        assert not snippets(page) or f'"{page.name}"' in text, f"no test runs the snippets of {page.name}"
+    for name, page in PAGES.items():
+        assert not snippets(page) or f'"{name}"' in text, f"no test runs the snippets of {name}"
 
 
 def test_readme(run: Any, film: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     camera(film, monkeypatch)
+    Path("models").mkdir()
+    # A folder of the same family as the one that the page names, small enough for a test.
+    Path("models/Qwen2.5-VL-3B-Instruct").symlink_to(minnow.folder())
     session = run("README.md")["session"]
     assert session.usage.frames_seen == 260
-    assert capsys.readouterr().out.count("<= 524288") == 2  # after one minute and after two
+    assert capsys.readouterr().out.count(f"<= {256 << 20}") == 2  # after one minute and after two
+
+
+def test_contributing(run: Any, film: Path) -> None:
+    commands = typer.Typer()
+    commands.command()(run("CONTRIBUTING.md")["count"])
+    assert CliRunner().invoke(commands, [str(film), "--fps", "1", "--json"]).stdout == '{"frames": 130}\n'
 
 
 def test_sources(run: Any, film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     camera(film, monkeypatch)
     session = millpond.Session(models.load("minnow"), budget="1MiB")
-    run("sources.md", session=session, pixels=[gray(index) for index in range(100)])
+    run("docs/sources.md", session=session, pixels=[gray(index) for index in range(100)])
     assert session.usage.frames_seen == 130
     assert sum(1 for _ in frames.open("out.mp4")) == 100
 
 
 def test_minnow(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    stream: streams.Stream = run("minnow.md")["stream"]
+    stream: streams.Stream = run("docs/minnow.md")["stream"]
     assert capsys.readouterr().out.splitlines() == [f"{q.family} {q.text} {q.answer}" for q in stream.questions]
     assert sum(1 for _ in frames.open("clip.mp4")) == 128
 
 
 def test_families(run: Any) -> None:
-    assert run("families.md")["Brook"].model_types == ("brook",)
+    assert run("docs/families.md")["Brook"].model_types == ("brook",)
 
 
 def test_policies(run: Any) -> None:
-    assert run("policies.md")["KeyDiff"]().name == "keydiff"
+    assert run("docs/policies/writing.md")["KeyDiff"]().name == "keydiff"
 
 
 def test_recompute(run: Any) -> None:
     cell = torch.nn.GRUCell(4, 4)
     found = run(
-        "recompute.md",
+        "docs/recompute/index.md",
         step=lambda x, state: (state := cell(x, state), state),
         inputs=torch.randn(20, 2, 4),
         x=torch.randn(2, 4),
@@ -118,4 +130,4 @@ def test_precision(run: Any, tmp_path: Path) -> None:
     assert CliRunner().invoke(app, words).exit_code == 0
     samples = precision.samples_of(models.load("OUT", weights=False).tokenizer, text, samples=2, length=32)
     precision.calibrate("OUT", samples, [3.5, 4.0], quiet=True)
-    assert run("precision.md")["session"].plan.slots > 0
+    assert run("docs/precision/index.md")["session"].plan.slots > 0

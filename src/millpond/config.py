@@ -33,7 +33,7 @@ class SessionConfig:
         policy: a name (`millpond policies` lists them) or a `Policy`.
         positions: what happens to rotary positions near the trained limit. "contiguous" closes the gaps that evictions left, so
             that distances stay in the trained range; "absolute" keeps true distances in time and shifts all numbers. Measured
-            in docs/accuracy.md.
+            in docs/accuracy/1024-groups.md.
         system: a system message, pinned with the prompt.
         reserve_tokens: slots kept free for a question and its answer; by default an eighth of all, 32 to 512.
         admission: what of each frame is let in at all, before the policy: a name ("curvestream") or an `Admission`. None lets

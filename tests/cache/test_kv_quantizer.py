@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from millpond.cache.kv_quantizer import BITS, KVQuantizer
 from millpond.errors import PolicyError
+from millpond.kv_quantization.quantizer import BITS, KVQuantizer
 from millpond.ops import dispatch
 from millpond.ops.dequantization import unpack_codes
 from tests.session.measure import transient_peak

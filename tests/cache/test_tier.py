@@ -9,11 +9,11 @@ from torch import Tensor
 
 from millpond.cache import Pond
 from millpond.cache.consumers import make_plan
-from millpond.cache.kv_quantizer import KVQuantizer
 from millpond.cache.rerotation import close_gaps, shift_uniformly
 from millpond.cache.storage.mixed_precision_layer import stream_order
-from millpond.cache.tier import Tier
 from millpond.errors import PolicyError
+from millpond.kv_quantization.quantizer import KVQuantizer
+from millpond.kv_quantization.tier import QuantizedTier
 from millpond.memory.geometry import Geometry
 from millpond.memory.plan import Plan
 from millpond.ops import dispatch
@@ -389,4 +389,4 @@ def test_what_cannot_be_packed_is_refused() -> None:
     with pytest.raises(PolicyError):
         MiKV(base=MiKV())
     with pytest.raises(PolicyError):
-        Tier(KVQuantizer(4), 2.0)
+        QuantizedTier(KVQuantizer(4), 2.0)

@@ -135,7 +135,7 @@ def test_the_lines_cover_what_a_stream_holds(
 
 
 def test_the_page_on_memory_has_a_row_for_every_line() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "memory" / "index.md").read_text(encoding="utf-8")
     session = Session(tiny("qwen2_vl"), budget="5MiB", policy="rekv", host_budget="1MiB", recent_frames=2)
     lines = session.plan_for(56, 56).lines
     table = page.partition("| line | size | why |\n|---|---|---|\n")[2].partition("\n\n")[0]

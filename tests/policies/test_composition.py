@@ -14,8 +14,8 @@ from millpond import PolicyError, PondCache, Session, policies
 from millpond.cache import Pond
 from millpond.cache.consumers import make_plan
 from millpond.cache.host import HostCache
-from millpond.cache.kv_quantizer import KVQuantizer
-from millpond.cache.tier import Tier
+from millpond.kv_quantization.quantizer import KVQuantizer
+from millpond.kv_quantization.tier import QuantizedTier
 from millpond.memory.geometry import Geometry
 from millpond.policies import composition
 from millpond.policies.allocators.diversity import Diversity
@@ -29,7 +29,7 @@ from tests.policies.views import grid_view, rope
 from tests.session.frames import moving
 from tests.session.measure import held_bytes
 
-TIER = Tier(KVQuantizer(4, 4), 0.5)
+TIER = QuantizedTier(KVQuantizer(4, 4), 0.5)
 NEEDS = {
     composition.QUERIES: {"proxy": "latest", "queries": 4},
     composition.ACCUMULATED: {"accumulated_attention": True},
@@ -233,9 +233,8 @@ def test_a_wrapper_hands_on_every_member_of_a_policy_that_it_does_not_override(
 
 
 def test_the_tables_in_the_docs_are_those_of_the_code() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "policies.md").read_text()
-    section = text[text.index("## What goes with what") : text.index("## InfiniPot-V, by the paper")]
-    lines = [line for line in section.splitlines() if line.startswith("|") and "---" not in line]
+    text = (Path(__file__).parents[2] / "docs" / "policies" / "combinations.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
     rows = [tuple(cell.strip(" `") for cell in line.strip("|").split("|")) for line in lines]
     assert [row for row in rows if len(row) == 3][1:] == [(*pair, why) for pair, why in REFUSED.items()]
     model = text_model()

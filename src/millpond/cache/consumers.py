@@ -39,7 +39,7 @@ def quantized_store(geometry: Geometry, split: Split) -> Line:
 
 
 def dequantization_buffer(geometry: Geometry, split: Split) -> Line:
-    """One layer's keys and values, unpacked; see `millpond.cache.tier`."""
+    """One layer's keys and values, unpacked; see `millpond.kv_quantization.tier`."""
     tier = split.policy.needs.quantized_tier
     size = tier.dequantization_bytes(geometry, split.slots + split.quantized_tokens) if tier else 0
     return Line("dequantization buffer", 0, size, "where one layer is unpacked")

@@ -50,7 +50,7 @@ def accuracy(
     ],
     recent_frames: Annotated[int, typer.Option(min=0, metavar="N", help="As in `millpond watch`.")] = 0,
     questions: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="Question families; by default those that Minnow supports.")
+        str | None, typer.Option(metavar="A,B,...", help="Question types; by default those that Minnow supports.")
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Worker processes, one thread each.")] = 2,
     out: Annotated[Path, typer.Option(help="Folder of the results; a study in it is resumed.")] = Path("runs/accuracy"),

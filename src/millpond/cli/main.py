@@ -34,7 +34,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def millpond(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Watch endless video inside a byte budget, and answer questions about it at any moment.

@@ -242,12 +242,12 @@ HostOption = Annotated[
         envvar="MILLPOND_HOST_BUDGET",
         parser=read_budget,
         metavar="SIZE",
-        help="Beside the budget: bytes of host memory for a policy that recalls frames from there (rekv).",
+        help="Beside the budget: bytes of host memory for a policy that retrieves frames from there (rekv).",
     ),
 ]
 PolicyOption = Annotated[
     str,
-    typer.Option("--policy", "-p", envvar="MILLPOND_POLICY", help="What to forget; `millpond policies` lists them."),
+    typer.Option("--policy", "-p", envvar="MILLPOND_POLICY", help="The policy; `millpond policies` lists them."),
 ]
 AdmissionOption = Annotated[
     str | None,
@@ -256,7 +256,7 @@ AdmissionOption = Annotated[
         envvar="MILLPOND_ADMISSION",
         metavar="NAME",
         show_default="everything",
-        help="What of each frame is let in, before any policy: curvestream.",
+        help="A frame filter in front of the decoder: curvestream.",
     ),
 ]
 RecentOption = Annotated[
@@ -266,7 +266,7 @@ RecentOption = Annotated[
         envvar="MILLPOND_RECENT_FRAMES",
         min=0,
         metavar="N",
-        help="Show each question the latest N frames once more, encoded again; they and their slots count against the budget.",
+        help="Show each question the latest N frames again, encoded anew; their pixels and slots count against the budget.",
     ),
 ]
 PositionsOption = Annotated[
@@ -274,7 +274,7 @@ PositionsOption = Annotated[
     typer.Option(
         "--positions",
         envvar="MILLPOND_POSITIONS",
-        help="Near the trained limit: keep true distances in time, or close the gaps that forgetting left.",
+        help="Rotary positions near the trained limit: keep true distances in time, or close the gaps that evictions left.",
     ),
 ]
 FpsOption = Annotated[

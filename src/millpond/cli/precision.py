@@ -26,9 +26,9 @@ Length = Annotated[int, typer.Option(min=16, help="Tokens in a run.")]
 def quantize(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="minnow, a local folder, a hub id, or a GGUF file.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; an interrupted run in it is taken up again.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; an interrupted run in it is continued.")],
     calibration: CalibrationText,
-    widths: Annotated[str, typer.Option(metavar="LOW-HIGH", help="Least and greatest bits that can be read.")] = "3-8",
+    widths: Annotated[str, typer.Option(metavar="LOW-HIGH", help="Fewest and most bits that can be read.")] = "3-8",
     samples: Samples = 100,
     length: Length = 512,
     quiet: QuietFlag = False,

@@ -20,7 +20,7 @@ from millpond.errors import PolicyError
 from millpond.memory.resumable import Move
 
 if TYPE_CHECKING:
-    from millpond.cache.tier import Tier
+    from millpond.kv_quantization.tier import QuantizedTier
     from millpond.positions import Rope
 
 __all__ = [
@@ -136,7 +136,7 @@ class Needs:
     positions: bool = False
     whole_frames: bool = False
     retrieved_frames: int = 0
-    quantized_tier: Tier | None = None
+    quantized_tier: QuantizedTier | None = None
     layer_share: float = 1.0
 
 

@@ -32,7 +32,7 @@ Move: TypeAlias = Literal["sweep", "hidden", "internal", "swap"]
 # Above any count in a table of at most MOST_STEPS steps, and small enough that two of them and a length fit into int32.
 _NEVER = 2**29
 MOST_STEPS = 20_000
-# Entry-candidates t^2 times levels that the exact search may visit: about six seconds on one core (docs/recompute.md).
+# Entry-candidates t^2 times levels that the exact search may visit: about six seconds on one core (docs/recompute/theory.md).
 _EXACT_WORK = 1.1e9
 # Entries t times levels that the windowed search may fill: about five seconds on one core.
 _WINDOWED_WORK = 5e6

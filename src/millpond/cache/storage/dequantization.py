@@ -7,7 +7,7 @@ from torch import Tensor
 
 from millpond.cache.storage.exchange import zeros
 from millpond.cache.storage.quantized_store import QuantizedStore
-from millpond.cache.tier import Tier
+from millpond.kv_quantization.tier import QuantizedTier
 from millpond.memory.geometry import Geometry
 from millpond.memory.ledger import Ledger
 from millpond.memory.plan import Plan
@@ -21,7 +21,9 @@ class DequantizationBuffer:
     What a layer laid out is gone when the next one is.
     """
 
-    def __init__(self, geometry: Geometry, plan: Plan, tier: Tier, device: torch.device, ledger: Ledger) -> None:
+    def __init__(
+        self, geometry: Geometry, plan: Plan, tier: QuantizedTier, device: torch.device, ledger: Ledger
+    ) -> None:
         self.geometry, self.tier, self.device, self.ledger = geometry, tier, device, ledger
         self.allocate(plan)
 

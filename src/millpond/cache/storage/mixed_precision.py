@@ -11,8 +11,8 @@ from millpond.cache.storage.base import Choose, Relocation, Step, Storage
 from millpond.cache.storage.dequantization import DequantizationBuffer
 from millpond.cache.storage.mixed_precision_layer import MixedPrecisionLayer
 from millpond.cache.storage.surviving import surviving_groups
-from millpond.cache.tier import Tier
 from millpond.errors import BudgetError
+from millpond.kv_quantization.tier import QuantizedTier
 from millpond.memory.geometry import Geometry
 from millpond.memory.ledger import Ledger
 from millpond.memory.plan import Plan
@@ -32,7 +32,9 @@ class MixedPrecisionStorage(Storage):
         buffer: that buffer.
     """
 
-    def __init__(self, geometry: Geometry, plan: Plan, tier: Tier, device: torch.device, ledger: Ledger) -> None:
+    def __init__(
+        self, geometry: Geometry, plan: Plan, tier: QuantizedTier, device: torch.device, ledger: Ledger
+    ) -> None:
         self.tier = tier
         self.buffer = DequantizationBuffer(geometry, plan, tier, device, ledger)
         groups = self.groups_of(plan)

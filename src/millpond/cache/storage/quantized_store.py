@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from millpond import ops
-from millpond.cache.kv_quantizer import KVQuantizer
 from millpond.cache.storage.exchange import Slab, attribute
 from millpond.cache.storage.layer import METADATA, PondLayer
+from millpond.kv_quantization.quantizer import KVQuantizer
 from millpond.memory.geometry import Geometry
 from millpond.memory.resumable import InPlace, Pieces
 from millpond.positions import Rope

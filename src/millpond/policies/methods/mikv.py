@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
-from millpond.cache.kv_quantizer import KVQuantizer
-from millpond.cache.tier import Tier
+from millpond.kv_quantization.quantizer import KVQuantizer
+from millpond.kv_quantization.tier import QuantizedTier
 from millpond.policies import DEFAULT_POLICY
 from millpond.policies.base import Needs, Policy
 from millpond.policies.composition import QUANTIZED_TIER, Wrapper
@@ -48,9 +48,9 @@ class MiKV(Wrapper):
         return read(self.base) if isinstance(self.base, str) else self.base
 
     @cached_property
-    def tier(self) -> Tier:
+    def tier(self) -> QuantizedTier:
         """How much is packed, and how."""
-        return Tier(KVQuantizer(self.bits, self.group), self.full_share)
+        return QuantizedTier(KVQuantizer(self.bits, self.group), self.full_share)
 
     @property
     def needs(self) -> Needs:

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from millpond.cache.kv_quantizer import KVQuantizer
 from millpond.errors import PolicyError
+from millpond.kv_quantization.quantizer import KVQuantizer
 from millpond.memory.geometry import Geometry
 
-__all__ = ["Tier"]
+__all__ = ["QuantizedTier"]
 
 
 @dataclass(frozen=True)
-class Tier:
+class QuantizedTier:
     """How much of a memory is packed, and how.
 
     Attributes:

@@ -1,0 +1,6 @@
+"""Keys and values in few bits: the quantizer, and how many tokens a policy keeps in them. Numbers and rows; nothing about caches."""
+
+from millpond.kv_quantization.quantizer import BITS, KVQuantizer
+from millpond.kv_quantization.tier import QuantizedTier
+
+__all__ = ["BITS", "KVQuantizer", "QuantizedTier"]
