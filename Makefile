@@ -88,7 +88,7 @@ $(LOWEST)/.ready: $(VENV)/.ready constraints-lowest.txt
 	rm -rf $(LOWEST)
 	$(PYTHON) -m venv --without-pip $(LOWEST)
 	$(BIN)/python $(SITE) > "$$($(LOWEST)/bin/python $(SITE))/other.pth"
-	$(BIN)/python -m pip --python $(LOWEST)/bin/python $(PIP_OPTIONS) -c constraints-lowest.txt --no-build-isolation -e .
+	$(BIN)/python -m pip --python $(LOWEST)/bin/python $(PIP_OPTIONS) -c constraints-lowest.txt --no-build-isolation -e '.[precision,train]'
 	touch $@
 
 $(TRITON)/.ready: $(VENV)/.ready

@@ -74,7 +74,7 @@ def test_the_source_archive_carries_tests_docs_and_kernels(archive: Path) -> Non
     names = {str(path.relative_to(archive)) for path in archive.rglob("*")}
     for path in ("CHANGELOG.md", "LICENSE", "setup.py", "constraints.txt", "docs/index.md", "tests/test_packaging.py"):
         assert path in names
-    assert "training/minnow/train.py" in names
+    assert {"training/minnow/train.py", "examples/own_policy.py"} <= names
     assert {f"src/{source.relative_to(ROOT / 'src')}" for source in ROOT.glob("src/**/*.cpp")} <= names
     assert not [name for name in names if name.endswith(".so")]
 
