@@ -24,6 +24,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 # One case a mechanism, and nothing that takes seconds.
 fast: $(VENV)/.ready

@@ -32,7 +32,7 @@ from scipy import stats
 
 from millpond import precision
 from millpond.eval.hardware import describe
-from millpond.models.model_folder import safely
+from millpond.model_folder import safely
 from millpond.precision.calibration import Calibration, Choice
 from millpond.precision.decoder import effective_bits, linears
 from millpond.precision.folder import DESCRIPTION, Description

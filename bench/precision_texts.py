@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from millpond.models.model_folder import safely
+from millpond.model_folder import safely
 
 __all__ = ["calibration_text", "smollm2", "test_text"]
 

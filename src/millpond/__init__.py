@@ -14,9 +14,9 @@ from millpond.errors import BudgetError, MillpondError, ModelError, PolicyError,
 if TYPE_CHECKING:
     from millpond.answer import Answer, LayerMemory, Usage
     from millpond.cache import PondCache
+    from millpond.cache.plan import Plan
     from millpond.config import SessionConfig
     from millpond.memory.budget import Budget
-    from millpond.memory.plan import Plan
     from millpond.session import Session
 
 __version__ = "0.1.0"
@@ -44,7 +44,7 @@ _LATER = {
     "Answer": "millpond.answer",
     "Budget": "millpond.memory.budget",
     "LayerMemory": "millpond.answer",
-    "Plan": "millpond.memory.plan",
+    "Plan": "millpond.cache.plan",
     "PondCache": "millpond.cache",
     "Session": "millpond.session",
     "SessionConfig": "millpond.config",

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from millpond import models
+from millpond.cache.plan import Plan
 from millpond.config import SessionConfig
 from millpond.errors import BudgetError
 from millpond.memory.available import available_memory, check_memory
 from millpond.memory.budget import Budget
 from millpond.memory.heap import hold_nothing
-from millpond.memory.plan import Plan
 from millpond.models.base import Family, Grid
 from millpond.precision.device_budget import DeviceSplit, Workspace, split_device, weight_bytes
 from millpond.precision.folder import is_quantized

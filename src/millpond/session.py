@@ -17,12 +17,12 @@ from typing import Any, Unpack
 import torch
 
 from millpond.answer import Answer, LayerMemory, Usage
+from millpond.cache.plan import Plan
 from millpond.config import Positions, SessionArguments, SessionConfig, configured
 from millpond.device import DEFAULT_FRAME, default_budget, load_within
 from millpond.errors import BudgetError, MillpondError
 from millpond.frames import Frame
 from millpond.memory.available import check_memory
-from millpond.memory.plan import Plan
 from millpond.models.base import Family
 from millpond.policies.base import Policy
 from millpond.policies.composition import NO_HOST_MEMORY, TURNS, check

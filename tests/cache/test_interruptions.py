@@ -17,11 +17,11 @@ from millpond import cache, policies
 from millpond.cache import Pond
 from millpond.cache.consumers import make_plan
 from millpond.cache.host import HostCache
+from millpond.cache.plan import Plan
 from millpond.cache.rerotation import close_gaps, shift_uniformly
 from millpond.cache.storage.mixed_precision_layer import MixedPrecisionLayer
 from millpond.errors import BudgetError, MillpondError
 from millpond.memory.geometry import Geometry
-from millpond.memory.plan import Plan
 from millpond.ops import dispatch
 from millpond.policies.base import TEXT, Policy
 from millpond.policies.methods.mikv import MiKV

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from millpond.cache import Pond
 from millpond.cache.consumers import make_plan
+from millpond.cache.plan import Plan
 from millpond.errors import BudgetError
 from millpond.memory.geometry import Geometry
-from millpond.memory.plan import Plan
 from millpond.policies.base import Policy
 from millpond.policies.methods.mikv import MiKV
-from millpond.stream.recent_frames import FramesAsPixels
+from millpond.stream.consumers import FramesAsPixels
 from tests.cache.test_pond import Stream
 from tests.cache.text_model import Scattered
 from tests.session.measure import held_bytes

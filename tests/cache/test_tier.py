@@ -9,13 +9,13 @@ from torch import Tensor
 
 from millpond.cache import Pond
 from millpond.cache.consumers import make_plan
+from millpond.cache.plan import Plan
 from millpond.cache.rerotation import close_gaps, shift_uniformly
 from millpond.cache.storage.mixed_precision_layer import stream_order
 from millpond.errors import PolicyError
 from millpond.kv_quantization.quantizer import KVQuantizer
 from millpond.kv_quantization.tier import QuantizedTier
 from millpond.memory.geometry import Geometry
-from millpond.memory.plan import Plan
 from millpond.ops import dispatch
 from millpond.policies.base import TEXT, Policy, View
 from millpond.policies.methods.mikv import MiKV

@@ -65,3 +65,12 @@ def test_without_weights_the_folder_says_what_to_do(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
     with pytest.raises(ModelError, match="training/minnow"):
         minnow.folder()
+
+
+def test_it_knows_the_size_of_the_streams_drawings() -> None:
+    from millpond.eval.streams.drawing import EDGE
+    from millpond.minnow.familiar import familiar
+
+    picture = np.random.default_rng(0).integers(0, 8, (EDGE, EDGE, 1), dtype=np.uint8).repeat(3, axis=2) << 5
+    assert familiar(picture)
+    assert not familiar(picture[1:])

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from millpond import BudgetError, Session
+from millpond.cache.plan import Plan
 from millpond.cache.pond import Pond
 from millpond.frames import Frame
-from millpond.memory.plan import Plan
 from tests.models.tiny import tiny
 from tests.nightly import nightly
 from tests.session.frames import moving

@@ -9,8 +9,8 @@ import torch
 from millpond import Session, policies
 from millpond.cache import PondCache
 from millpond.cache.consumers import make_plan
+from millpond.cache.plan import Plan
 from millpond.memory.geometry import Geometry
-from millpond.memory.plan import Plan
 from millpond.policies.base import Policy
 from millpond.policies.methods.hermes import HERMES
 from tests.cache.text_model import text_model

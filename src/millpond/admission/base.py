@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from millpond.cache.plan import Consumer, Split
 from millpond.memory.geometry import Geometry
 from millpond.memory.lines import Line
-from millpond.memory.plan import Consumer, Split
 
 __all__ = ["Admission", "Verdict", "admission_consumers"]
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from millpond.cache.host import HostCache
+from millpond.cache.plan import Plan
 from millpond.cache.proxy_queries import ProxyQueries
 from millpond.cache.recent import Protected, RecentWindow
 from millpond.cache.storage.base import Storage
 from millpond.memory.ledger import Ledger
-from millpond.memory.plan import Plan
 from millpond.policies.base import Policy, View
 from millpond.positions import Rope
 

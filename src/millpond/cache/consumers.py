@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from millpond.cache.plan import Consumer, Plan, Split, split_budget
 from millpond.cache.scratch import scratch_line
 from millpond.memory.geometry import Geometry
 from millpond.memory.lines import STORAGE, Line, slot_line
-from millpond.memory.plan import Consumer, Plan, Split, split_budget
 from millpond.policies.base import Policy
 
 __all__ = ["BESIDE", "RESERVE", "make_plan"]
@@ -81,7 +81,7 @@ def make_plan(
 
     Args:
         reserve, beside: the stream's consumers, of slots and of bytes alone.
-        budget, geometry, policy, sizes: as in `millpond.memory.plan.split_budget`.
+        budget, geometry, policy, sizes: as in `millpond.cache.plan.split_budget`.
 
     Raises:
         BudgetError: too small; names the minimum that works.

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from millpond.cache.compaction import choose_groups, choose_tokens
 from millpond.cache.compaction_state import CompactionState
 from millpond.cache.host import HostCache
+from millpond.cache.plan import Plan
 from millpond.cache.pond_state import Mark, PondState
 from millpond.cache.proxy_queries import ProxyQueries, accumulate_attention
 from millpond.cache.recent import RecentWindow
@@ -26,7 +27,6 @@ from millpond.cache.storage import make_storage
 from millpond.errors import BudgetError
 from millpond.memory.geometry import Geometry
 from millpond.memory.ledger import Ledger
-from millpond.memory.plan import Plan
 from millpond.memory.resumable import Steps, Transactional
 from millpond.policies.base import TEXT, Policy, View
 from millpond.policies.composition import check

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from millpond.cache.host import HostCacheState
+from millpond.cache.plan import Plan
 from millpond.cache.proxy_queries import QueriesState
 from millpond.cache.recent import RecentWindow
 from millpond.cache.storage.state import StorageState
-from millpond.memory.plan import Plan
 
 __all__ = ["Mark", "PondState"]
 

@@ -11,11 +11,11 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 
+from millpond.cache.plan import Plan
 from millpond.cache.storage.base import Storage
 from millpond.cache.storage.exchange import Exchange, Slab, feasible
 from millpond.errors import BudgetError
 from millpond.memory.ledger import Ledger
-from millpond.memory.plan import Plan
 from millpond.memory.resumable import Steps
 
 __all__ = ["Resizing", "most_tokens", "reachable"]

@@ -6,9 +6,9 @@ in bytes; `tokens` are those of one layer, `quantized` of them in few bits.
 
 from __future__ import annotations
 
+from millpond.cache.plan import Split
 from millpond.memory.geometry import Geometry
 from millpond.memory.lines import Line
-from millpond.memory.plan import Split
 from millpond.policies.base import Policy, Shape
 from millpond.policies.scoring.attention import accumulation_scratch
 from millpond.policies.scoring.matching import matching_scratch

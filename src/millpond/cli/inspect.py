@@ -35,7 +35,7 @@ from millpond.errors import BudgetError
 from millpond.policies import DEFAULT_POLICY
 
 if TYPE_CHECKING:
-    from millpond.memory.plan import Plan
+    from millpond.cache.plan import Plan
     from millpond.models.base import Family
     from millpond.precision.device_budget import DeviceSplit
 

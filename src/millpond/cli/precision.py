@@ -97,7 +97,7 @@ def _load(name: str) -> tuple[Any, Any, Any]:
     from accelerate import init_empty_weights
 
     from millpond.errors import MillpondError, ModelError, first_line
-    from millpond.models.model_folder import check, check_size, safely
+    from millpond.model_folder import check, check_size, safely
 
     path = Path(name)
     gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
@@ -142,7 +142,7 @@ def _tokenizer(source: str, **gguf: str) -> Any:
     import transformers
 
     from millpond.errors import ModelError, first_line
-    from millpond.models.model_folder import safely
+    from millpond.model_folder import safely
 
     try:
         return transformers.AutoTokenizer.from_pretrained(source, **safely(source), **gguf)

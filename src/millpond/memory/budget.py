@@ -1,6 +1,6 @@
 """The one dial: a memory budget in bytes.
 
-Knows how to read and to print byte sizes. What a budget is split into is `millpond.memory.plan`'s business.
+Knows how to read and to print byte sizes. What a budget is split into is `millpond.cache.plan`'s business.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ import transformers
 from accelerate import init_empty_weights
 
 from millpond.errors import MillpondError, ModelError, first_line
+from millpond.model_folder import check, check_size, read_json, safely
 from millpond.models.base import Family
 from millpond.models.llava_next_video import LlavaNextVideo
 from millpond.models.llava_onevision import LlavaOnevision
-from millpond.models.model_folder import check, check_size, read_json, safely
 from millpond.models.qwen2_5_vl import Qwen25VL
 from millpond.models.qwen2_vl import Qwen2VL
 from millpond.models.qwen3_vl import Qwen3VL

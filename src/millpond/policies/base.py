@@ -18,6 +18,7 @@ from torch import Tensor
 from millpond import ops
 from millpond.errors import PolicyError
 from millpond.memory.resumable import Move
+from millpond.positions.grid import SEPARATOR, TEXT
 
 if TYPE_CHECKING:
     from millpond.kv_quantization.tier import QuantizedTier
@@ -38,10 +39,6 @@ __all__ = [
     "selection_scratch",
 ]
 
-TEXT = -1
-"""`View.grid_position` row and column of a token of a remembered turn."""
-SEPARATOR = -2
-"""`View.grid_position` row and column of a frame's token that lies on no grid (a timestamp, a newline)."""
 LAYER_SHARE = 2.0
 """`Needs.layer_share` of the policies here that have layer budgets. Ours: it bounds the scratch of a compaction."""
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from millpond.policies.base import TEXT
 from millpond.positions import Clock
+from millpond.positions.grid import TEXT
 
 __all__ = ["Closing", "measure"]
 

@@ -3,7 +3,7 @@
     weights + kv + workspace(kv) <= device
 
 What is above the least of each side is shared: half to the weights, until they are as wide as they can be, the rest to the stream. Knows
-sizes, not models; the stream's own split is `millpond.memory.plan`'s.
+sizes, not models; the stream's own split is `millpond.cache.plan`'s.
 """
 
 from __future__ import annotations

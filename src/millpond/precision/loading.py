@@ -16,7 +16,7 @@ from torch import nn
 from millpond.errors import BudgetError, MillpondError, ModelError, PrecisionError
 from millpond.memory.budget import format_bytes, parse_bytes
 from millpond.memory.heap import give_back
-from millpond.models.model_folder import check, safely
+from millpond.model_folder import check, safely
 from millpond.precision.calibration import Calibration
 from millpond.precision.decoder import effective_bits, linears, replace
 from millpond.precision.folder import Description, read_linears, read_rest

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from millpond import frames
+from millpond.cache.plan import Plan
 from millpond.errors import SourceError
 from millpond.frames import Frame
-from millpond.memory.plan import Plan
 from millpond.models.base import Grid, Tokens
 from millpond.stream.recent_frames import RecentFrames, Shot
 from millpond.stream.runner import Runner, dated

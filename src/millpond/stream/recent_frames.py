@@ -6,19 +6,14 @@ Owns those pixels. Knows nothing about the question, or about what the memory ha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from millpond.memory.geometry import Geometry
-from millpond.memory.lines import Line, slot_line
-from millpond.memory.plan import Split
-
 if TYPE_CHECKING:
     from millpond.stream.runner import Runner
 
-__all__ = ["FramesAsPixels", "RecentFrames", "Shot"]
+__all__ = ["RecentFrames", "Shot"]
 
 Shot = tuple[int, np.ndarray]
 """A frame at model resolution, uint8 [height, width, 3], and its stream time in microseconds."""
@@ -66,40 +61,3 @@ class RecentFrames:
             else:
                 blocks.append(list(group))
         return blocks
-
-
-@dataclass(frozen=True)
-class FramesAsPixels:
-    """What frames take of the budget that are held at model resolution: those that wait for their block, and the latest once more.
-
-    Attributes:
-        frame_bytes: of one frame; 0 where no frame has been seen.
-        recent: how many of the latest a question is shown again; rounded up to whole groups.
-        reopening_tokens: what stands in front of them behind a remembered turn.
-    """
-
-    frame_bytes: int
-    recent: int
-    reopening_tokens: int
-
-    def _again(self, split: Split) -> int:
-        return -(-self.recent // split.frames_per_group)  # groups
-
-    def slots(self, geometry: Geometry, split: Split) -> Line:
-        """Where the latest frames run again."""
-        groups = self._again(split)
-        tokens = groups * split.group_tokens + self.reopening_tokens if groups else 0
-        purpose = f"{groups * split.frames_per_group} recent frames again, behind the memory"
-        return slot_line(geometry, "recent frames", tokens, purpose)
-
-    def pixels(self, geometry: Geometry, split: Split) -> Line:
-        """Those frames themselves."""
-        frames = self._again(split) * split.frames_per_group
-        purpose = f"the latest {frames}, to be encoded again"
-        return Line("recent pixels", 0, frames * self.frame_bytes, purpose)
-
-    def waiting(self, geometry: Geometry, split: Split) -> Line:
-        """Frames whose block is not full."""
-        frames = split.block_groups * split.frames_per_group
-        purpose = f"{frames} frames, until their block is full"
-        return Line("waiting frames", 0, frames * self.frame_bytes, purpose)

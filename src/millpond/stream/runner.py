@@ -19,6 +19,7 @@ from millpond.admission.gate import filter_groups
 from millpond.answer import LayerMemory
 from millpond.cache.consumers import make_plan
 from millpond.cache.host import HostCache
+from millpond.cache.plan import Plan
 from millpond.cache.pond import Pond
 from millpond.cache.rerotation import stay_in_range
 from millpond.cache.retrieval import Retrieval
@@ -26,13 +27,12 @@ from millpond.config import SessionConfig
 from millpond.errors import BudgetError, ModelError
 from millpond.memory.available import check_memory
 from millpond.memory.budget import Budget
-from millpond.memory.plan import Plan
 from millpond.models.base import Family, Grid, Tokens
 from millpond.models.query_recorder import See
 from millpond.policies.base import SEPARATOR
 from millpond.policies.composition import SEPARATORS, check
 from millpond.positions import Clock
-from millpond.stream.recent_frames import FramesAsPixels
+from millpond.stream.consumers import FramesAsPixels
 from millpond.stream.state import OpenStep, RunnerMark, RunnerState
 
 __all__ = ["Runner", "dated", "grid_positions"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from millpond.cache.plan import Plan
 from millpond.cache.storage.arena import ArenaStorage
 from millpond.cache.storage.base import Storage
 from millpond.cache.storage.mixed_precision import MixedPrecisionStorage
 from millpond.cache.storage.per_layer import PerLayerStorage
 from millpond.memory.geometry import Geometry
 from millpond.memory.ledger import Ledger
-from millpond.memory.plan import Plan
 from millpond.policies.base import Policy
 
 __all__ = ["ArenaStorage", "MixedPrecisionStorage", "PerLayerStorage", "Storage", "make_storage"]

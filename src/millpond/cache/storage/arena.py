@@ -9,13 +9,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from millpond.cache.plan import Plan
 from millpond.cache.storage.base import Relocation, Step, Storage
 from millpond.cache.storage.exchange import Slab, zeros
 from millpond.cache.storage.layer import VECTORS, PondLayer
 from millpond.cache.storage.state import StorageState
 from millpond.memory.geometry import Geometry
 from millpond.memory.ledger import Ledger
-from millpond.memory.plan import Plan
 from millpond.memory.resumable import Pieces, Steps
 
 __all__ = ["Arena", "ArenaStorage"]

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from millpond import ops
+from millpond.cache.plan import Plan
 from millpond.cache.storage.exchange import Slab
 from millpond.cache.storage.layer import PondLayer
 from millpond.cache.storage.state import StorageState
 from millpond.memory.geometry import Geometry
 from millpond.memory.ledger import Ledger
-from millpond.memory.plan import Plan
 from millpond.policies.base import View
 
 __all__ = ["Choose", "Relocation", "Step", "Storage"]

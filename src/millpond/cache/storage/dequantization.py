@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from millpond.cache.plan import Plan
 from millpond.cache.storage.exchange import zeros
 from millpond.cache.storage.quantized_store import QuantizedStore
 from millpond.kv_quantization.tier import QuantizedTier
 from millpond.memory.geometry import Geometry
 from millpond.memory.ledger import Ledger
-from millpond.memory.plan import Plan
 
 __all__ = ["DequantizationBuffer"]
 

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from millpond.cache.plan import Plan
 from millpond.cache.storage.base import Choose, Relocation, Step, Storage
 from millpond.cache.storage.dequantization import DequantizationBuffer
 from millpond.cache.storage.mixed_precision_layer import MixedPrecisionLayer
@@ -15,7 +16,6 @@ from millpond.errors import BudgetError
 from millpond.kv_quantization.tier import QuantizedTier
 from millpond.memory.geometry import Geometry
 from millpond.memory.ledger import Ledger
-from millpond.memory.plan import Plan
 from millpond.policies.base import View
 
 __all__ = ["MixedPrecisionStorage"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from millpond.cache.plan import Plan
 from millpond.cache.storage.base import Storage
 from millpond.cache.storage.layer import PondLayer
 from millpond.memory.geometry import Geometry
 from millpond.memory.ledger import Ledger
-from millpond.memory.plan import Plan
 
 __all__ = ["PerLayerStorage"]
 

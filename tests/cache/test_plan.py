@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millpond.cache.consumers import make_plan
+from millpond.cache.plan import Plan
 from millpond.errors import BudgetError
 from millpond.memory.geometry import Geometry
-from millpond.memory.plan import Plan
 from millpond.policies.base import Needs
-from millpond.stream.recent_frames import FramesAsPixels
+from millpond.stream.consumers import FramesAsPixels
 from tests.cache.text_model import Newest
 
 QWEN_7B = Geometry(layers=28, kv_heads=4, head_dim=128, dtype=torch.bfloat16, axes=3)

@@ -9,9 +9,9 @@ import torch
 from millpond import BudgetError, Session
 from millpond.cache import Ledger
 from millpond.cache.consumers import make_plan
+from millpond.cache.plan import Plan, Split
 from millpond.memory.geometry import Geometry
 from millpond.memory.lines import STORAGE, Line, slot_line
-from millpond.memory.plan import Plan, Split
 from tests.cache.text_model import Newest
 from tests.models.tiny import tiny
 from tests.session.frames import moving
