@@ -15,6 +15,8 @@ from millpond.eval.streams import Stream
 from millpond.minnow import SUPPORTED
 from millpond.models.base import Family
 
+pytestmark = pytest.mark.slow  # every test watches a whole stream
+
 
 @pytest.fixture(scope="module")
 def minnow() -> Family:
@@ -44,7 +46,6 @@ def test_groups_are_looked_at_once_and_alike(minnow: Family, stream: Stream) -> 
     assert minnow.encode.__self__ is minnow, "the family itself stays as it was"  # type: ignore[attr-defined]
 
 
-@pytest.mark.slow
 def test_marks_are_the_answers_of_a_session(minnow: Family, stream: Stream) -> None:
     (cell,) = read_cells(["infinipot-v"], ["1/4"], "contiguous")
     (outcome,) = watch(minnow, stream, [cell], SUPPORTED)
@@ -69,7 +70,6 @@ def test_the_last_frames_baseline_saw_nothing_else(minnow: Family, stream: Strea
     assert outcome.budget_bytes is None
 
 
-@pytest.mark.slow
 def test_frames_are_shown_again(minnow: Family, stream: Stream) -> None:
     (cell,) = read_cells(["keydiff"], ["1/4"], "contiguous", 4)
     (outcome,) = watch(minnow, stream, [cell], SUPPORTED)
@@ -82,7 +82,6 @@ def test_frames_are_shown_again(minnow: Family, stream: Stream) -> None:
     assert outcome.memory_tokens < without.usage.memory_tokens
 
 
-@pytest.mark.slow
 def test_a_policy_that_recalls_is_given_host_memory(minnow: Family, stream: Stream) -> None:
     (cell,) = read_cells(["rekv"], ["1/4"], "contiguous")
     (outcome,) = watch(minnow, stream, [cell], SUPPORTED)
@@ -119,7 +118,6 @@ FEW = ("full", "keydiff", "snapkv", "h2o", "mikv:base=keydiff")
 MANY = (*FEW, "hermes", "rekv", "infinite-vggt", "last-4-frames")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("names", [FEW, pytest.param(MANY, marks=pytest.mark.nightly)], ids=len)
 def test_cells_that_share_blocks_give_what_they_give_alone(
     names: tuple[str, ...], minnow: Family, stream: Stream
