@@ -34,7 +34,13 @@ WIDTH, ROWS, COLS, STEP = 8, 2, 2, 4
 ROPE = Rope(1.0 / (10_000 ** (torch.arange(0, WIDTH, 2).float() / WIDTH)), torch.tensor([0, 0, 1, 2]), limit=600)
 WATCHED = {
     *map(str, Path(cache.__file__).parent.rglob("*.py")),
-    *files_of("millpond.memory.resumable", "millpond.policies.merging", "millpond.policies.matching"),
+    *files_of(
+        "millpond.memory.resumable",
+        "millpond.policies.scoring.merging",
+        "millpond.policies.scoring.matching",
+        "millpond.ops.compaction",
+        "millpond.ops.merging",
+    ),
 }
 FAULTS = (RuntimeError, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError)
 

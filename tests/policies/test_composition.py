@@ -77,7 +77,7 @@ def test_every_wrapper_around_every_policy_works_or_is_refused_in_one_line(
     pond = session._runner.pond
     assert pond.evicted > 0
     assert (pond.quantized_tokens > 0) == (wrapper == "mikv")
-    assert (pond.arena is not None) == (wrapper != "mikv")
+    assert pond.storage.layer_budgets == (wrapper != "mikv")
     assert bool(merged) == policy.inner.needs.merging
     assert held_bytes(session) <= session.usage.peak_bytes <= session.plan.budget
 
