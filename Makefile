@@ -71,7 +71,7 @@ demo: $(VENV)/.ready
 lock:
 	test -x $(LOCKER)/bin/python || $(PYTHON) -m venv $(LOCKER)
 	$(LOCKER)/bin/python $(PIP_INSTALL) 'uv==0.13.9'
-	$(LOCKER)/bin/uv pip compile pyproject.toml --extra dev -c pins.txt --universal --upgrade --no-annotate \
+	$(LOCKER)/bin/uv pip compile pyproject.toml --extra dev --extra lint -c pins.txt --universal --upgrade --no-annotate \
 		--custom-compile-command 'make lock' -o constraints.txt -q
 	$(LOCKER)/bin/uv pip compile pyproject.toml --extra dev -c pins.txt --universal --upgrade --no-annotate \
 		--resolution lowest-direct --custom-compile-command 'make lock' -o constraints-lowest.txt -q
@@ -80,7 +80,7 @@ lock:
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt torch
-	$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e '.[dev,lint]'
 	touch $@
 
 # torch, which is not varied, and what runs the tests come from the other environment.
