@@ -61,6 +61,10 @@ def shown() -> str:
     return found.group(1)
 
 
+def test_the_page_names_the_group_that_is_read() -> None:
+    assert f'[project.entry-points."{OUTSIDE.group}"]' in PAGE.read_text()
+
+
 def test_it_is_loaded_and_watches_like_a_built_in_one(install: Install, folder: Path) -> None:
     with pytest.raises(ModelError, match="brook"):
         load(folder)
