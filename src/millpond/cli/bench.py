@@ -73,18 +73,20 @@ def accuracy(
     names = _listed(policies)
     if names == ["all"]:
         names = [kind.name for kind in available() if kind.capped]
-    families = tuple(_listed(questions)) if questions else SUPPORTED
-    if unknown := [name for name in families if name not in generated.FAMILIES]:
-        raise MillpondError(f"no question family is called {unknown[0]!r}; there are: {', '.join(generated.FAMILIES)}")
+    types = tuple(_listed(questions)) if questions else SUPPORTED
+    if unknown := [name for name in types if name not in generated.QUESTION_TYPES]:
+        raise MillpondError(
+            f"no question type is called {unknown[0]!r}; there are: {', '.join(generated.QUESTION_TYPES)}"
+        )
     generated.generate(0, groups=groups, level=level, split=split)  # refuse a wrong name before any process starts
     cells: list[Cell] = []
     for way in positions:
         cells += read_cells([*REFERENCES], _listed(budgets), way.value)
         cells += read_cells(names, _listed(budgets), way.value, recent_frames)
     cells = list(dict.fromkeys(cells))
-    study = Study(model, streams, groups, level, split, families)
+    study = Study(model, streams, groups, level, split, types)
     _progress(run(study, cells, out, processes=processes), quiet=quiet or as_json)
-    rows = summarise(cells, (row for row in outcomes(out) if row.seed < streams), families)
+    rows = summarise(cells, (row for row in outcomes(out) if row.seed < streams), types)
     result = _write(study, rows, out)
     if as_json:
         print(json.dumps(result))

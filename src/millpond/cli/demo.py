@@ -73,7 +73,7 @@ def demo(
         session = Session(
             family, config, budget=budget, host_budget=full if config.policy.needs.retrieved_frames else None
         )
-        asked = [question for question in stream.questions if question.family in SUPPORTED]
+        asked = [question for question in stream.questions if question.type in SUPPORTED]
         questions = sorted(asked, key=lambda question: question.ask_seconds)
         watching = Watch(session, opened, max_new_tokens=8, as_json=True, quiet=quiet)
         with opened, watching:

@@ -51,10 +51,10 @@ def test_marks_are_the_answers_of_a_session(minnow: Family, stream: Stream) -> N
     full = 48 * 16 * minnow.geometry.kv_bytes_per_token
     session = Session(minnow, budget=full // 4, policy="infinipot-v", positions="contiguous")
     session.feed(stream.frames())
-    asked = [question for question in stream.questions if question.family in SUPPORTED]
+    asked = [question for question in stream.questions if question.type in SUPPORTED]
     right = [session.ask(question.text, max_new_tokens=4).text.strip() == question.answer for question in asked]
     assert [mark.right for mark in outcome.marks] == right
-    assert [mark.family for mark in outcome.marks] == [question.family for question in asked]
+    assert [mark.type for mark in outcome.marks] == [question.type for question in asked]
     ages = [None if q.event_seconds is None else q.ask_seconds - q.event_seconds for q in asked]
     assert [mark.age for mark in outcome.marks] == ages
     assert outcome.full_cache_bytes == full
@@ -108,10 +108,10 @@ def test_a_budget_too_small_for_a_policy_is_told_too(minnow: Family, stream: Str
     assert "the minimum that works is" in outcome.refused
 
 
-def test_question_families_are_chosen(minnow: Family, stream: Stream) -> None:
+def test_question_types_are_chosen(minnow: Family, stream: Stream) -> None:
     cells = read_cells(["full"], [], "absolute")
     (outcome,) = watch(minnow, stream, cells, ("colour", "then"))
-    assert {mark.family for mark in outcome.marks} <= {"colour"}, "two-turn questions are not asked"
+    assert {mark.type for mark in outcome.marks} <= {"colour"}, "two-turn questions are not asked"
     assert np.isfinite(outcome.seconds_decoder)
 
 

@@ -31,7 +31,7 @@ class Study:
         model: as `millpond.models.load` takes it.
         streams: how many, seeds 0 ... streams - 1.
         groups, level, split: as in `millpond.eval.streams.generate`.
-        questions: question families to ask.
+        questions: question types to ask.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""From outcomes to figures: accuracy with intervals per cell, question family and age. Knows nothing about models or files."""
+"""From outcomes to figures: accuracy with intervals per cell, question type and age. Knows nothing about models or files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PAST_SECONDS = 16.0
 
 
 def summarise(cells: Sequence[Cell], outcomes: Iterable[Outcome], questions: Sequence[str]) -> list[dict[str, Any]]:
-    """One row per cell, in the order of `cells`: accuracy over all questions, per family, per age, and what it cost.
+    """One row per cell, in the order of `cells`: accuracy over all questions, per question type, per age, and what it cost.
 
     Intervals are clustered by stream (`millpond.eval.accuracy.intervals`). Seconds are medians over the streams. Where the default policy
     was measured under the same budget, `against_default` compares the two on the same questions; its `p_holm` is adjusted for all
@@ -63,7 +63,8 @@ def _row(cell: Cell, outcomes: list[Outcome], questions: Sequence[str]) -> dict[
     row |= {
         "all": _share(seen),
         "past": _share(seen, lambda mark: mark.age is not None and mark.age >= PAST_SECONDS),
-        "families": {name: _share(seen, lambda mark, name=name: mark.family == name) for name in questions},  # type: ignore[misc]
+        # Called so in every result that is stored.
+        "families": {name: _share(seen, lambda mark, name=name: mark.type == name) for name in questions},  # type: ignore[misc]
         "ages": {
             label: _share(seen, lambda mark, low=low, high=high: mark.age is not None and low <= mark.age < high)  # type: ignore[misc]
             for label, low, high in _age_classes()
@@ -92,7 +93,7 @@ def _age_classes() -> list[tuple[str, float, float]]:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Three tables: overall, by question family, by age. Per cent, with the 95 % interval where there is room."""
+    """Three tables: overall, by question type, by age. Per cent, with the 95 % interval where there is room."""
     shown = [row for row in rows if row["streams"]]
     parts = [_overall(rows)]
     for key, title in (("families", "By question"), ("ages", "By seconds from the event to the question")):

@@ -35,7 +35,7 @@ class Stream:
     Attributes:
         seed, groups, level, split: what it was made from; the same four give the same stream.
         events: what happens, in order of start; `start` counts groups, which last one second.
-        questions: one of each family that has one with a single answer.
+        questions: one of each type that has one with a single answer.
     """
 
     seed: int
