@@ -5,7 +5,7 @@ MillpondError
 ├── SourceError     a file, camera, stream or codec
 ├── ModelError      a model family that is not supported (lists those that are)
 ├── PolicyError     a policy that does not exist, or whose parameters cannot work here
-├── PrecisionError  a quantized model that is damaged, of another version, or asked for a width it does not hold
+├── PrecisionError  a quantized model that is damaged, of another version, or asked for bits it does not hold
 ├── RecomputeError  a step that recomputation cannot train (in `millpond.recompute`)
 └── SnapshotError   a saved session that cannot be resumed
 """

@@ -1,4 +1,4 @@
-"""Decisions between two widths, from estimates and thresholds."""
+"""Decisions between two bit-widths, from estimates and thresholds."""
 
 import pytest
 import torch

@@ -116,7 +116,7 @@ def _print_device(split: DeviceSplit, title: str) -> None:
     table = Table(title=Text(title), title_justify="left")
     for name, justify in (("", "left"), ("bytes", "right"), ("", "right"), ("what for", "left")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    read = "as they are" if split.width is None else f"every linear read at {split.width} bits"
+    read = "as they are" if split.bits is None else f"every linear read at {split.bits} bits"
     for name, size, note in (
         ("weights", split.weights, read),
         ("stream", split.kv, f"at most {split.slots} tokens, see below"),

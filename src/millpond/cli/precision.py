@@ -28,26 +28,26 @@ def quantize(
     model: Annotated[str, typer.Argument(help="minnow, a local folder, a hub id, or a GGUF file.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; an interrupted run in it is continued.")],
     calibration: CalibrationText,
-    widths: Annotated[str, typer.Option(metavar="LOW-HIGH", help="Fewest and most bits that can be read.")] = "3-8",
+    bits: Annotated[str, typer.Option(metavar="LOW-HIGH", help="Fewest and most bits that can be read.")] = "3-8",
     samples: Samples = 100,
     length: Length = 512,
     quiet: QuietFlag = False,
 ) -> None:
-    """Store a model's decoder weights as nested bit planes, readable at every width (Any-Precision)."""
+    """Store a model's decoder weights as nested bit planes, readable at every bit-width (Any-Precision)."""
     announce(context, quiet=quiet)
-    low, dash, high = widths.partition("-")
+    low, dash, high = bits.partition("-")
     if not (dash and low.isdigit() and high.isdigit()):
-        raise typer.BadParameter(f"{widths!r} is not of the form 3-8", param_hint="--widths")
+        raise typer.BadParameter(f"{bits!r} is not of the form 3-8", param_hint="--bits")
     from millpond.cli.watch import silence
-    from millpond.precision.nested import check_widths
+    from millpond.precision.nested import check_bits
     from millpond.precision.quantize import quantize
 
-    check_widths(int(low), int(high))  # before a model is loaded
+    check_bits(int(low), int(high))  # before a model is loaded
     silence()
     where = _where(model)
     loaded, tokenizer, dtype = _load(where)
     runs = _runs(tokenizer, calibration, samples, length)
-    made = quantize(loaded, tokenizer, out, runs, source=model, widths=(int(low), int(high)), dtype=dtype, quiet=quiet)
+    made = quantize(loaded, tokenizer, out, runs, source=model, bits=(int(low), int(high)), dtype=dtype, quiet=quiet)
     _copy_pixels(where, out)
     size = sum((out / name).stat().st_size for name in made.files)
     typer.echo(f"{out}: {made.layers} layers, {low} to {high} bits, {format_bytes(size)}")
@@ -67,7 +67,7 @@ def calibrate(
     length: Length = 256,
     quiet: QuietFlag = False,
 ) -> None:
-    """Choose the width of every layer, and how each decoding step picks between two (DP-LLM)."""
+    """Choose the bit-width of every layer, and how each decoding step picks between two (DP-LLM)."""
     announce(context, quiet=quiet)
     from millpond.cli.watch import silence
     from millpond.precision.calibrate import calibrate
@@ -77,9 +77,9 @@ def calibrate(
     Description.load(folder)  # a wrong folder is told before a tokenizer is looked for
     runs = _runs(_tokenizer(str(folder)), calibration, samples, length)
     made = calibrate(folder, runs, target_bits, memory=memory, quiet=quiet)
-    mean = sum(made.widths.values()) / len(made.widths)
+    mean = sum(made.max_bits.values()) / len(made.max_bits)
     targets = ", ".join(f"{target:g}" for target in sorted(made.targets))
-    typer.echo(f"{folder}: targets of {targets} bits; greatest widths {mean:.2f} bits on average")
+    typer.echo(f"{folder}: targets of {targets} bits; at most {mean:.2f} bits a layer on average")
 
 
 def _where(name: str) -> str:

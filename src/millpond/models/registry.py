@@ -100,7 +100,7 @@ def load(
     device: str | None = None,
     attn_implementation: str | None = None,
     max_pixels: int | None = None,
-    width: int | None = None,
+    bits: int | None = None,
     target_bits: float | None = None,
     weights: bool = True,
 ) -> Family:
@@ -112,7 +112,7 @@ def load(
         device: CUDA where there is one by default.
         attn_implementation: "sdpa", "eager" or "flash_attention_2"; transformers' choice by default.
         max_pixels: most pixels of a frame after resizing, for families that take frames of any size.
-        width: for a quantized folder: read every linear at that many bits; by default as calibrated, else at the most.
+        bits: for a quantized folder: read every linear at that many; by default as calibrated, else at the most.
         target_bits: for a calibrated folder: mean bits of a decoding step.
         weights: False leaves the weights away: the family can plan and lay out, but not run.
 
@@ -139,7 +139,7 @@ def load(
     if max_pixels is not None and not adapter.any_size:
         raise ModelError(f"{config.model_type} resizes every frame to one size: max_pixels does not apply")
     quantized = is_quantized(source)
-    if not quantized and (width is not None or target_bits is not None):
+    if not quantized and (bits is not None or target_bits is not None):
         raise ModelError(f"{str(name)!r} is not quantized, so there are no bits to choose: see `millpond quantize`")
     if quantized and kind != "auto":
         raise ModelError(f"the dtype of a quantized model is that of the model it was made from: {str(name)!r}")
@@ -147,7 +147,7 @@ def load(
         if not weights:
             model = _empty(config, kind)
         elif quantized:
-            model = load_quantized(source, width=width, target_bits=target_bits, device=target)
+            model = load_quantized(source, bits=bits, target_bits=target_bits, device=target)
             if attn_implementation:
                 model.set_attn_implementation(attn_implementation)
         else:

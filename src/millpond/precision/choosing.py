@@ -35,7 +35,7 @@ class Chooser:
         self._estimators = Estimators(columns, lines, [one.projection for one in choices], scale, epsilon)
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
-        """Rows [T, K] -> for each linear bool [T], True for the high width."""
+        """Rows [T, K] -> for each linear bool [T], True for the high bit-width."""
         return ops.exceed(x if self._norm is None else self._norm.forward(x), self._estimators)
 
 

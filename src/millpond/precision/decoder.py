@@ -30,7 +30,7 @@ def decoder_of(model: Any) -> Any:
     if not all(hasattr(layer, norm) for layer in layers for norm in NORMS):
         kind = type(layers[0]).__name__
         raise ModelError(
-            f"{kind} cannot be quantized: widths are decided from norms before attention and before the MLP"
+            f"{kind} cannot be quantized: bit-widths are decided from norms before attention and before the MLP"
         )
     return body
 
@@ -43,22 +43,22 @@ def _is_plain(layer: Any) -> bool:
 def linears(model: Any) -> Iterator[tuple[str, Any]]:
     """(name, module) of every quantized linear in the order in which a token meets them, such as `3.self_attn.q_proj`."""
     for index, layer in enumerate(decoder_of(model).layers):
-        for room, names in (("self_attn", ATTENTION), ("mlp", MLP)):
+        for half, names in (("self_attn", ATTENTION), ("mlp", MLP)):
             for name in names:
-                yield f"{index}.{room}.{name}", getattr(getattr(layer, room), name)
+                yield f"{index}.{half}.{name}", getattr(getattr(layer, half), name)
 
 
 def replace(model: Any, name: str, module: nn.Module) -> None:
     """Put another module in the place of a linear."""
-    index, room, leaf = name.split(".")
-    setattr(getattr(decoder_of(model).layers[int(index)], room), leaf, module)
+    index, half, leaf = name.split(".")
+    setattr(getattr(decoder_of(model).layers[int(index)], half), leaf, module)
 
 
 def effective_bits(model: Any) -> float:
-    """Mean width of all decoding steps so far, weighted by the size of the matrices: sum(count b N K) / sum(count N K)."""
-    bits = total = 0
+    """Mean bit-width of all decoding steps so far, weighted by the size of the matrices: sum(count b N K) / sum(count N K)."""
+    read = total = 0
     for _, linear in linears(model):
-        for width, count in linear.counts.items():
-            bits += count * width * linear.size
+        for bits, count in linear.counts.items():
+            read += count * bits * linear.size
             total += count * linear.size
-    return bits / total if total else 0.0
+    return read / total if total else 0.0

@@ -1,4 +1,4 @@
-"""How far apart two widths of a layer are on a token, without computing both (DP-LLM, section 4), and where to draw the line.
+"""How far apart two bit-widths of a layer are on a token, without computing both (DP-LLM, section 4), and where to draw the line.
 
 e(x) = ||(W_high - W_low) x||. Where e is nearly proportional to ||x|| a line does (R^2 >= 0.9), elsewhere a random projection:
 e ~ ||G x|| with G = A (W_high - W_low), A ~ N(0, 1/k) (Johnson and Lindenstrauss).
@@ -85,7 +85,7 @@ def choose_estimators(
     probes: dict[str, _Probe] = {}
     for name, linear in linears(model):
         pair = pairs[name]
-        linear.set_widths(pair.low, pair.high)
+        linear.set_bits(pair.low, pair.high)
         linear.choose = None
         if pair.low == pair.high:
             continue

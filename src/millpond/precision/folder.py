@@ -44,7 +44,7 @@ class Description:
 
     Attributes:
         source: name of the model that was quantized.
-        widths: least and greatest width stored.
+        bits: smallest and greatest bit-width stored.
         layers: decoder layers.
         columns: K of every linear, by name.
         files: SHA-256 of every file, by name.
@@ -52,7 +52,7 @@ class Description:
     """
 
     source: str
-    widths: tuple[int, int]
+    bits: tuple[int, int]
     layers: int
     columns: dict[str, int] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
@@ -60,7 +60,9 @@ class Description:
 
     def save(self, folder: Path) -> None:
         """Write the description; the last thing that is written, so that its presence means a whole model."""
-        (folder / DESCRIPTION).write_text(sealed(asdict(self)), encoding="utf-8")
+        stored = asdict(self)
+        stored["widths"] = stored.pop("bits")  # as the format calls it
+        (folder / DESCRIPTION).write_text(sealed(stored), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Description:
@@ -82,8 +84,9 @@ class Description:
                 f"{folder} is of format {version}; this millpond reads format {_VERSION}: quantize again"
             )
         try:
-            low, high = (int(width) for width in read["widths"])
-            found = cls(**{**unsealed(read), "widths": (low, high)})
+            fields = unsealed(read)
+            low, high = (int(bits) for bits in fields.pop("widths"))
+            found = cls(**fields, bits=(low, high))
             columns = {str(name): int(count) for name, count in found.columns.items()}
             files = {str(name): str(sha) for name, sha in found.files.items()}
         except (TypeError, KeyError, ValueError, AttributeError) as error:
@@ -172,9 +175,9 @@ class Layer:
     """One decoder layer, by name of the linear.
 
     Attributes:
-        weights: all widths.
+        weights: at all bit-widths.
         biases: where there are any.
-        errors: float64 [2, widths], what each width costs: first and second order, see `millpond.precision.quantize`.
+        errors: float64 [2, bit-widths], what each bit-width costs: first and second order, see `millpond.precision.quantize`.
     """
 
     weights: dict[str, NestedWeight]

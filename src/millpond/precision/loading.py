@@ -32,22 +32,22 @@ def load(
     *,
     memory: str | int | None = None,
     target_bits: float | None = None,
-    width: int | None = None,
+    bits: int | None = None,
     device: str | torch.device = "cpu",
 ) -> Any:
     """Load a model that `millpond quantize` wrote, as a transformers model whose linears read only the planes they need.
 
     The model gains `set_target_bits(bits)`, which switches to another calibrated target at once, reading no file, and
-    `effective_bits()`, the mean width of its decoding steps so far. Prompts run at the greatest widths kept.
+    `effective_bits()`, the mean bit-width of its decoding steps so far. Prompts run at the greatest bit-widths kept.
 
     Args:
         memory: bytes that all weights may take ("90MiB"); the calibration must have been made for no more.
-        target_bits: a calibrated mean of bits a decoding step; by default the greatest widths kept.
-        width: one fixed width for all linears, in place of a calibration.
+        target_bits: a calibrated mean of bits a decoding step; by default the greatest bit-widths kept.
+        bits: one bit-width for all linears, in place of a calibration.
         device: where the weights go.
 
     Raises:
-        PrecisionError: not calibrated for this (also `copy.deepcopy` and `save_pretrained` of the model, which it cannot do), no such target or width, or a damaged folder.
+        PrecisionError: not calibrated for this (also `copy.deepcopy` and `save_pretrained` of the model, which it cannot do), no such target or bit-width, or a damaged folder.
         BudgetError: the weights take more than `memory`; names the minimum that works.
     """
     path = Path(folder)
@@ -57,17 +57,17 @@ def load(
         raise PrecisionError(
             f"{path} has not been calibrated: run `millpond calibrate {path} --target-bits {target_bits:g}`"
         )
-    if width is not None and target_bits is not None:
-        raise PrecisionError("give target_bits or width, not both")
-    if width is not None and not description.widths[0] <= width <= description.widths[1]:
-        raise PrecisionError(f"{path} holds widths {description.widths[0]} to {description.widths[1]}, not {width}")
-    if width is not None:
+    if bits is not None and target_bits is not None:
+        raise PrecisionError("give target_bits or bits, not both")
+    if bits is not None and not description.bits[0] <= bits <= description.bits[1]:
+        raise PrecisionError(f"{path} holds {description.bits[0]} to {description.bits[1]} bits, not {bits}")
+    if bits is not None:
         calibration = None
 
     def keep(name: str, weight: NestedWeight) -> NestedWeight:
-        if width is not None:
-            return weight.kept(width, {width})
-        return weight if calibration is None else weight.kept(calibration.widths[name], calibration.tables(name))
+        if bits is not None:
+            return weight.kept(bits, {bits})
+        return weight if calibration is None else weight.kept(calibration.max_bits[name], calibration.tables(name))
 
     model = assemble(path, description, keep)
     if memory is not None and (taken := stored_bytes(model)) > parse_bytes(memory):
@@ -136,13 +136,13 @@ def _give_targets(model: Any, calibration: Calibration | None, device: str | tor
 
 
 def _refuse_copies(model: Any, path: Path) -> None:
-    """A copy would share its decisions with the original; and what is loaded lacks the widths that were dropped."""
+    """A copy would share its decisions with the original; and what is loaded lacks the bits that were dropped."""
 
     def deepcopy(memo: Any) -> Any:
-        raise PrecisionError(f"a packed model cannot be copied: load {path} again")
+        raise PrecisionError(f"a quantized model cannot be copied: load {path} again")
 
     def save(*_: Any, **__: Any) -> None:
-        raise PrecisionError(f"a packed model holds no more than it reads and cannot be saved: copy {path}")
+        raise PrecisionError(f"a quantized model holds no more than it reads and cannot be saved: copy {path}")
 
     model.__deepcopy__, model.save_pretrained = deepcopy, save
 

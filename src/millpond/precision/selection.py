@@ -1,4 +1,4 @@
-"""The choice of a width at every decoding step (DP-LLM, sections 4 and 5), made before the linear that it is for.
+"""The choice of a bit-width at every decoding step (DP-LLM, sections 4 and 5), made before the linear that it is for.
 
 q, k, v of layer i are decided from layer i's input norm of the residual that enters layer i-1's post-attention norm, gate and up from
 the post-attention norm of the residual that enters the layer's input norm: the same token, one sub-layer earlier. o, down and the
@@ -65,7 +65,7 @@ class Selector:
         self._alone = Chooser([choice], columns)
 
     def decide(self, x: Tensor) -> Tensor:
-        """Rows [T, K] -> bool [T], True for the high width."""
+        """Rows [T, K] -> bool [T], True for the high bit-width."""
         if self.estimates is not None:
             self.estimates.append(self.choice.estimate(x))
         return self._alone(x)[0]
@@ -102,7 +102,7 @@ def select(model: Any, choices: dict[str, Choice]) -> list[Any]:
     groups: dict[str, _Group] = {}
     for name, linear in linears(model):
         choice = choices[name]
-        linear.set_widths(choice.low, choice.high)
+        linear.set_bits(choice.low, choice.high)
         selector = Selector(choice, linear.columns)
         linear.choose = selector
         if choice.early and choice.low != choice.high:
