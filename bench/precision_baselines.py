@@ -13,7 +13,7 @@ from millpond import precision
 from millpond.precision.allocate import allocate
 from millpond.precision.calibration import Choice
 from millpond.precision.decoder import linears
-from millpond.precision.folder import Description, read_layer
+from millpond.precision.folder import Description, read_linears
 from millpond.precision.nested import product
 
 __all__ = ["at_random", "exactly", "static", "unhook"]
@@ -25,10 +25,9 @@ def static(folder: Path, target: float, order: int) -> dict[str, Choice]:
     bit_widths = list(range(3, 7))
     names, errors, sizes = [], [], []
     for index in range(description.layers):
-        layer = read_layer(folder, description, index)
-        for name, weight in layer.weights.items():
+        for name, weight, _, error in read_linears(folder, description, index):
             names.append(name)
-            errors.append([float(layer.errors[name][order, bits - description.bits[0]]) for bits in bit_widths])
+            errors.append([float(error[order, bits - description.bits[0]]) for bits in bit_widths])
             sizes.append([weight.rows * weight.columns * bits for bits in bit_widths])
     total = sum(size[0] for size in sizes) // bit_widths[0]
     found = allocate(np.array(errors), np.array(sizes), bit_widths, math.floor(target * total))

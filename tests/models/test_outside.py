@@ -109,7 +109,7 @@ def test_no_package_can_take_over_a_built_in_model_type(install: Install) -> Non
         ),
         (
             "from millpond.models import Family\nclass Brook(Family): name, model_types = 'Brook', ('brook',)",
-            "must have a method 'encode'",
+            "must have a method 'assign_positions'",
         ),
     ],
 )

@@ -35,12 +35,12 @@ def test_parts_add_up_and_never_pass_the_device(
 ) -> None:
     weights, workspace = dict(enumerate(sorted(sizes), 3)), Workspace(fixed, per_slot)
     with pytest.raises(BudgetError) as caught:
-        split_device(1, weights, GEOMETRY, workspace, kv_minimum=kv_least)
+        split_device(1, weights, GEOMETRY, workspace, kv_minimum=kv_minimum)
     minimum = caught.value.minimum
     assert minimum is not None
     with pytest.raises(BudgetError, match=f"the minimum that works is {minimum} bytes"):
-        split_device(minimum - 1, weights, GEOMETRY, workspace, kv_minimum=kv_least)
-    split = split_device(minimum + extra, weights, GEOMETRY, workspace, kv_minimum=kv_least)
+        split_device(minimum - 1, weights, GEOMETRY, workspace, kv_minimum=kv_minimum)
+    split = split_device(minimum + extra, weights, GEOMETRY, workspace, kv_minimum=kv_minimum)
     assert split.weights + split.kv + split.workspace == minimum + extra
     assert split.kv >= kv_minimum
     assert split.bits is not None

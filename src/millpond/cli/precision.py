@@ -94,10 +94,9 @@ def _load(name: str) -> tuple[Any, Any, Any]:
     """A float32 model, its tokenizer, and the dtype of its checkpoint."""
     import torch
     import transformers
-    from accelerate import init_empty_weights
 
     from millpond.errors import MillpondError, ModelError, first_line
-    from millpond.model_folder import check, check_size, safely
+    from millpond.model_folder import check, check_size, load_whole, safely, without_weights
 
     path = Path(name)
     gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
@@ -108,17 +107,8 @@ def _load(name: str) -> tuple[Any, Any, Any]:
         image = type(config) in transformers.AutoModelForImageTextToText._model_mapping
         auto = transformers.AutoModelForImageTextToText if image else transformers.AutoModelForCausalLM
         if not gguf:
-            with init_empty_weights(include_buffers=False):
-                empty = auto.from_config(config, trust_remote_code=False)
-            check_size(source, sum(weight.numel() for weight in empty.parameters()))
-        model, report = auto.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **safely(source), **gguf
-        )
-        # transformers fills gaps with random numbers. LLaVA's towers may lack the layers behind the one whose features are used.
-        if missing := sorted(key for key in report["missing_keys"] if "vision_tower" not in key):
-            raise ModelError(
-                f"cannot load the model at {name!r}: the weights are incomplete: {len(missing)} are missing, first {missing[0]}"
-            )
+            check_size(source, without_weights(auto, config))
+        model = load_whole(auto, source, dtype=torch.float32, **gguf)
         return model.eval(), _tokenizer(source, **gguf), getattr(config, "dtype", None)
     except MillpondError:
         raise

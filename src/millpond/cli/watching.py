@@ -75,7 +75,7 @@ class Watch:
         self._state = ""
         self._line = LiveLine(lambda: session.usage, shown=not quiet and not prompt, state=lambda: self._state)
         self._knows = knows
-        self._tap = InterruptibleSource(source, tick=self._tick, look=self._look)
+        self._frames = InterruptibleSource(source, tick=self._tick, look=self._look)
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Watch:
@@ -87,7 +87,7 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         self._line.clear()
-        self._tap.close()
+        self._frames.close()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -111,7 +111,7 @@ class Watch:
             self._tell_connection()
             if self._interrupted:
                 self._note("stopped")
-                self._events.write("stopped", stream_seconds=self._tap.seconds)
+                self._events.write("stopped", stream_seconds=self._frames.seconds)
             for question in questions:
                 self._try(question)
 
@@ -152,21 +152,21 @@ class Watch:
 
         for moment in sorted(moments, key=lambda moment: moment.seconds):
             self._feed(moment.seconds)
-            if self._tap.ended and self._tap.until_seconds < moment.seconds and not self._tap.reached:
-                last = clock(self._tap.seconds or 0.0)
+            if self._frames.ended and self._frames.until_seconds < moment.seconds and not self._frames.reached:
+                last = clock(self._frames.seconds or 0.0)
                 self._note(f"the stream ended at {last}, before {moment.seconds:g} s: asked of what there was")
             if self.error is None or self._session.usage.frames_seen:
                 self._try(moment.question)
         self._feed(None)
 
     def _feed(self, until: float | None) -> None:
-        self._tap.until(until)
-        while not (self._tap.ended or self._tap.stopped or self._tap.reached):
-            self._tap.wait()
+        self._frames.until(until)
+        while not (self._frames.ended or self._frames.stopped or self._frames.reached):
+            self._frames.wait()
             try:
-                self._session.feed(self._tap)
+                self._session.feed(self._frames)
             except MillpondError as error:
-                self._tap.stop()
+                self._frames.stop()
                 self._tell_connection()  # what led to it
                 self._fault(error)
 
@@ -174,7 +174,7 @@ class Watch:
         """Tell an error and go on; the first one decides the exit code."""
         if self._session.usage.frames_seen:
             self._note(f"error: {one_line(error)}")
-        self._events.write("error", stream_seconds=self._tap.seconds, message=one_line(error))
+        self._events.write("error", stream_seconds=self._frames.seconds, message=one_line(error))
         self.error = self.error or error
 
     def _look(self, frame: Any) -> None:
@@ -211,7 +211,7 @@ class Watch:
 
     def _tick(self) -> None:
         self._tell_connection()
-        if self._tap.seconds is not None:
+        if self._frames.seconds is not None:
             self._line.tick()
 
     # --- questions ----------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ class Watch:
     def _now(self) -> str:
         from millpond.cli.live import clock
 
-        return f"[{clock(self._tap.seconds or 0.0)}]"
+        return f"[{clock(self._frames.seconds or 0.0)}]"
 
     def _note(self, text: str) -> None:
         if not self._quiet:
@@ -280,13 +280,13 @@ class Watch:
         while (question := self._read_question()) is not None:
             if not question:
                 continue
-            self._tap.hold()
+            self._frames.hold()
             try:
                 self._ask(question)
             except MillpondError as error:
                 self._note(f"error: {one_line(error)}")
             finally:
-                self._tap.release()
+                self._frames.release()
         while worker.is_alive():
             worker.join(timeout=0.1)  # in slices, so that Ctrl-C is heard
         if crash:
@@ -309,7 +309,7 @@ class Watch:
         finally:
             self._prompting = False
         if line in ("exit", "quit"):
-            self._tap.stop()
+            self._frames.stop()
             return None
         return line
 
@@ -318,7 +318,7 @@ class Watch:
         if self._interrupted:
             raise KeyboardInterrupt
         self._interrupted = True
-        self._tap.stop()
+        self._frames.stop()
         if self._prompting:
             raise KeyboardInterrupt
 

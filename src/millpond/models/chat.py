@@ -85,7 +85,7 @@ class Chat:
         """Ids of a further turn, from the last character of the answer on.
 
         They are cut out of the whole conversation's ids, since many tokenizers treat the start of a text in a way of their own.
-        Where a token reaches across the cut, and where a tokenizer does not tell its tokens' places, the rest is tokenized alone.
+        Where a token reaches across the cut, and where a tokenizer does not tell its tokens' offsets, the rest is tokenized alone.
         """
 
         def whole(text: str) -> str:
@@ -96,9 +96,9 @@ class Chat:
 
         said = self._encode(whole, text)
         cut = said.text.index(_SAID) + len(_SAID)
-        first = next((at for at, (_, end) in enumerate(said.grid_positions) if end > cut), len(said.grid_positions))
-        across = said.grid_positions[first : first + 1] and said.grid_positions[first][0] < cut
-        if across or not said.grid_positions:
+        first = next((at for at, (_, end) in enumerate(said.offsets) if end > cut), len(said.offsets))
+        across = said.offsets[first : first + 1] and said.offsets[first][0] < cut
+        if across or not said.offsets:
             return self._encode(lambda text: whole(text).partition(_SAID)[2], text).ids
         return said.ids[first:]
 

@@ -25,7 +25,7 @@ __all__ = ["DecoderFamily"]
 
 # These change their frequencies with the length of the sequence, so a stored key could not be turned afterwards.
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
-_TAPPING = Lock()
+_ATTACHING = Lock()
 
 
 class DecoderFamily(Family):
@@ -72,7 +72,7 @@ class DecoderFamily(Family):
                 f"the tokenizer writes a chat with id {most}, the model knows {known} ids: it is another model's"
             )
         self.stop_ids = _stop_ids(model, self.tokenizer)
-        self._tap: QueryRecorder | None = None
+        self._recorder: QueryRecorder | None = None
 
     @property
     def device(self) -> torch.device:
@@ -119,10 +119,10 @@ class DecoderFamily(Family):
         return {}
 
     def showing_queries(self, see: See, *, before: bool = False) -> AbstractContextManager[None]:
-        with _TAPPING:  # sessions on one family may start at once
-            if self._tap is None:
-                self._tap = QueryRecorder(self.decoder, self.geometry.head_dim)
-        return self._tap.showing(see, before=before)
+        with _ATTACHING:  # sessions on one family may start at once
+            if self._recorder is None:
+                self._recorder = QueryRecorder(self.decoder, self.geometry.head_dim)
+        return self._recorder.showing(see, before=before)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -24,12 +24,12 @@ class Encoded:
 
     Attributes:
         ids: its tokens.
-        places: each one's first character and the one behind its last; empty where the tokenizer does not tell.
-        text: what the places count in.
+        offsets: each one's first character and the one behind its last; empty where the tokenizer does not tell.
+        text: what the offsets count in.
     """
 
     ids: list[int]
-    grid_positions: list[tuple[int, int]]
+    offsets: list[tuple[int, int]]
     text: str
 
 

@@ -37,11 +37,4 @@ class LlavaOnevision(Llava):
         if not after_video:
             return tokens
         newline = self.model.model.image_newline[None].to(tokens.embeds)
-        first = self.embed([self.video_id])
-        ended = replace(first, embeds=newline)
-        return Tokens(
-            embeds=torch.cat([ended.embeds, tokens.embeds]),
-            grid_position=torch.cat([ended.grid_position, tokens.grid_position]),
-            time_us=torch.cat([ended.time_us, tokens.time_us]),
-            visual=torch.cat([ended.visual, tokens.visual]),
-        )
+        return Tokens.join([replace(self.embed([self.video_id]), embeds=newline), tokens])

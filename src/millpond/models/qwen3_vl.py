@@ -104,13 +104,7 @@ class Qwen3VL(Qwen2VL):
                 self.embed([self._end]),
             ):
                 parts.append(replace(part, time_us=torch.full((len(part),), times_us[group * span], dtype=torch.long)))
-        return Tokens(
-            embeds=torch.cat([part.embeds for part in parts]),
-            grid_position=torch.cat([part.grid_position for part in parts]),
-            time_us=torch.cat([part.time_us for part in parts]),
-            visual=torch.cat([part.visual for part in parts]),
-            deepstack=seen.deepstack,
-        )
+        return replace(Tokens.join(parts), deepstack=seen.deepstack)
 
     def assign_positions(self, tokens: Tokens, clock: Clock) -> Tensor:
         pieces: list[Tensor] = []

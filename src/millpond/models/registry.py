@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 
 from millpond.errors import MillpondError, ModelError, first_line
-from millpond.model_folder import check, check_size, read_json, safely
+from millpond.model_folder import check, check_size, load_whole, read_json, safely, without_weights
 from millpond.models.base import Family
 from millpond.models.llava_next_video import LlavaNextVideo
 from millpond.models.llava_onevision import LlavaOnevision
@@ -37,6 +36,7 @@ IMAGE_FILES = (
     ("processor_config.json", "image_processor"),
 )
 _SHIPPED = "minnow"
+_AUTO = transformers.AutoModelForImageTextToText
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def load(
         raise ModelError(f"the dtype of a quantized model is that of the model it was made from: {str(name)!r}")
     try:
         if not weights:
-            model = _empty(config, kind)
+            model = without_weights(_AUTO, config, kind)
         elif quantized:
             model = load_quantized(source, bits=bits, target_bits=target_bits, device=target)
             if attn_implementation:
@@ -187,21 +187,8 @@ def _move(model: Any, target: str) -> None:
 
 def _complete(source: str, config: Any, dtype: str | torch.dtype, attention: str | None) -> Any:
     """The model with all its weights."""
-    check_size(source, sum(weight.numel() for weight in _empty(config, dtype).parameters()))
-    model, report = transformers.AutoModelForImageTextToText.from_pretrained(
-        source,
-        dtype=dtype,
-        output_loading_info=True,
-        use_safetensors=True,
-        **safely(source),
-        **({"attn_implementation": attention} if attention else {}),
-    )
-    # transformers fills gaps with random numbers. LLaVA's towers may lack the layers behind the one whose features are used.
-    if missing := sorted(key for key in report["missing_keys"] if "vision_tower" not in key):
-        raise ModelError(
-            f"cannot load the model at {source!r}: the weights are incomplete: {len(missing)} are missing, first {missing[0]}"
-        )
-    return model
+    check_size(source, without_weights(_AUTO, config, dtype))
+    return load_whole(_AUTO, source, dtype=dtype, **({"attn_implementation": attention} if attention else {}))
 
 
 def _registered(model_type: Any) -> type[Family] | None:
@@ -231,16 +218,6 @@ def _torch_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ModelError(f"{dtype!r} is not a floating point type: use float32, bfloat16 or float16")
     return found
-
-
-def _empty(config: Any, dtype: str | torch.dtype) -> Any:
-    """The model without weights; its small buffers, such as the rotary frequencies, are real."""
-    kind = getattr(config, "dtype", None) if dtype == "auto" else dtype
-    with init_empty_weights(include_buffers=False):
-        model = transformers.AutoModelForImageTextToText.from_config(
-            config, dtype=kind or torch.float32, trust_remote_code=False
-        )
-    return model.eval()
 
 
 def _tokenizer(source: str) -> Any:

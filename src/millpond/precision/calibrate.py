@@ -16,7 +16,7 @@ from millpond.memory.budget import parse_bytes
 from millpond.precision.allocate import allocate, linear_bytes, water_filling
 from millpond.precision.calibration import Calibration
 from millpond.precision.estimators import choose_estimators, directions, meet_shares
-from millpond.precision.folder import Description, read_layer, read_rest
+from millpond.precision.folder import Description, read_linears, read_rest
 from millpond.precision.loading import assemble
 from millpond.precision.nested import MIN_BITS, NestedWeight
 from millpond.precision.pairs import train_pairs
@@ -46,11 +46,10 @@ class _Stored:
         names, errors, shapes = [], [], []
         rest = sum(tensor.nbytes for tensor in read_rest(folder, description).values())
         for index in range(description.layers):
-            layer = read_layer(folder, description, index)
-            rest += sum(bias.nbytes for bias in layer.biases.values())
-            for name, weight in layer.weights.items():
+            for name, weight, bias, error in read_linears(folder, description, index):
+                rest += 0 if bias is None else bias.nbytes
                 names.append(name)
-                errors.append([float(layer.errors[name][1, bits - first]) for bits in bit_widths])
+                errors.append([float(error[1, bits - first]) for bits in bit_widths])
                 shapes.append((weight.rows, weight.columns))
         rows, columns = np.array(shapes).T
         return cls(tuple(names), bit_widths, np.array(errors), rows, columns, rest)

@@ -22,9 +22,7 @@ from millpond.precision.tensor_file import header_of, read_tensors
 __all__ = [
     "DESCRIPTION",
     "Description",
-    "Layer",
     "is_quantized",
-    "read_layer",
     "read_linears",
     "read_rest",
     "sealed",
@@ -143,7 +141,7 @@ def layer_file(index: int) -> str:
 def write_layer(
     folder: Path, index: int, weights: dict[str, NestedWeight], biases: dict[str, Tensor], errors: dict[str, Tensor]
 ) -> None:
-    """Write one decoder layer; names are those of `millpond.precision.decoder.linears`, errors as in `Layer`."""
+    """Write one decoder layer; names are those of `millpond.precision.decoder.linears`, errors as `read_linears` gives them."""
     tensors = {f"{name}.bias": bias for name, bias in biases.items()} | {
         f"{name}.errors": e for name, e in errors.items()
     }
@@ -170,42 +168,15 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """One decoder layer, by name of the linear.
-
-    Attributes:
-        weights: at all bit-widths.
-        biases: where there are any.
-        errors: float64 [2, bit-widths], what each bit-width costs: first and second order, see `millpond.precision.quantize`.
-    """
-
-    weights: dict[str, NestedWeight]
-    biases: dict[str, Tensor]
-    errors: dict[str, Tensor]
-
-
-def read_layer(folder: Path, description: Description, index: int) -> Layer:
-    """One decoder layer, whole.
-
-    Raises:
-        PrecisionError: the file is missing or not the one that was written.
-    """
-    layer = Layer({}, {}, {})
-    for name, weight, bias, errors in read_linears(folder, description, index):
-        layer.weights[name], layer.errors[name] = weight, errors
-        if bias is not None:
-            layer.biases[name] = bias
-    return layer
-
-
 def read_linears(
     folder: Path, description: Description, index: int
 ) -> Iterator[tuple[str, NestedWeight, Tensor | None, Tensor]]:
     """Name, weight, bias and errors of every linear of a layer, one at a time: only one is whole in memory.
 
+    Errors are float64 [2, bit-widths], what each bit-width costs: first and second order, see `millpond.precision.quantize`.
+
     Raises:
-        PrecisionError: as `read_layer`.
+        PrecisionError: the file is missing or not the one that was written.
     """
     path = description.check(folder, layer_file(index))
     stored = header_of(path)

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 
 from millpond.errors import BudgetError, MillpondError, ModelError, PrecisionError
 from millpond.memory.budget import format_bytes, parse_bytes
 from millpond.memory.heap import give_back
-from millpond.model_folder import check, safely
+from millpond.model_folder import check, safely, without_weights
 from millpond.precision.calibration import Calibration
 from millpond.precision.decoder import effective_bits, linears, replace
 from millpond.precision.folder import Description, read_linears, read_rest
@@ -113,12 +112,9 @@ def _empty(path: Path) -> Any:
         raise
     except Exception as error:  # a stranger's file: what it makes the library do wrong has no end
         raise PrecisionError(f"{path} has no readable config: {' '.join(str(error).split())}") from error
-    kind = type(config)
     for auto in (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM):
-        if kind in auto._model_mapping:
-            dtype = getattr(config, "dtype", None) or torch.float32
-            with init_empty_weights(include_buffers=False):
-                model = auto.from_config(config, dtype=dtype)
+        if type(config) in auto._model_mapping:
+            model = without_weights(auto, config)
             for name, _ in linears(model):
                 replace(model, name, nn.Identity())
             return model

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from millpond.recompute.errors import RecomputeError
+from millpond.errors import RecomputeError
 
 __all__ = ["Fingerprints"]
 
