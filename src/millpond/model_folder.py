@@ -1,4 +1,4 @@
-"""What may be believed of a model's folder before anything is loaded from it.
+"""What may be believed of a model's folder before anything is loaded from it, and how the model in it is built.
 
 A checkpoint comes from a stranger: it may name code, pickles, other files, other repositories, or sizes that no machine has. None of
 its code ever runs, nothing is asked on the terminal, a local folder never reaches for the network, and what it says about itself is

@@ -11,6 +11,8 @@ import typer
 
 from millpond.cli.errors import announce
 from millpond.cli.options import JsonFlag, Positions, QuietFlag
+from millpond.errors import MillpondError
+from millpond.minnow import SUPPORTED
 from millpond.policies import DEFAULT_POLICY
 
 if TYPE_CHECKING:
@@ -62,12 +64,10 @@ def accuracy(
     Writes accuracy.json, accuracy.md and accuracy.png (with matplotlib) into the folder, with 95 % intervals.
     """
     announce(context, as_json=as_json, quiet=quiet)
-    from millpond.errors import MillpondError
     from millpond.eval import streams as generated
     from millpond.eval.accuracy.cell import REFERENCES, Cell, read_cells
     from millpond.eval.accuracy.run import Study, outcomes, run
     from millpond.eval.accuracy.table import markdown, summarise
-    from millpond.minnow import SUPPORTED
     from millpond.policies import available
 
     names = _listed(policies)
@@ -108,7 +108,6 @@ def _progress(steps: Any, *, quiet: bool) -> None:
 
 
 def _write(study: Study, rows: list[dict[str, Any]], out: Path) -> dict[str, Any]:
-    from millpond.errors import MillpondError
     from millpond.eval.accuracy.chart import draw
     from millpond.eval.accuracy.table import markdown
     from millpond.eval.hardware import describe

@@ -22,6 +22,7 @@ from millpond.cli.live import clock
 from millpond.cli.options import JsonFlag, Moment, PolicyOption, QuietFlag
 from millpond.config import SessionConfig
 from millpond.memory.budget import format_bytes
+from millpond.minnow import SUPPORTED
 from millpond.policies import DEFAULT_POLICY
 
 if TYPE_CHECKING:
@@ -54,7 +55,6 @@ def demo(
     from millpond.cli.watching import Watch
     from millpond.device import least_budget
     from millpond.eval import streams
-    from millpond.minnow import SUPPORTED
     from millpond.session import Session
 
     silence()

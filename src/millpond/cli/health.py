@@ -1,6 +1,6 @@
 """What `millpond doctor` finds out: versions, devices, codecs, models, and which extras are not installed.
 
-Only looks; each finding is a `Check`. Knows nothing about printing.
+It compiles and runs what it can only tell by running. Each finding is a `Check`; nothing is printed here.
 """
 
 from __future__ import annotations

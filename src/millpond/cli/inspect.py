@@ -1,4 +1,4 @@
-"""Verbs that look and run nothing: `plan`, `doctor`, `models`, `policies`."""
+"""Verbs that tell what there is: `plan`, `doctor`, `models`, `policies`."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from millpond.cli.options import (
 )
 from millpond.config import SessionConfig
 from millpond.errors import BudgetError
+from millpond.memory.budget import format_bytes
 from millpond.policies import DEFAULT_POLICY
 
 if TYPE_CHECKING:
@@ -91,9 +92,8 @@ def plan(
 
 
 def _split(family: Family, config: SessionConfig, size: FrameSize) -> Plan:
-    """The plan; where the budget cannot hold even the prompt, the error still names the least for these frames."""
+    """The plan; where the budget cannot hold even the prompt, the error still names the minimum for these frames."""
     from millpond.device import least_budget
-    from millpond.memory.budget import format_bytes
     from millpond.stream.runner import Runner
 
     grid, budget = family.grid(size.height, size.width), config.budget
@@ -110,12 +110,16 @@ def _split(family: Family, config: SessionConfig, size: FrameSize) -> Plan:
         ) from error
 
 
-def _print_device(split: DeviceSplit, title: str) -> None:
-    from millpond.memory.budget import format_bytes
+def _table(title: str, first: str, *columns: str) -> Table:
+    """An empty table: numbers between the first and the last column."""
+    table = Table(first, title=Text(title), title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="left" if name is columns[-1] else "right")
+    return table
 
-    table = Table(title=Text(title), title_justify="left")
-    for name, justify in (("", "left"), ("bytes", "right"), ("", "right"), ("what for", "left")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+
+def _print_device(split: DeviceSplit, title: str) -> None:
+    table = _table(title, "", "bytes", "", "what for")
     read = "as they are" if split.bits is None else f"every linear read at {split.bits} bits"
     for name, size, note in (
         ("weights", split.weights, read),
@@ -128,11 +132,7 @@ def _print_device(split: DeviceSplit, title: str) -> None:
 
 
 def _print_plan(split: Plan, title: str, fps: float) -> None:
-    from millpond.memory.budget import format_bytes
-
-    table = Table(title=Text(title), title_justify="left")
-    for name, justify in (("", "left"), ("tokens", "right"), ("bytes", "right"), ("", "right"), ("what for", "left")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table = _table(title, "", "tokens", "bytes", "", "what for")
     for line in split.lines:
         if line.bytes:
             size = str(line.bytes), format_bytes(line.bytes)

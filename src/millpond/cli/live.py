@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from millpond.answer import Usage
 from millpond.memory.budget import format_bytes
 
 if TYPE_CHECKING:
+    from millpond.answer import Usage
     from millpond.frames import Losses
 
 __all__ = ["LiveLine", "clock", "summary"]

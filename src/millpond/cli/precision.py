@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from millpond.cli.errors import announce
-from millpond.cli.options import QuietFlag
+from millpond.cli.options import DEFAULT_MODEL, QuietFlag
+from millpond.errors import MillpondError, ModelError, PrecisionError, first_line
 from millpond.memory.budget import format_bytes
+from millpond.minnow import folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +46,7 @@ def quantize(
 
     check_bits(int(low), int(high))  # before a model is loaded
     silence()
-    where = _where(model)
+    where = str(folder()) if model == DEFAULT_MODEL else model
     loaded, tokenizer, dtype = _load(where)
     runs = _runs(tokenizer, calibration, samples, length)
     made = quantize(loaded, tokenizer, out, runs, source=model, bits=(int(low), int(high)), dtype=dtype, quiet=quiet)
@@ -82,20 +84,11 @@ def calibrate(
     typer.echo(f"{folder}: targets of {targets} bits; at most {mean:.2f} bits a layer on average")
 
 
-def _where(name: str) -> str:
-    if name != "minnow":
-        return name
-    from millpond.minnow import folder
-
-    return str(folder())
-
-
 def _load(name: str) -> tuple[Any, Any, Any]:
     """A float32 model, its tokenizer, and the dtype of its checkpoint."""
     import torch
     import transformers
 
-    from millpond.errors import MillpondError, ModelError, first_line
     from millpond.model_folder import check, check_size, load_whole, safely, without_weights
 
     path = Path(name)
@@ -131,7 +124,6 @@ def _copy_pixels(name: str, out: Path) -> None:
 def _tokenizer(source: str, **gguf: str) -> Any:
     import transformers
 
-    from millpond.errors import ModelError, first_line
     from millpond.model_folder import safely
 
     try:
@@ -141,7 +133,6 @@ def _tokenizer(source: str, **gguf: str) -> Any:
 
 
 def _runs(tokenizer: Any, file: Path, samples: int, length: int) -> Tensor:
-    from millpond.errors import PrecisionError
     from millpond.precision.sensitivity import samples_of
 
     try:

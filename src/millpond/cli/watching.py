@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 from millpond.cli.errors import note, one_line, say
 from millpond.cli.events import EventLog
 from millpond.cli.interruptible import InterruptibleSource
+from millpond.cli.live import LiveLine, clock, summary
 from millpond.cli.options import Moment
 from millpond.errors import MillpondError
+from millpond.frames import Event, Losses
 
 if TYPE_CHECKING:
     from millpond.answer import Answer
-    from millpond.frames import Event, Losses
     from millpond.session import Session
 
 __all__ = ["Watch"]
@@ -59,8 +60,6 @@ class Watch:
         arrived: queue.SimpleQueue[Event] | None = None,
         knows: Callable[[Any], bool] | None = None,
     ) -> None:
-        from millpond.cli.live import LiveLine
-
         self._session = session
         self._limit, self._remember = max_new_tokens, remember
         self._json, self._quiet, self._prompt = as_json, quiet, prompt
@@ -117,8 +116,6 @@ class Watch:
 
     def conclude(self, model: str) -> None:
         """Print the summary on stderr, and with `--json` the object on stdout."""
-        from millpond.cli.live import summary
-
         usage = self._session.usage
         self._tell_connection()
         losses = self._losses()
@@ -148,8 +145,6 @@ class Watch:
 
     def _stream(self, moments: list[Moment]) -> None:
         """Feed the whole source, with a stop at each moment; what was not reached is asked at the end."""
-        from millpond.cli.live import clock
-
         for moment in sorted(moments, key=lambda moment: moment.seconds):
             self._feed(moment.seconds)
             if self._frames.ended and self._frames.until_seconds < moment.seconds and not self._frames.reached:
@@ -188,14 +183,10 @@ class Watch:
             )
 
     def _losses(self) -> Losses:
-        from millpond.frames import Losses
-
         return getattr(self._source, "losses", Losses())
 
     def _tell_connection(self) -> None:
         """Say what the reading thread has noted meanwhile."""
-        from millpond.cli.live import clock
-
         while not self._connection.empty():
             event = self._connection.get()
             self._events.write(event.kind, stream_seconds=event.seconds, **_details(event))
@@ -252,8 +243,6 @@ class Watch:
                     say("\n")
 
     def _now(self) -> str:
-        from millpond.cli.live import clock
-
         return f"[{clock(self._frames.seconds or 0.0)}]"
 
     def _note(self, text: str) -> None:

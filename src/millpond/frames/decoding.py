@@ -1,4 +1,4 @@
-"""Decoding with PyAV (FFmpeg): one opened container -> pictures with their own times. Knows nothing about sampling.
+"""Decoding with PyAV (FFmpeg): one opened container -> every picture with its own time.
 
 What FFmpeg says about an error may hold the address with its password, so none of its messages is passed on, and no
 error of its kind stays attached to ours.

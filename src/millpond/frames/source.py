@@ -1,4 +1,4 @@
-"""What `open` returns: one iterator of frames over any kind of feed. Knows nothing about models, codecs or addresses."""
+"""What `open` returns: one iterator of frames over any kind of feed. Opens and decodes nothing itself."""
 
 import threading
 import weakref

@@ -21,7 +21,7 @@ from millpond.precision.loading import assemble
 from millpond.precision.nested import MIN_BITS, NestedWeight
 from millpond.precision.pairs import train_pairs
 
-__all__ = ["calibrate", "choose_max_bits"]
+__all__ = ["calibrate"]
 
 _MOST = 6
 """More bits than these gain nothing that a decoding step would notice (DP-LLM, section 3.2)."""
@@ -55,19 +55,15 @@ class _Stored:
         return cls(tuple(names), bit_widths, np.array(errors), rows, columns, rest)
 
 
-def choose_max_bits(folder: Path, memory: int | None, targets: int) -> dict[str, int]:
+def _max_bits(stored: _Stored, memory: int | None, targets: int) -> dict[str, int]:
     """The greatest bit-width of every linear so that all weights fit into `memory` bytes.
 
-    The error is the second-order one, sum g^2 (W - W_b)^2. Bytes are counted from above: planes, a table for every bit-width up to the greatest,
-    a projection for every target, and everything that is not quantized.
+    The error is the second-order one, sum g^2 (W - W_b)^2. Bytes are counted from above: planes, a table for every bit-width up to the
+    greatest, a projection for every target, and everything that is not quantized.
 
     Raises:
         BudgetError: too little; names the minimum.
     """
-    return _greatest(_Stored.read(folder), memory, targets)
-
-
-def _greatest(stored: _Stored, memory: int | None, targets: int) -> dict[str, int]:
     if memory is None:
         return dict.fromkeys(stored.names, stored.bit_widths[-1])
     nbytes = [
@@ -109,7 +105,7 @@ def calibrate(
         raise PrecisionError("give at least one target in bits")
     limit = None if memory is None else parse_bytes(memory)
     stored = _Stored.read(path)
-    max_bits = _greatest(stored, limit, len(targets))
+    max_bits = _max_bits(stored, limit, len(targets))
     # With every table up to the greatest bit-width: which of them are read is what is sought.
     model = assemble(path, Description.load(path), lambda name, weight: _up_to(weight, max_bits[name]))
     sizes = (stored.rows * stored.columns).astype(np.float64)

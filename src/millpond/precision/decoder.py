@@ -1,4 +1,4 @@
-"""Where the quantized linears of a decoder are: q, k, v, o, gate, up, down of every layer. Knows names, not numbers."""
+"""Where the quantized linears of a decoder are: q, k, v, o, gate, up, down of every layer."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     weights + kv + workspace(kv) <= device
 
-What is above the minimum of each side is shared: half to the weights, until all of their bits are read, the rest to the stream. Knows
-sizes, not models; the stream's own split is `millpond.cache.plan`'s.
+What is above the minimum of each side is shared: half to the weights, until all of their bits are read, the rest to the stream.
+Reads configs and the headers of files, never a weight; the stream's own split is `millpond.cache.plan`'s.
 """
 
 from __future__ import annotations

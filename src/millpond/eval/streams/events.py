@@ -1,7 +1,7 @@
 """What happens in a stream: which object shows where, from which temporal group on and for how long.
 
 A group is two frames, one second. Every object keeps one colour through a stream, no two events begin or end together, and no two
-visible objects share a cell. Knows nothing about drawing or questions.
+visible objects share a cell. Draws nothing, and knows nothing about questions.
 """
 
 from __future__ import annotations
