@@ -18,8 +18,6 @@ from millpond.policies import DEFAULT_POLICY
 if TYPE_CHECKING:
     from millpond.eval.accuracy.run import Study
 
-__all__ = ["app"]
-
 app = typer.Typer(no_args_is_help=True, help="Measure on generated streams.")
 
 

@@ -28,8 +28,6 @@ from millpond.policies import DEFAULT_POLICY
 if TYPE_CHECKING:
     from millpond.answer import Usage
 
-__all__ = ["demo"]
-
 _SHARE = 16
 """The budget is this fraction of the full cache, or the minimum that works."""
 

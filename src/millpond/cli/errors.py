@@ -14,8 +14,6 @@ from typer.core import TyperGroup
 from millpond.errors import MillpondError
 from millpond.printable import printable
 
-__all__ = ["FAILED", "INTERRUPTED", "Commands", "OutputError", "announce", "note", "one_line", "say"]
-
 FAILED = 1
 INTERRUPTED = 130
 """128 + SIGINT, as shells count: the second Ctrl-C gave up."""

@@ -18,8 +18,6 @@ from packaging.requirements import Requirement
 from millpond.cli.errors import one_line
 from millpond.ops.build import compiled
 
-__all__ = ["Check", "checks"]
-
 _PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy", "pillow", "av", "typer", "rich", "tqdm")
 _CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg2video", "mpeg4", "mjpeg", "prores")
 _FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "avi", "hls", "rtsp", "video4linux2,v4l2")
@@ -37,15 +35,7 @@ class Check:
 
 def checks() -> list[Check]:
     """Everything there is to say, most basic first."""
-    return [
-        *_versions(),
-        *_devices(),
-        *_decoders(),
-        *_models(),
-        _kernels(),
-        _watching(),
-        *_extras(),
-    ]
+    return [*_versions(), *_devices(), *_decoders(), *_models(), _kernels(), _watching(), *_extras()]
 
 
 def _versions() -> list[Check]:

@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from millpond.models.base import Family
     from millpond.precision.device_budget import DeviceSplit
 
-__all__ = ["doctor", "models", "plan", "policies"]
-
 
 def plan(
     context: typer.Context,

@@ -13,8 +13,6 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["InterruptibleSource"]
-
 _POLL_SECONDS = 0.05
 # Stream times are kept in microseconds; a moment written with three decimals means the frame at that millisecond.
 _TOLERANCE_SECONDS = 0.0005

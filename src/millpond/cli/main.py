@@ -12,8 +12,6 @@ from millpond.cli.errors import Commands
 from millpond.cli.options import WatchCommand
 from millpond.cli.watch import watch
 
-__all__ = ["app", "main"]
-
 app = typer.Typer(
     name="millpond",
     cls=Commands,

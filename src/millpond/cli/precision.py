@@ -16,8 +16,6 @@ from millpond.minnow import folder
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["calibrate", "quantize"]
-
 CalibrationText = Annotated[
     Path, typer.Option("--calibration", metavar="FILE", help="Plain text, of the kind that the model will read.")
 ]

@@ -13,8 +13,6 @@ from millpond.cli.options import JsonFlag
 from millpond.memory.budget import format_bytes, parse_bytes
 from millpond.recompute.plans import Plan, Strategy, plan
 
-__all__ = ["app"]
-
 app = typer.Typer(no_args_is_help=True, help="Backpropagation through time inside an activation budget.")
 
 

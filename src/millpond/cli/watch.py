@@ -39,8 +39,6 @@ from millpond.cli.options import (
 from millpond.policies import DEFAULT_POLICY
 from millpond.printable import printable
 
-__all__ = ["silence", "watch"]
-
 
 def watch(
     context: typer.Context,

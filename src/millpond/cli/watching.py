@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from millpond.answer import Answer
     from millpond.session import Session
 
-__all__ = ["Watch"]
-
 # What asks a process to end: Ctrl-C, a service manager or `kill`, a terminal that goes away.
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+_TOLD = ("question", "text", "at_seconds", "first_token_seconds")
+"""What `--json` tells of an answer."""
 
 
 class Watch:
@@ -125,15 +125,7 @@ class Watch:
             result: dict[str, Any] = {
                 "model": model,
                 "policy": self._session.policy.name,
-                "answers": [
-                    {
-                        "question": answer.question,
-                        "text": answer.text,
-                        "at_seconds": answer.at_seconds,
-                        "first_token_seconds": answer.first_token_seconds,
-                    }
-                    for answer in self.answers
-                ],
+                "answers": [{name: getattr(answer, name) for name in _TOLD} for answer in self.answers],
                 "losses": asdict(losses),
                 "usage": usage.to_dict(),
             }
@@ -291,9 +283,7 @@ class Watch:
         try:
             self._prompting = True
             line = input().strip()
-        except EOFError:
-            return None
-        except KeyboardInterrupt:
+        except (EOFError, KeyboardInterrupt):
             return None
         finally:
             self._prompting = False

@@ -20,8 +20,6 @@ from millpond.memory.geometry import Geometry
 from millpond.models.query_recorder import See
 from millpond.positions import Clock, Rope
 
-__all__ = ["NO_GRID_POSITION", "Family", "Grid", "Tokens"]
-
 NO_GRID_POSITION = -1
 """Row and column of a token that lies on no frame's grid (text, separators, timestamps)."""
 

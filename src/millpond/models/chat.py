@@ -12,8 +12,6 @@ from typing import Any
 from millpond.errors import MillpondError, ModelError
 from millpond.models.literal import Encoded, Literal
 
-__all__ = ["Chat"]
-
 _SAID = "millpond-said-this"
 _SLOT = "millpond-asks-this"
 

@@ -21,8 +21,6 @@ from millpond.models.transformers_insides import (
 )
 from millpond.positions import Rope
 
-__all__ = ["DecoderFamily"]
-
 # These change their frequencies with the length of the sequence, so a stored key could not be turned afterwards.
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 _ATTACHING = Lock()

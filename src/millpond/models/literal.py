@@ -12,8 +12,6 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-__all__ = ["Encoded", "Literal"]
-
 # Private-use characters: no text has them by chance, and no tokenizer takes them apart before it looks for added tokens.
 _NAME = "\ue000millpond {}\ue001"
 

@@ -13,8 +13,6 @@ from millpond.models.decoder import DecoderFamily
 from millpond.models.pixels import CLIP_MEAN, CLIP_STD, by_colour, check_aspect, normalise
 from millpond.positions import Clock
 
-__all__ = ["Llava"]
-
 
 class Llava(DecoderFamily):
     """Base of the LLaVA adapters. `image` may hold `image_mean` and `image_std`; sizes come from the tower.

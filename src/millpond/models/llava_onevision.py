@@ -12,8 +12,6 @@ from millpond.models.base import Tokens
 from millpond.models.llava import Llava
 from millpond.models.pixels import resize
 
-__all__ = ["LlavaOnevision"]
-
 
 class LlavaOnevision(Llava):
     """Adapter of LLaVA-OneVision (Li et al., 2024, arXiv 2408.03326). Its tower is a SigLIP, and so are its pixels' numbers."""

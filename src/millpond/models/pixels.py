@@ -13,8 +13,6 @@ from torch import Tensor
 
 from millpond.errors import ModelError, SourceError
 
-__all__ = ["CLIP_MEAN", "CLIP_STD", "by_colour", "centre_crop", "check_aspect", "normalise", "resize"]
-
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _MOST_ASPECT = 200

@@ -18,8 +18,6 @@ from torch.utils.hooks import RemovableHandle
 
 from millpond.models.transformers_insides import attention, queries_source
 
-__all__ = ["QueryRecorder", "See"]
-
 See = Callable[[int, Tensor], None]
 """Called with a layer's index and its block's queries [n, query heads, D], right behind that layer's attention or before it."""
 

@@ -22,8 +22,6 @@ from millpond.models.pixels import CLIP_MEAN, CLIP_STD, by_colour, check_aspect,
 from millpond.models.transformers_insides import vision_layout
 from millpond.positions import Clock
 
-__all__ = ["Qwen2VL"]
-
 _LAYOUTS = 8
 """Sizes of blocks whose layout is kept: a stream has a few (its block, the waiting group, the last one)."""
 

@@ -14,8 +14,6 @@ from millpond.models.base import Grid, Tokens
 from millpond.models.qwen2_vl import Qwen2VL
 from millpond.positions import Clock
 
-__all__ = ["Qwen3VL"]
-
 _LONGEST_STAMP = "<9999999.9 seconds>"
 
 

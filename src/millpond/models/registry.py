@@ -21,8 +21,6 @@ from millpond.plugins import Registered
 from millpond.precision.folder import is_quantized
 from millpond.precision.loading import load as load_quantized
 
-__all__ = ["IMAGE_FILES", "Supported", "adapt", "load", "supported"]
-
 _BUILT_IN: dict[str, type[Family]] = {
     kind: adapter
     for adapter in (Qwen2VL, Qwen25VL, Qwen3VL, LlavaOnevision, LlavaNextVideo)

@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from millpond.errors import BudgetError, MillpondError
 from millpond.memory.budget import format_bytes
 
-__all__ = ["Allocation", "allocate", "linear_bytes", "water_filling"]
-
 
 @dataclass(frozen=True)
 class Allocation:

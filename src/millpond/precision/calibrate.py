@@ -21,8 +21,6 @@ from millpond.precision.loading import assemble
 from millpond.precision.nested import MIN_BITS, NestedWeight
 from millpond.precision.pairs import train_pairs
 
-__all__ = ["calibrate"]
-
 _MOST = 6
 """More bits than these gain nothing that a decoding step would notice (DP-LLM, section 3.2)."""
 

@@ -15,8 +15,6 @@ from millpond.ops.width_choice import estimate
 from millpond.precision.folder import digest, sealed, unsealed
 from millpond.precision.tensor_file import read_tensors
 
-__all__ = ["Calibration", "Choice"]
-
 _VERSION = 3
 _JSON, _TENSORS = "calibration.json", "calibration.safetensors"
 

@@ -16,8 +16,6 @@ from millpond import ops
 from millpond.ops.width_choice import Estimators, rms_norm
 from millpond.precision.calibration import Choice
 
-__all__ = ["Chooser", "plain_norm"]
-
 
 class Chooser:
     """Decides for several linears from one input.

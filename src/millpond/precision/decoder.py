@@ -9,8 +9,6 @@ from torch import nn
 
 from millpond.errors import ModelError
 
-__all__ = ["ATTENTION", "MLP", "decoder_of", "effective_bits", "linears", "replace"]
-
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")

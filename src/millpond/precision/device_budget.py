@@ -21,8 +21,6 @@ from millpond.precision.calibration import Calibration
 from millpond.precision.folder import Description
 from millpond.precision.tensor_file import header_of
 
-__all__ = ["DeviceSplit", "Workspace", "split_device", "weight_bytes"]
-
 _FLOAT = 4
 _ROWS_AT_ONCE = 256
 

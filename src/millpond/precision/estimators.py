@@ -19,8 +19,6 @@ from millpond.precision.nested import product
 from millpond.precision.pairs import Pair
 from millpond.precision.selection import EARLY, Selector, early_inputs, every_token, select
 
-__all__ = ["Fit", "choose_estimators", "directions", "meet_shares"]
-
 _GOOD_LINE = 0.9
 _MOST_DIRECTIONS = 64
 

@@ -19,18 +19,6 @@ from millpond.errors import PrecisionError
 from millpond.precision.nested import NestedWeight
 from millpond.precision.tensor_file import header_of, read_tensors
 
-__all__ = [
-    "DESCRIPTION",
-    "Description",
-    "is_quantized",
-    "read_linears",
-    "read_rest",
-    "sealed",
-    "unsealed",
-    "write_layer",
-    "write_rest",
-]
-
 DESCRIPTION = "millpond_precision.json"
 _VERSION = 2
 _REST = "rest.safetensors"

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from millpond.errors import PrecisionError
 from millpond.precision.nested import NestedWeight, product
 
-__all__ = ["NestedLinear"]
-
 
 class NestedLinear(nn.Module):
     """y = x W_b^T + bias for a nested weight.

@@ -23,8 +23,6 @@ from millpond.precision.linear import NestedLinear
 from millpond.precision.nested import NestedWeight
 from millpond.precision.selection import select
 
-__all__ = ["assemble", "load", "stored_bytes"]
-
 
 def load(
     folder: str | Path,

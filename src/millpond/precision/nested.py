@@ -19,8 +19,6 @@ from millpond import ops
 from millpond.errors import PrecisionError
 from millpond.ops.bit_planes import nested_labels, rows_in_turn
 
-__all__ = ["NestedWeight", "check_bits", "nest", "product"]
-
 MIN_BITS, MAX_BITS = 3, 8
 
 

@@ -20,8 +20,6 @@ from millpond.precision.decoder import linears, replace
 from millpond.precision.linear import NestedLinear
 from millpond.precision.nested import MIN_BITS
 
-__all__ = ["Pair", "train_pairs"]
-
 
 @dataclass(frozen=True)
 class Pair:

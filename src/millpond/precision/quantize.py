@@ -18,8 +18,6 @@ from millpond.precision.folder import DESCRIPTION, Description, digest, is_whole
 from millpond.precision.nested import NestedWeight, check_bits, nest
 from millpond.precision.sensitivity import STATE, Sensitivity, sensitivities
 
-__all__ = ["quantize"]
-
 RUN = "unfinished.json"
 """What a run that has not ended works on."""
 

@@ -18,8 +18,6 @@ from millpond.precision.choosing import Chooser
 from millpond.precision.decoder import decoder_of, linears
 from millpond.precision.linear import NestedLinear
 
-__all__ = ["EARLY", "Selector", "early_inputs", "select"]
-
 EARLY = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 """Linears that are decided one sub-layer earlier (but not in the first layer's attention)."""
 

@@ -22,8 +22,6 @@ from millpond.errors import PrecisionError
 from millpond.memory.budget import format_bytes
 from millpond.precision.decoder import decoder_of, linears
 
-__all__ = ["STATE", "Sensitivity", "samples_of", "sensitivities"]
-
 STATE = "sensitivity.state"
 """File with what enters every layer; an interrupted run goes on from it."""
 

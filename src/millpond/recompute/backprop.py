@@ -22,8 +22,6 @@ from millpond.recompute.plans import Strategy, plan
 from millpond.recompute.probe import Cell, probe
 from millpond.recompute.sequence import Collector, Inputs, flatten, unflatten
 
-__all__ = ["bptt"]
-
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def bptt(

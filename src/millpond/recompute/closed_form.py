@@ -13,8 +13,6 @@ from bisect import bisect_left
 from functools import lru_cache
 from math import comb
 
-__all__ = ["hidden_forwards", "hidden_split", "internal_forwards", "internal_split"]
-
 
 @lru_cache(maxsize=4096)
 def _reaches(n: int) -> list[int]:

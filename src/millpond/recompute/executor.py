@@ -29,8 +29,6 @@ from millpond.recompute.sequence import (
     unflatten,
 )
 
-__all__ = ["Executor"]
-
 
 @dataclass(frozen=True)
 class _Held:

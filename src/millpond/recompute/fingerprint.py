@@ -16,8 +16,6 @@ from torch import Tensor
 
 from millpond.errors import RecomputeError
 
-__all__ = ["Fingerprints"]
-
 
 @dataclass(frozen=True)
 class _Sums:

@@ -19,8 +19,6 @@ from millpond.recompute.schedule import Action, Mixed, OneKind, Op, Splitter, sc
 from millpond.recompute.table import fits_exactly, mixed_table
 from millpond.recompute.timeline import Timeline, draw
 
-__all__ = ["Plan", "Strategy", "plan"]
-
 Strategy: TypeAlias = Literal["auto", "hidden", "internal", "mixed"]
 
 # Where a table in bytes would be too large, its unit is a hidden state or at most this small a fraction of one, and the

@@ -22,8 +22,6 @@ from millpond.errors import RecomputeError
 from millpond.recompute.ambient import Generators
 from millpond.recompute.sequence import compact, flatten, tensor_bytes, unflatten
 
-__all__ = ["Cell", "Probe", "StepSize", "graph_parameters", "measure", "node_number", "probe"]
-
 
 @dataclass(frozen=True)
 class StepSize:

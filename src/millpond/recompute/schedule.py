@@ -15,8 +15,6 @@ from typing import Literal, NamedTuple, Protocol
 from millpond.recompute.closed_form import hidden_split, internal_split
 from millpond.recompute.table import Move, Table
 
-__all__ = ["Action", "Mixed", "OneKind", "Op", "Splitter", "schedule"]
-
 
 class Op(Enum):
     """What an action does with the working state."""

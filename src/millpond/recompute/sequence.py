@@ -16,18 +16,6 @@ from torch.utils import _pytree as pytree
 
 from millpond.errors import RecomputeError
 
-__all__ = [
-    "Collector",
-    "InputGrads",
-    "Inputs",
-    "compact",
-    "copy_state",
-    "flatten",
-    "map_tensors",
-    "tensor_bytes",
-    "unflatten",
-]
-
 # Structures of the usual trees, one tensor and flat tuples of tensors, which must not cost a walk at every step.
 _TENSOR = "a tensor"
 

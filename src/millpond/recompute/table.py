@@ -23,8 +23,6 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["MOST_STEPS", "Move", "Table", "build_table", "fits_exactly", "mixed_table"]
-
 Counts: TypeAlias = npt.NDArray[np.int32]
 Levels: TypeAlias = npt.NDArray[np.int64]
 Move: TypeAlias = Literal["sweep", "hidden", "internal", "swap"]

@@ -13,8 +13,6 @@ from typing import Literal
 from millpond.errors import RecomputeError
 from millpond.recompute.schedule import Action, Op
 
-__all__ = ["Stay", "Timeline", "draw"]
-
 
 @dataclass(frozen=True)
 class Stay:

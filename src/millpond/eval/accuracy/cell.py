@@ -10,8 +10,6 @@ from millpond import policies
 from millpond.errors import BudgetError
 from millpond.memory.budget import format_bytes, parse_bytes
 
-__all__ = ["LAST_FRAMES", "REFERENCES", "Cell", "read_budget", "read_cells"]
-
 LAST_FRAMES = "last-4-frames"
 """Not a policy: the model sees the last four frames before a question and nothing else, in a full cache."""
 REFERENCES = ("full", LAST_FRAMES, "uniform", "recent")

@@ -8,8 +8,6 @@ from typing import Any
 
 from millpond.errors import MillpondError
 
-__all__ = ["draw"]
-
 
 def draw(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     """Write a PNG: all questions on the left, those about the past on the right, bars of 95 %.

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Accuracy", "clustered", "difference", "holm", "sign_flips", "wilson"]
-
 _Z = 1.959964
 
 

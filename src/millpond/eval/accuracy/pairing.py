@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from millpond.eval.accuracy.intervals import difference, sign_flips
 from millpond.eval.accuracy.trial import Outcome
 
-__all__ = ["Paired", "paired"]
-
 
 @dataclass(frozen=True)
 class Paired:

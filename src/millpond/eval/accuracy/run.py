@@ -18,8 +18,6 @@ from millpond.eval.accuracy.cell import Cell
 from millpond.eval.accuracy.trial import Outcome, watch
 from millpond.eval.streams import generate
 
-__all__ = ["Study", "run"]
-
 _SETTINGS, _OUTCOMES = "study.json", "outcomes.jsonl"
 
 

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from millpond.models.base import Family
     from millpond.models.query_recorder import See
 
-__all__ = ["SharedStream"]
-
 
 @dataclass(frozen=True)
 class _Block:

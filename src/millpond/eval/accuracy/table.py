@@ -16,8 +16,6 @@ from millpond.eval.accuracy.trial import Mark, Outcome
 from millpond.memory.budget import format_bytes
 from millpond.policies import DEFAULT_POLICY
 
-__all__ = ["AGES", "PAST_SECONDS", "markdown", "summarise"]
-
 AGES = (4.0, 16.0, 64.0, 256.0, 1024.0)
 """Upper bounds in seconds of the classes of age, from an event to its question; above the last there is one more."""
 PAST_SECONDS = 16.0
@@ -107,18 +105,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _overall(rows: Sequence[dict[str, Any]]) -> str:
-    head = [
-        "policy",
-        "budget",
-        "streams",
-        "all",
-        "95 %",
-        "past",
-        "95 %",
-        f"against {DEFAULT_POLICY}: won, lost",
-        "p (Holm)",
-    ]
-    head += ["peak", "scratch", "memory tokens", "compaction, s", "/ decoder"]
+    head = ["policy", "budget", "streams", "all", "95 %", "past", "95 %", f"against {DEFAULT_POLICY}: won, lost"]
+    head += ["p (Holm)", "peak", "scratch", "memory tokens", "compaction, s", "/ decoder"]
     lines = [_line(head), _line(["---"] * len(head))]
     for row in rows:
         if not row["streams"]:

@@ -18,8 +18,6 @@ from millpond.session import Session
 if TYPE_CHECKING:
     from millpond.models.base import Family
 
-__all__ = ["Mark", "Outcome", "watch"]
-
 
 @dataclass(frozen=True)
 class Mark:

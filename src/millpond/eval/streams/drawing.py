@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 from millpond.errors import SourceError
 from millpond.eval.streams.digits import digit_mask
 
-__all__ = ["CELLS", "COLOURS", "DIGIT", "EDGE", "LEVELS", "OBJECTS", "Level", "Scene", "Sight", "level_named"]
-
 EDGE = 64
 CELLS = 16
 """Cells of a frame, 4 x 4 in raster order."""

@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from millpond.eval.streams.digits import digit_indices, digit_value
 from millpond.eval.streams.drawing import CELLS, COLOURS, DIGIT, OBJECTS, Level, Sight
 
-__all__ = ["Event", "label_grid", "plan"]
-
 _DIGIT_SHARE = 0.7
 _LONGEST = 4
 

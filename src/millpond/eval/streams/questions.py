@@ -13,8 +13,6 @@ from millpond.eval.streams.digits import digit_value
 from millpond.eval.streams.drawing import DIGIT, OBJECTS
 from millpond.eval.streams.events import Event
 
-__all__ = ["QUESTION_TYPES", "Question", "ask", "questions_of"]
-
 _COUNTS = ("once", "twice", "3")
 
 
