@@ -100,7 +100,7 @@ def estimators(
 
 
 def process_memory(folder: Path) -> dict[str, float]:
-    """MiB that a process of its own has grown by once a model is loaded and has taken a step: all weights in float32, and packed."""
+    """MiB that a process of its own has grown by once a model is loaded and has taken a step: all weights in float32, and as bit planes."""
     taken = {}
     for name, load in (
         ("float32", "smollm2()[0]"),

@@ -1,4 +1,4 @@
-"""One decoding step's product from packed bit planes against the float32 matmul of the same layer, one processor, one vector.
+"""One decoding step's product from bit planes against the float32 matmul of the same layer, one processor, one vector.
 
     OMP_NUM_THREADS=1 python bench/precision_kernel.py --out bench/results/precision_kernel.json
 
@@ -60,11 +60,11 @@ def measure(rows: int, columns: int, pool: int, turns: int) -> dict[str, Any]:
     rng = torch.Generator().manual_seed(0)
     copies = max(2, -(-pool // (4 * rows * columns)))
     floats = [torch.randn(rows, columns, generator=rng) for _ in range(copies)]
-    packed = [random_weight(rows, columns, rng) for _ in range(copies)]
+    weights = [random_weight(rows, columns, rng) for _ in range(copies)]
     x = torch.randn(1, columns, generator=rng)
     for bits in BIT_WIDTHS:
-        want = x.double() @ packed[0].dense(bits).double().T
-        error = float((product(packed[0], bits, x) - want).norm() / want.norm())
+        want = x.double() @ weights[0].dense(bits).double().T
+        error = float((product(weights[0], bits, x) - want).norm() / want.norm())
         if error > TOLERANCE:
             raise ArithmeticError(f"{rows} x {columns} at {bits} bits is wrong by {error:.1e}")
 
@@ -72,14 +72,14 @@ def measure(rows: int, columns: int, pool: int, turns: int) -> dict[str, Any]:
         for weight in floats:
             torch.nn.functional.linear(x, weight)
 
-    def packed_pass(bits: int) -> Callable[[], None]:
+    def nested_pass(bits: int) -> Callable[[], None]:
         def run() -> None:
-            for weight in packed:
+            for weight in weights:
                 product(weight, bits, x)
 
         return run
 
-    passes = {bits: packed_pass(bits) for bits in BIT_WIDTHS}
+    passes = {bits: nested_pass(bits) for bits in BIT_WIDTHS}
     times: dict[int, list[float]] = {bits: [] for bits in BIT_WIDTHS}
     floats_times, ratios = [], {bits: [] for bits in BIT_WIDTHS}
     for turn in range(turns + 1):

@@ -1,4 +1,4 @@
-"""The split of a device's memory: its parts add up, the least works, and weights and workspace are what is measured."""
+"""The split of a device's memory: its parts add up, the minimum works, and weights and workspace are what is measured."""
 
 import shutil
 from pathlib import Path

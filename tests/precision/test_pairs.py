@@ -36,7 +36,7 @@ def test_pairs_are_adjacent_and_their_mean_is_the_target(stored: Path, target: f
 
 def test_a_linear_that_matters_more_gets_more_bits(stored: Path) -> None:
     model = precision.load(stored)
-    # The second layer's linears read at every bit-width what they are at the least: more bits gain nothing there.
+    # The second layer's linears read at every bit-width what they are at the smallest: more bits gain nothing there.
     idle = [name for name, _ in linears(model) if name.startswith("1.")]
     for name, linear in linears(model):
         if name in idle:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from millpond.cli.errors import announce
 from millpond.cli.options import JsonFlag, Positions, QuietFlag
 from millpond.errors import MillpondError
 from millpond.minnow import SUPPORTED
@@ -28,7 +27,6 @@ def bench() -> None:
 
 @app.command()
 def accuracy(
-    context: typer.Context,
     model: Annotated[str, typer.Option("--model", "-m", help="minnow, a local folder, or a hub id.")] = "minnow",
     policies: Annotated[
         str,
@@ -61,7 +59,6 @@ def accuracy(
 
     Writes accuracy.json, accuracy.md and accuracy.png (with matplotlib) into the folder, with 95 % intervals.
     """
-    announce(context, as_json=as_json, quiet=quiet)
     from millpond.eval import streams as generated
     from millpond.eval.accuracy.cell import REFERENCES, Cell, read_cells
     from millpond.eval.accuracy.run import Study, outcomes, run

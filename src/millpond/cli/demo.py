@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from millpond.cli.errors import FAILED, announce
+from millpond.cli.errors import FAILED
 from millpond.cli.live import clock
 from millpond.cli.options import JsonFlag, Moment, PolicyOption, QuietFlag
 from millpond.config import SessionConfig
@@ -33,7 +33,6 @@ _SHARE = 16
 
 
 def demo(
-    context: typer.Context,
     groups: Annotated[
         int, typer.Option(min=16, metavar="GROUPS", help="Length of the stream in groups of two frames.")
     ] = 256,
@@ -47,7 +46,6 @@ def demo(
     quiet: QuietFlag = False,
 ) -> None:
     """Watch a generated video of several minutes under 1/16 of the full cache, and compare the answers with the truth."""
-    announce(context, as_json=as_json, quiet=quiet)
     from millpond import frames, models, policies
     from millpond.cli.watch import silence
     from millpond.cli.watching import Watch

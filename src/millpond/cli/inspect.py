@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from millpond.cli.errors import FAILED, announce
+from millpond.cli.errors import FAILED
 from millpond.cli.options import (
     DEFAULT_MODEL,
     BudgetOption,
@@ -62,7 +62,6 @@ def plan(
     quiet: QuietFlag = False,
 ) -> None:
     """Show how a budget, or a device's memory, is split for a model and a frame size; too small a one names the minimum that works."""
-    announce(context, as_json=as_json, quiet=quiet)
     from millpond import models
     from millpond.cli.watch import silence
     from millpond.device import default_budget, plan_device
@@ -147,9 +146,8 @@ def _of_budget(split: Plan) -> str:
     return "no cap: it grows" if split.budget is None else f"of {split.budget} bytes"
 
 
-def doctor(context: typer.Context, as_json: JsonFlag = False, quiet: QuietFlag = False) -> None:
+def doctor(as_json: JsonFlag = False, quiet: QuietFlag = False) -> None:
     """Tell what is installed, which devices and codecs are there, and what would work; exit code 1 if watching would not."""
-    announce(context, as_json=as_json, quiet=quiet)
     from millpond.cli.health import checks
 
     found = checks()
@@ -165,9 +163,8 @@ def doctor(context: typer.Context, as_json: JsonFlag = False, quiet: QuietFlag =
         raise typer.Exit(FAILED)
 
 
-def policies(context: typer.Context, as_json: JsonFlag = False, quiet: QuietFlag = False) -> None:
+def policies(as_json: JsonFlag = False, quiet: QuietFlag = False) -> None:
     """List the policies: what each forgets, where it comes from, and its parameters."""
-    announce(context, as_json=as_json, quiet=quiet)
     from millpond import policies as registry
 
     rows: list[dict[str, Any]] = []
@@ -195,9 +192,8 @@ def policies(context: typer.Context, as_json: JsonFlag = False, quiet: QuietFlag
         print(f"    {row['source']}")
 
 
-def models(context: typer.Context, as_json: JsonFlag = False, quiet: QuietFlag = False) -> None:
+def models(as_json: JsonFlag = False, quiet: QuietFlag = False) -> None:
     """List the model families that can be loaded from a folder or by hub id."""
-    announce(context, as_json=as_json, quiet=quiet)
     from millpond import models
 
     rows = models.supported()

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from millpond.cli.errors import remember_json, remember_quiet
 from millpond.config import SessionConfig
 from millpond.errors import BudgetError, SourceError
 from millpond.memory.budget import parse_bytes
@@ -253,5 +254,10 @@ DeviceOption = Annotated[
     str | None,
     _option("--device", metavar="DEVICE", show_default="cuda where there is one", help="cpu, cuda, cuda:1, ..."),
 ]
-JsonFlag = Annotated[bool, _option("--json", help="For machines: the last line of stdout is one object.")]
-QuietFlag = Annotated[bool, _option("--quiet", "-q", help="Nothing on stderr.")]
+JsonFlag = Annotated[
+    bool,
+    _option(
+        "--json", is_eager=True, callback=remember_json, help="For machines: the last line of stdout is one object."
+    ),
+]
+QuietFlag = Annotated[bool, _option("--quiet", "-q", is_eager=True, callback=remember_quiet, help="Nothing on stderr.")]

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from millpond.cli.errors import announce
 from millpond.cli.options import DEFAULT_MODEL, QuietFlag
 from millpond.errors import MillpondError, ModelError, PrecisionError, first_line
 from millpond.memory.budget import format_bytes
@@ -24,7 +23,6 @@ Length = Annotated[int, typer.Option(min=16, help="Tokens in a run.")]
 
 
 def quantize(
-    context: typer.Context,
     model: Annotated[str, typer.Argument(help="minnow, a local folder, a hub id, or a GGUF file.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; an interrupted run in it is continued.")],
     calibration: CalibrationText,
@@ -34,7 +32,6 @@ def quantize(
     quiet: QuietFlag = False,
 ) -> None:
     """Store a model's decoder weights as nested bit planes, readable at every bit-width (Any-Precision)."""
-    announce(context, quiet=quiet)
     low, dash, high = bits.partition("-")
     if not (dash and low.isdigit() and high.isdigit()):
         raise typer.BadParameter(f"{bits!r} is not of the form 3-8", param_hint="--bits")
@@ -54,7 +51,6 @@ def quantize(
 
 
 def calibrate(
-    context: typer.Context,
     folder: Annotated[Path, typer.Argument(help="What `millpond quantize` wrote.")],
     calibration: CalibrationText,
     target_bits: Annotated[
@@ -68,7 +64,6 @@ def calibrate(
     quiet: QuietFlag = False,
 ) -> None:
     """Choose the bit-width of every layer, and how each decoding step picks between two (DP-LLM)."""
-    announce(context, quiet=quiet)
     from millpond.cli.watch import silence
     from millpond.precision.calibrate import calibrate
     from millpond.precision.folder import Description

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from millpond.cli.errors import announce
 from millpond.cli.options import JsonFlag
 from millpond.memory.budget import format_bytes, parse_bytes
 from millpond.recompute.plans import Plan, Strategy, plan
@@ -23,7 +22,6 @@ def recompute() -> None:
 
 @app.command("plan")
 def plan_command(
-    context: typer.Context,
     length: Annotated[int, typer.Option(max=1_000_000, help="Steps of the sequence; more take minutes to plan.")],
     hidden_bytes: Annotated[str, typer.Option(help="Bytes of one hidden state, for example 64KiB.")],
     internal_bytes: Annotated[str, typer.Option(help="Bytes that backpropagating through one step needs.")],
@@ -38,7 +36,6 @@ def plan_command(
 
     Measure the two sizes on a real step with `millpond.recompute.measure`.
     """
-    announce(context, as_json=as_json)
     made = plan(
         length=length,
         budget=budget,

@@ -17,7 +17,7 @@ from millpond.frames.source import Event, Feed, Losses, SourceInfo
 
 # After a second the consumer goes its way; a thread that is stuck in a system call ends by its own time-out.
 _JOIN_SECONDS = 1.0
-_LEAST_STEP_SECONDS = 1e-3
+_MIN_STEP_SECONDS = 1e-3
 
 
 class Clock(Protocol):
@@ -275,7 +275,7 @@ class _State:
                 for picture in feed:
                     now = self._clock.now()
                     if shift is None:
-                        gap = max(now - arrived, _LEAST_STEP_SECONDS)
+                        gap = max(now - arrived, _MIN_STEP_SECONDS)
                         shift = 0.0 if last is None else last + gap - picture.seconds
                     seconds = picture.seconds + shift
                     if self._paced:

@@ -28,7 +28,7 @@ class Qwen3VL(Qwen2VL):
     came out with the weights (transformers 4.57). Since 5.10 transformers leaves the outer pair standing as well.
 
     `size` in a video processor's file limits the whole video; a frame's share of it depends on a length that a stream does not
-    have. The cap of 768 tokens a frame holds instead, and the least is what a video of one group would need.
+    have. The cap of 768 tokens a frame holds instead, and the minimum is what a video of one group would need.
     """
 
     name: ClassVar[str] = "Qwen3-VL"

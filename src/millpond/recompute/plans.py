@@ -185,7 +185,7 @@ def _mixed(length: int, hidden: int, internal: int, free: int | None, slots: int
 
 
 def _coarse_unit(length: int, h: int, a: int, m: int) -> int:
-    """Units a hidden state: the least whose rounding up of the internal state wastes little, where the table is exact."""
+    """Units a hidden state: the fewest whose rounding up of the internal state wastes little, where the table is exact."""
 
     def waste(units: int) -> float:
         return -(-a * units // h) * h / (a * units) - 1

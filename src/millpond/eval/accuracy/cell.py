@@ -36,8 +36,8 @@ class Cell:
     @property
     def name(self) -> str:
         """Unique, readable, and what a resumed study recognises a finished trial by."""
-        again = f", {self.recent_frames} frames again" if self.recent_frames else ""
-        return f"{self.policy} @ {'-' if self.budget is None else self.budget} {self.positions}{again}"
+        recent = f", {self.recent_frames} recent frames" if self.recent_frames else ""
+        return f"{self.policy} @ {'-' if self.budget is None else self.budget} {self.positions}{recent}"
 
     @property
     def budget_name(self) -> str:
@@ -82,6 +82,6 @@ def read_cells(names: list[str], budgets: list[str], positions: Positions, recen
         if name != LAST_FRAMES and policies.read(name).capped:
             cells += [Cell(name, share, positions, recent_frames) for share in shares]
         else:
-            # The last frames by themselves are the reference without a memory: nothing to show once more.
+            # The last frames by themselves are the reference without a memory: no recent frames to show.
             cells.append(Cell(name, None, positions, 0 if name == LAST_FRAMES else recent_frames))
     return list(dict.fromkeys(cells))

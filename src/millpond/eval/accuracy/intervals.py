@@ -69,7 +69,7 @@ def difference(streams: Sequence[tuple[int, int]]) -> tuple[float, float, float]
         streams: (questions that only one of the two answered right less those that only the other did, asked) of each stream.
 
     Returns:
-        The difference, its least and its largest value; -1 to 1 for fewer than two streams.
+        The difference, its smallest and its largest value; -1 to 1 for fewer than two streams.
     """
     counts = np.array([pair for pair in streams if pair[1]], dtype=np.float64).reshape(-1, 2)
     if not len(counts):

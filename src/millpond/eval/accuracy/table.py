@@ -125,7 +125,7 @@ def _overall(rows: Sequence[dict[str, Any]]) -> str:
 
 def _policy(row: dict[str, Any]) -> str:
     marks = [] if row["positions"] == "contiguous" else [row["positions"]]
-    marks += [f"{row['recent_frames']} frames again"] if row["recent_frames"] else []
+    marks += [f"{row['recent_frames']} recent frames"] if row["recent_frames"] else []
     return f"{row['policy']} ({', '.join(marks)})" if marks else row["policy"]
 
 

@@ -65,8 +65,8 @@ def plan(rng: np.random.Generator, groups: int, level: Level, split: str) -> tup
     hours. Half of the streams gather their events in bursts.
     """
     minimum, most = level.events
-    room = max(2, groups // 2)
-    kinds = _kinds(rng, min(int(rng.integers(minimum, most + 1)), room, len(OBJECTS)))
+    most_events = max(2, groups // 2)
+    kinds = _kinds(rng, min(int(rng.integers(minimum, most + 1)), most_events, len(OBJECTS)))
     colours = _colours(rng, kinds)
     images = digit_indices(split)
     looks = [
@@ -75,7 +75,7 @@ def plan(rng: np.random.Generator, groups: int, level: Level, split: str) -> tup
     ]
     order = list(range(len(looks)))
     for index in range(len(looks)):
-        while len(order) < room and rng.random() < level.repeats:
+        while len(order) < most_events and rng.random() < level.repeats:
             order.insert(int(rng.integers(order.index(index) + 1, len(order) + 1)), index)
     # The same object twice in a row would be one appearance with a gap.
     order = [look for at, look in enumerate(order) if at == 0 or order[at - 1] != look]
@@ -142,7 +142,7 @@ def _walk(rng: np.random.Generator, length: int, taken: set[int], *, moves: bool
             for r, c in ((row + 1, col), (row - 1, col), (row, col + 1), (row, col - 1))
             if 0 <= r < 4 and 0 <= c < 4
         ]
-        near = [place for place in near if place not in taken]
+        near = [other for other in near if other not in taken]
         if moves and near:
             cell = int(rng.choice(near))
         cells.append(cell)
