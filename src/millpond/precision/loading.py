@@ -54,11 +54,12 @@ def load(
         raise PrecisionError(
             f"{path} has not been calibrated: run `millpond calibrate {path} --target-bits {target_bits:g}`"
         )
-    if bits is not None and target_bits is not None:
-        raise PrecisionError("give target_bits or bits, not both")
-    if bits is not None and not description.bits[0] <= bits <= description.bits[1]:
-        raise PrecisionError(f"{path} holds {description.bits[0]} to {description.bits[1]} bits, not {bits}")
     if bits is not None:
+        low, high = description.bits
+        if target_bits is not None:
+            raise PrecisionError("give target_bits or bits, not both")
+        if not low <= bits <= high:
+            raise PrecisionError(f"{path} holds {low} to {high} bits, not {bits}")
         calibration = None
 
     def keep(name: str, weight: NestedWeight) -> NestedWeight:
