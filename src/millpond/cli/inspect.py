@@ -135,15 +135,12 @@ def _print_plan(split: Plan, title: str, fps: float) -> None:
             size = str(line.bytes), format_bytes(line.bytes)
             table.add_row(line.name, str(line.slots) if line.slots else "", *size, line.purpose)
     total = str(split.total_bytes), format_bytes(split.total_bytes)
-    table.add_row("total", str(split.slots), *total, _of_budget(split))
+    cap = "no cap: it grows" if split.budget is None else f"of {split.budget} bytes"
+    table.add_row("total", str(split.slots), *total, cap)
     console = Console()
     console.print(table)
     full = f"{split.frames_in_full} frames = {split.seconds_in_full(fps):g} s in full detail, more when thinned"
     console.print(f"{split.bytes_per_token} bytes per token, metadata included; in memory {full}", highlight=False)
-
-
-def _of_budget(split: Plan) -> str:
-    return "no cap: it grows" if split.budget is None else f"of {split.budget} bytes"
 
 
 def doctor(as_json: JsonFlag = False, quiet: QuietFlag = False) -> None:

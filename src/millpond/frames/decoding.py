@@ -300,12 +300,7 @@ def _open_playlist(target: str, name: str, reach: Reach, timeout: float) -> Any:
     fault = ""
     try:
         return av.open(
-            target,
-            format="hls",
-            options=options,
-            timeout=(timeout, timeout),
-            metadata_errors="replace",
-            io_open=reach,
+            target, format="hls", options=options, timeout=(timeout, timeout), metadata_errors="replace", io_open=reach
         )
     except (av.FFmpegError, ValueError, OSError) as error:
         fault = _reason(error, timeout)

@@ -14,11 +14,7 @@ from millpond.memory.geometry import Geometry
 from millpond.models.base import Family, Tokens
 from millpond.models.chat import Chat
 from millpond.models.query_recorder import QueryRecorder, See
-from millpond.models.transformers_insides import (
-    cache_argument,
-    layers_of_different_lengths,
-    warn_above_last_tested,
-)
+from millpond.models.transformers_insides import cache_argument, layers_of_different_lengths, warn_above_last_tested
 from millpond.positions import Rope
 
 # These change their frequencies with the length of the sequence, so a stored key could not be turned afterwards.

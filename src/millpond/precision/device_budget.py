@@ -87,12 +87,7 @@ class DeviceSplit:
 
 
 def split_device(
-    device: int,
-    weights: int | Mapping[int, int],
-    geometry: Geometry,
-    workspace: Workspace,
-    *,
-    kv_minimum: int,
+    device: int, weights: int | Mapping[int, int], geometry: Geometry, workspace: Workspace, *, kv_minimum: int
 ) -> DeviceSplit:
     """Split `device` bytes.
 

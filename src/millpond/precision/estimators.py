@@ -97,12 +97,10 @@ def choose_estimators(
 
     hooks = early_inputs(model, seen)
     _run_as_steps(model, samples, hooks)
-    choices = {}
-    for name, pair in pairs.items():
-        if name not in probes:
-            choices[name] = Choice(pair.low, pair.high)
-            continue
-        choices[name] = _choice(probes[name], pair)
+    choices = {
+        name: _choice(probes[name], pair) if name in probes else Choice(pair.low, pair.high)
+        for name, pair in pairs.items()
+    }
     return choices, {name: probe.fit for name, probe in probes.items()}
 
 

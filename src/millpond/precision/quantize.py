@@ -54,16 +54,15 @@ def quantize(
         raise PrecisionError(f"{out} holds a quantized model already: choose another folder, or remove it")
     out.mkdir(parents=True, exist_ok=True)
     layers = 1 + max(int(name.split(".")[0]) for name in named)
-    _claim(
-        out,
-        {
-            "source": source,
-            "widths": list(bits),
-            "weights": _print_of(named),
-            "text": _sha(samples),
-            "dtype": str(dtype),
-        },
-    )
+    text = hashlib.sha256(samples.cpu().numpy().tobytes()).hexdigest()
+    run: dict[str, object] = {
+        "source": source,
+        "widths": list(bits),
+        "weights": _print_of(named),
+        "text": text,
+        "dtype": str(dtype),
+    }
+    _claim(out, run)
     todo = [index for index in range(layers) if not is_whole(out / layer_file(index))]
     if todo:
         # From the last layer to the first, so that a run that was cut off has the first ones before it.
@@ -125,10 +124,6 @@ def _print_of(named: dict[str, Any]) -> str:
         found.update(f"{name}{tuple(linear.weight.shape)}".encode())
         found.update(linear.weight.detach()[:2].float().cpu().numpy().tobytes())
     return found.hexdigest()
-
-
-def _sha(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()
 
 
 def _errors(nested: NestedWeight, weight: Tensor, found: Sensitivity, name: str) -> Tensor:

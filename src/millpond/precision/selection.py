@@ -2,19 +2,22 @@
 
 q, k, v of layer i are decided from layer i's input norm of the residual that enters layer i-1's post-attention norm, gate and up from
 the post-attention norm of the residual that enters the layer's input norm: the same token, one sub-layer earlier. o, down and the
-first layer's q, k, v are decided from their own input.
+first layer's q, k, v are decided from their own input. One call into compiled code decides for all that read one input, which is
+normed once and measured once; in Python each decision would cost as much as a small product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from millpond import ops
+from millpond.ops.width_choice import Estimators, rms_norm
 from millpond.precision.calibration import Choice
-from millpond.precision.choosing import Chooser
 from millpond.precision.decoder import decoder_of, linears
 from millpond.precision.linear import NestedLinear
 
@@ -42,6 +45,38 @@ def early_inputs(model: Any, seen: Callable[[str, Any, Tensor], None]) -> list[A
         hooks.append(layer.input_layernorm.register_forward_pre_hook(before_input))
         hooks.append(layer.post_attention_layernorm.register_forward_pre_hook(before_post))
     return hooks
+
+
+class Chooser:
+    """Decides for several linears from one input.
+
+    Args:
+        choices: of the linears.
+        columns: K of that input.
+        norm: the module that stands between the given input and the one that the estimates read; None for none.
+    """
+
+    def __init__(self, choices: Sequence[Choice], columns: int, norm: Any = None) -> None:
+        scale, epsilon = (None, 0.0) if norm is None else plain_norm(norm)
+        self._norm = norm if scale is None else None  # another kind of norm is called, not copied
+        lines = [(one.slope, one.intercept, one.threshold) for one in choices]
+        self._estimators = Estimators(columns, lines, [one.projection for one in choices], scale, epsilon)
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        """Rows [T, K] -> for each linear bool [T], True for the high bit-width."""
+        return ops.exceed(x if self._norm is None else self._norm.forward(x), self._estimators)
+
+
+@torch.no_grad()
+def plain_norm(norm: Any) -> tuple[Tensor | None, float]:
+    """Weight (float32) and epsilon of a module that is x / rms(x) * weight; None for the weight where it is anything else."""
+    weight, epsilon = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
+    if weight is None or epsilon is None or weight.device.type != "cpu":
+        return None, 0.0
+    scale = weight.float().contiguous()
+    x = torch.linspace(-2, 3, len(scale))[None].to(weight.dtype)
+    close = torch.allclose(norm.forward(x).float(), rms_norm(x, scale, epsilon), rtol=0.02, atol=0.02)
+    return (scale, float(epsilon)) if close else (None, 0.0)
 
 
 class Selector:

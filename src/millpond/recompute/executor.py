@@ -208,10 +208,7 @@ class Executor:
             self._fingerprints.compare(step, [*outputs, *states])
         self._state = copy_state(state)
         self._graphs[step] = _Graph(
-            state_leaves,
-            input_leaves,
-            [_edge(leaf) for leaf in (*outputs, *states)],
-            self._hold(self._state),
+            state_leaves, input_leaves, [_edge(leaf) for leaf in (*outputs, *states)], self._hold(self._state)
         )
 
     def _back(

@@ -1,6 +1,7 @@
 """A trial is what a session does: the same answers, one look at each frame group, a refusal where the budget is too small."""
 
 import copy
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -133,7 +134,7 @@ def test_cells_that_share_blocks_give_what_they_give_alone(
     blocks, runs[:] = sum(count % 16 == 0 for count in runs), []
     alone = [outcome for cell in cells for outcome in watch(counting, stream, [cell], ["where", "now"])]
     for ours, own in zip(together, alone, strict=True):
-        mine, theirs = ours.to_dict(), own.to_dict()
+        mine, theirs = asdict(ours), asdict(own)
         assert {key: mine[key] for key in mine if "seconds" not in key} == {
             key: theirs[key] for key in theirs if "seconds" not in key
         }

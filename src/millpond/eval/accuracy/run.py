@@ -80,7 +80,7 @@ def run(study: Study, cells: Sequence[Cell], folder: Path, *, processes: int = 2
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
                     for outcome in future.result():
-                        file.write(json.dumps(outcome.to_dict()) + "\n")
+                        file.write(json.dumps(asdict(outcome)) + "\n")
                         left -= 1
                 file.flush()
                 yield total - left, total
