@@ -11,18 +11,17 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 _POLL_SECONDS = 0.05
 # Stream times are kept in microseconds; a moment written with three decimals means the frame at that millisecond.
 _TOLERANCE_SECONDS = 0.0005
 
 
-class _End:
+class _End(NamedTuple):
     """What the reading thread leaves behind the last frame: nothing, or the error that ended the source."""
 
-    def __init__(self, error: BaseException | None) -> None:
-        self.error = error
+    error: BaseException | None
 
 
 class InterruptibleSource:

@@ -30,7 +30,7 @@ DEFAULT_BUDGET = "a minute of video in full detail, at most half of the free mem
 
 
 class Positions(StrEnum):
-    """What happens to rotary positions near the trained limit."""
+    """`millpond.config.Positions`, as typer takes them for a repeatable option."""
 
     absolute = "absolute"
     contiguous = "contiguous"

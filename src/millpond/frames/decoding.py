@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from millpond.errors import SourceError
 from millpond.frames.address import Address
 from millpond.frames.orientation import Turn, square, upright
-from millpond.frames.reach import Reach
+from millpond.frames.reach import Reach, Readable
 from millpond.frames.sampling import Pending
 from millpond.frames.source import SourceInfo
 from millpond.frames.timing import StreamTimes
@@ -49,15 +49,11 @@ _PIPE_HINT = "; an MP4 can be piped only if its index is in front (faststart) or
 _PLAUSIBLE_FPS = (1e-3, 1000.0)
 
 
-class Bytes(Protocol):
+class Bytes(Readable, Protocol):
     """A file object without `seek`: what a pipe can do."""
-
-    def read(self, size: int, /) -> bytes: ...
 
     def cancel(self) -> None:
         """Make `read` return b"" soon; any thread may call it."""
-
-    def close(self) -> None: ...
 
 
 class Video:

@@ -113,15 +113,13 @@ class Chat:
         wanted = self._count(self._tokenized(slotted).ids)
         if self._count(said.ids) == wanted:
             return said
-        if not getattr(self._tokenizer, "is_fast", False) or slotted.count(_SLOT) != 1:
-            raise MillpondError("a question or system message must not contain the model's control tokens")
-        if self._literal is None:
-            self._literal = Literal(self._tokenizer)
-        before, behind = slotted.split(_SLOT)
-        said = self._literal.encode(before, behind, text)
-        if self._count(said.ids) != wanted:
-            raise MillpondError("a question or system message must not contain the model's control tokens")
-        return said
+        if getattr(self._tokenizer, "is_fast", False) and slotted.count(_SLOT) == 1:
+            self._literal = self._literal or Literal(self._tokenizer)
+            before, behind = slotted.split(_SLOT)
+            said = self._literal.encode(before, behind, text)
+            if self._count(said.ids) == wanted:
+                return said
+        raise MillpondError("a question or system message must not contain the model's control tokens")
 
     def _tokenized(self, text: str) -> Encoded:
         fast = getattr(self._tokenizer, "is_fast", False)

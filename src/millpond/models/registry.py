@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 
+from millpond import minnow
 from millpond.errors import MillpondError, ModelError, first_line
 from millpond.model_folder import check, check_size, load_whole, read_json, safely, without_weights
 from millpond.models.base import Family
@@ -119,7 +120,7 @@ def load(
             nothing is quantized. PrecisionError: a quantized folder that is damaged or lacks such bits.
     """
     kind, target = _torch_dtype(dtype), _device(device)
-    source = str(_shipped() if name == _SHIPPED else name)
+    source = str(minnow.folder() if name == _SHIPPED else name)
     try:
         # Before transformers reads the config: a package may have to tell it of a `model_type` of its own.
         _registered(read_json(source, "config.json").get("model_type"))
@@ -221,7 +222,9 @@ def _torch_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
 def _tokenizer(source: str) -> Any:
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safely(source))
     if not getattr(tokenizer, "chat_template", None):
-        tokenizer.chat_template = _template(source)
+        # Older checkpoints keep it in a JSON of its own.
+        template = read_json(source, "chat_template.json").get("chat_template")
+        tokenizer.chat_template = template if isinstance(template, str) else None
     return tokenizer
 
 
@@ -239,16 +242,3 @@ def _image_numbers(source: str, max_pixels: int | None) -> dict[str, Any]:
     # What a user says is taken as it is.
     stays = {key: value for key, value in numbers.items() if key in ("image_mean", "image_std", "min_pixels")}
     return {**stays, "max_pixels": max_pixels}
-
-
-def _template(source: str) -> str | None:
-    """The chat template of older checkpoints, which keep it in a JSON of its own."""
-    template = read_json(source, "chat_template.json").get("chat_template")
-    return template if isinstance(template, str) else None
-
-
-def _shipped() -> Path:
-    # Only here, so that the families do not depend on a model.
-    from millpond.minnow import folder
-
-    return folder()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
 
 from millpond import policies
+from millpond.config import Positions
 from millpond.errors import BudgetError
 from millpond.memory.budget import format_bytes, parse_bytes
 
@@ -14,8 +14,6 @@ LAST_FRAMES = "last-4-frames"
 """Not a policy: the model sees the last four frames before a question and nothing else, in a full cache."""
 REFERENCES = ("full", LAST_FRAMES, "uniform", "recent")
 """In every table: what forgetting nothing, remembering nothing and not looking at content are worth."""
-
-Positions = Literal["absolute", "contiguous"]
 
 
 @dataclass(frozen=True)
