@@ -84,12 +84,12 @@ def main() -> None:
     tests, results = _prepared(options, folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **safely(folder))
     samples = precision.samples_of(tokenizer, calibration_text(), samples=options.samples, length=options.length)
-    # All tables up to the greatest width: the static programmes read others than the targets do.
+    # All tables up to the greatest bit-width: the static programmes read others than the targets do.
     model = assemble(folder, Description.load(folder), lambda name, weight: weight.kept(6, {3, 4, 5, 6}))
     model.precision_hooks = []
 
     def measured(choices: dict[str, Choice] | None = None) -> dict[str, Any]:
-        """Perplexity, achieved bits and shares of the high width of whatever is set."""
+        """Perplexity, achieved bits and shares of the high bit-width of whatever is set."""
         if choices is not None:
             unhook(model)
             model.precision_hooks = select(model, choices)
@@ -119,9 +119,9 @@ def main() -> None:
     result = _compared(options, results, samples, tests)
     if options.out:  # what follows may take as long again
         options.out.write_text(json.dumps(result, indent=1) + "\n")
-    for width in (3, 4, 5):
-        fixed = {name: Choice(width, width) for name, _ in linears(model)}
-        results.measure(f"uniform {width}", lambda fixed=fixed: measured(fixed))
+    for bits in (3, 4, 5):
+        fixed = {name: Choice(bits, bits) for name, _ in linears(model)}
+        results.measure(f"uniform {bits}", lambda fixed=fixed: measured(fixed))
     shares = results.rows[f"dp-llm {middle}"]["shares"]
     choices = _calibrated(folder, samples, results, middle)
 
@@ -200,7 +200,7 @@ def _calibrated(folder: Path, samples: torch.Tensor, results: Results, target: f
     if done is None or target not in done.targets:
         began = process_time()
         made = precision.calibrate(folder, samples, [target])
-        done = Calibration(made.widths, {**(done.targets if done else {}), **made.targets})
+        done = Calibration(made.max_bits, {**(done.targets if done else {}), **made.targets})
         done.save(folder)
         results.measure(f"calibrate {target}", lambda: {"processor_seconds": round(process_time() - began)})
     return done.targets[target]

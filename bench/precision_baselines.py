@@ -1,4 +1,4 @@
-"""What bench/precision.py compares DP-LLM with: fixed widths, the same rates by a coin, and decisions by exact differences."""
+"""What bench/precision.py compares DP-LLM with: fixed bit-widths, the same rates by a coin, and decisions by exact differences."""
 
 from __future__ import annotations
 
@@ -13,38 +13,37 @@ from millpond import precision
 from millpond.precision.allocate import allocate
 from millpond.precision.calibration import Choice
 from millpond.precision.decoder import linears
-from millpond.precision.folder import Description, read_layer
+from millpond.precision.folder import Description, read_linears
 from millpond.precision.nested import product
 
 __all__ = ["at_random", "exactly", "static", "unhook"]
 
 
 def static(folder: Path, target: float, order: int) -> dict[str, Choice]:
-    """One fixed width a linear so that the mean is at most the target: the integer programme on bits instead of bytes."""
+    """One fixed bit-width a linear so that the mean is at most the target: the integer programme on bits instead of bytes."""
     description = Description.load(folder)
-    widths = list(range(3, 7))
+    bit_widths = list(range(3, 7))
     names, errors, sizes = [], [], []
     for index in range(description.layers):
-        layer = read_layer(folder, description, index)
-        for name, weight in layer.weights.items():
+        for name, weight, _, error in read_linears(folder, description, index):
             names.append(name)
-            errors.append([float(layer.errors[name][order, width - description.widths[0]]) for width in widths])
-            sizes.append([weight.rows * weight.columns * width for width in widths])
-    total = sum(size[0] for size in sizes) // widths[0]
-    found = allocate(np.array(errors), np.array(sizes), widths, math.floor(target * total))
-    return {name: Choice(width, width) for name, width in zip(names, found.widths, strict=True)}
+            errors.append([float(error[order, bits - description.bits[0]]) for bits in bit_widths])
+            sizes.append([weight.rows * weight.columns * bits for bits in bit_widths])
+    total = sum(size[0] for size in sizes) // bit_widths[0]
+    found = allocate(np.array(errors), np.array(sizes), bit_widths, math.floor(target * total))
+    return {name: Choice(bits, bits) for name, bits in zip(names, found.bits, strict=True)}
 
 
 def at_random(choices: dict[str, Choice], shares: dict[str, float], model: Any) -> None:
     """The same pairs at the same rates, decided by a coin: what is left when the selector is taken away."""
     rng = torch.Generator().manual_seed(0)
     for name, linear in linears(model):
-        linear.set_widths(choices[name].low, choices[name].high)
+        linear.set_bits(choices[name].low, choices[name].high)
         linear.choose = lambda rows, share=shares[name]: torch.rand(len(rows), generator=rng) < share
 
 
 class Exact:
-    """Decides by the exact difference of the two widths: what the estimators stand for. First it gathers, then it decides."""
+    """Decides by the exact difference of the two bit-widths: what the estimators stand for. First it gathers, then it decides."""
 
     def __init__(self, linear: Any, share_low: float) -> None:
         self.linear, self.share_low = linear, share_low
@@ -64,7 +63,7 @@ def exactly(model: Any, choices: dict[str, Choice], shares: dict[str, float], sa
     """The same pairs and rates, decided by exact differences."""
     made = {}
     for name, linear in linears(model):
-        linear.set_widths(choices[name].low, choices[name].high)
+        linear.set_bits(choices[name].low, choices[name].high)
         linear.choose = made[name] = Exact(linear, 1 - shares[name])
     precision.perplexity(model, samples)
     for exact in made.values():

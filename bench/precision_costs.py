@@ -23,7 +23,7 @@ __all__ = ["estimators", "overhead", "process_memory"]
 
 
 def overhead(model: Any, choices: dict[str, Choice], ids: torch.Tensor, turns: int = 41) -> dict[str, Any]:
-    """Processor time of a decoding step behind 31 tokens that decides for itself, against one with the same widths fixed, turn by turn."""
+    """Processor time of a decoding step behind 31 tokens that decides for itself, against one with the same bit-widths fixed, turn by turn."""
     ids = ids[:1, :32]
     with torch.no_grad():
         cache = model(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
@@ -44,8 +44,8 @@ def overhead(model: Any, choices: dict[str, Choice], ids: torch.Tensor, turns: i
     step()
     fixed = {}
     for name, _ in linears(model):
-        width = choices[name].high if name not in known or bool(known[name]) else choices[name].low
-        fixed[name] = Choice(width, width)
+        bits = choices[name].high if name not in known or bool(known[name]) else choices[name].low
+        fixed[name] = Choice(bits, bits)
     times: dict[bool, list[float]] = {True: [], False: []}
     for turn in range(turns):
         for deciding in (turn % 2 == 0, turn % 2 == 1):  # which is first changes, so that neither gains by it
@@ -100,13 +100,13 @@ def estimators(
 
 
 def process_memory(folder: Path) -> dict[str, float]:
-    """MiB that a process of its own has grown by once a model is loaded and has taken a step: all weights in float32, and packed."""
+    """MiB that a process of its own has grown by once a model is loaded and has taken a step: all weights in float32, and as bit planes."""
     taken = {}
     for name, load in (
         ("float32", "smollm2()[0]"),
         ("all widths", f"precision.load({str(folder)!r})"),
-        ("one width of 4", f"precision.load({str(folder)!r}, width=4)"),
-        ("one width of 3", f"precision.load({str(folder)!r}, width=3)"),
+        ("one width of 4", f"precision.load({str(folder)!r}, bits=4)"),
+        ("one width of 3", f"precision.load({str(folder)!r}, bits=3)"),
     ):
         code = _CHILD.format(bench=str(Path(__file__).parent), load=load)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""One decoding step's product from packed bit planes against the float32 matmul of the same layer, one processor, one vector.
+"""One decoding step's product from bit planes against the float32 matmul of the same layer, one processor, one vector.
 
     OMP_NUM_THREADS=1 python bench/precision_kernel.py --out bench/results/precision_kernel.json
 
@@ -26,8 +26,8 @@ from millpond.memory.budget import parse_bytes
 from millpond.ops import status
 from millpond.precision.nested import NestedWeight, product
 
-WIDTHS = (3, 4, 5, 6)
-PLANES = max(WIDTHS)
+BIT_WIDTHS = (3, 4, 5, 6)
+PLANES = max(BIT_WIDTHS)
 # Rows N and columns K of the linears of a decoder layer; those of one shape are listed once.
 LAYERS = {
     "SmolLM2-135M": {"q, o": (576, 576), "k, v": (192, 576), "gate, up": (1536, 576), "down": (576, 1536)},
@@ -40,7 +40,7 @@ TOLERANCE = 1e-5
 def random_weight(rows: int, columns: int, rng: torch.Generator) -> NestedWeight:
     """Planes of random labels and ascending random tables."""
     planes = torch.randint(0, 256, (rows, PLANES, -(-columns // 8)), dtype=torch.uint8, generator=rng)
-    tables = {width: torch.randn(rows, 1 << width, generator=rng).sort(dim=1).values.half() for width in WIDTHS}
+    tables = {bits: torch.randn(rows, 1 << bits, generator=rng).sort(dim=1).values.half() for bits in BIT_WIDTHS}
     return NestedWeight(planes, tables, columns)
 
 
@@ -52,7 +52,7 @@ def processor_seconds(run: Callable[[], None]) -> float:
 
 @torch.no_grad()
 def measure(rows: int, columns: int, pool: int, turns: int) -> dict[str, Any]:
-    """Microseconds of a product, and ratios to the float32 one, by width.
+    """Microseconds of a product, and ratios to the float32 one, by bit-width.
 
     Raises:
         ArithmeticError: a product is not that of the dense matrix; a time for it would mean nothing.
@@ -60,42 +60,42 @@ def measure(rows: int, columns: int, pool: int, turns: int) -> dict[str, Any]:
     rng = torch.Generator().manual_seed(0)
     copies = max(2, -(-pool // (4 * rows * columns)))
     floats = [torch.randn(rows, columns, generator=rng) for _ in range(copies)]
-    packed = [random_weight(rows, columns, rng) for _ in range(copies)]
+    weights = [random_weight(rows, columns, rng) for _ in range(copies)]
     x = torch.randn(1, columns, generator=rng)
-    for width in WIDTHS:
-        want = x.double() @ packed[0].dense(width).double().T
-        error = float((product(packed[0], width, x) - want).norm() / want.norm())
+    for bits in BIT_WIDTHS:
+        want = x.double() @ weights[0].dense(bits).double().T
+        error = float((product(weights[0], bits, x) - want).norm() / want.norm())
         if error > TOLERANCE:
-            raise ArithmeticError(f"{rows} x {columns} at {width} bits is wrong by {error:.1e}")
+            raise ArithmeticError(f"{rows} x {columns} at {bits} bits is wrong by {error:.1e}")
 
     def float_pass() -> None:
         for weight in floats:
             torch.nn.functional.linear(x, weight)
 
-    def packed_pass(width: int) -> Callable[[], None]:
+    def nested_pass(bits: int) -> Callable[[], None]:
         def run() -> None:
-            for weight in packed:
-                product(weight, width, x)
+            for weight in weights:
+                product(weight, bits, x)
 
         return run
 
-    passes = {width: packed_pass(width) for width in WIDTHS}
-    times: dict[int, list[float]] = {width: [] for width in WIDTHS}
-    floats_times, ratios = [], {width: [] for width in WIDTHS}
+    passes = {bits: nested_pass(bits) for bits in BIT_WIDTHS}
+    times: dict[int, list[float]] = {bits: [] for bits in BIT_WIDTHS}
+    floats_times, ratios = [], {bits: [] for bits in BIT_WIDTHS}
     for turn in range(turns + 1):
-        for width, run in passes.items():
+        for bits, run in passes.items():
             plain, ours = processor_seconds(float_pass), processor_seconds(run)
             if turn:  # the first turn warms both up
                 floats_times.append(plain)
-                times[width].append(ours)
-                ratios[width].append(ours / plain)
+                times[bits].append(ours)
+                ratios[bits].append(ours / plain)
     return {
         "rows": rows,
         "columns": columns,
         "copies": copies,
         "float32_us": _microseconds(floats_times, copies),
-        "packed_us": {str(width): _microseconds(found, copies) for width, found in times.items()},
-        "packed_to_float32": {str(width): round(statistics.median(found), 3) for width, found in ratios.items()},
+        "packed_us": {str(bits): _microseconds(found, copies) for bits, found in times.items()},
+        "packed_to_float32": {str(bits): round(statistics.median(found), 3) for bits, found in ratios.items()},
     }
 
 

@@ -27,7 +27,7 @@ class Loudest(Policy):
 
 def main(seconds: int = 96) -> None:
     stream = streams.generate(11, groups=seconds, level="standard")
-    questions = [question for question in stream.questions if question.family in minnow.SUPPORTED]
+    questions = [question for question in stream.questions if question.type in minnow.SUPPORTED]
     for policy in (Loudest(), "infinipot-v"):
         session = millpond.Session.from_pretrained("minnow", budget="256KiB", policy=policy)
         session.feed(stream.frames())

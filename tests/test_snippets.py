@@ -96,7 +96,7 @@ def test_sources(run: Any, film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_minnow(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     stream: streams.Stream = run("docs/minnow.md")["stream"]
-    assert capsys.readouterr().out.splitlines() == [f"{q.family} {q.text} {q.answer}" for q in stream.questions]
+    assert capsys.readouterr().out.splitlines() == [f"{q.type} {q.text} {q.answer}" for q in stream.questions]
     assert sum(1 for _ in frames.open("clip.mp4")) == 128
 
 

@@ -77,14 +77,14 @@ class Watched:
     """One stream, ready for both: frames for ours, a file of tensors for theirs.
 
     Attributes:
-        frames: (seconds, pixels). questions: those without an earlier turn, of the families that Minnow supports.
+        frames: (seconds, pixels). questions: those without an earlier turn, of the types that Minnow supports.
         seen: the family, with its vision tower's answers remembered. file: for theirs.
     """
 
     def __init__(self, family: Qwen2VL, seed: int, groups: int, level: str, folder: Path) -> None:
         stream = streams.generate(seed, groups=groups, level=level, split="test")
         self.frames = list(stream.frames())
-        self.questions = [one for one in stream.questions if one.family in SUPPORTED and one.earlier is None]
+        self.questions = [one for one in stream.questions if one.type in SUPPORTED and one.earlier is None]
         self.seen = looked_at(family)
         times = [round(seconds * 1e6) for seconds, _ in self.frames]
         prepared = [family.prepare(pixels) for _, pixels in self.frames]

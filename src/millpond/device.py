@@ -47,7 +47,7 @@ def plan_device(
 
     Args:
         family: with or without its weights.
-        folder: where the model lies; its quantized weights, if it has any, are read at a width that fits. None for a loaded model.
+        folder: where the model lies; its quantized weights, if it has any, are read at a bit-width that fits. None for a loaded model.
         device_memory: all bytes of the device that millpond may use.
         frame: height and width of the largest frame, in pixels.
         config: of the stream; its budget counts for nothing here.
@@ -95,7 +95,7 @@ def _limited(
         patches=plan.block_groups * plan.frames_per_group * (grid.height // patch) * (grid.width // patch),
     )
     workspace = replace(workspace, fixed=workspace.fixed + _HEAP)
-    split = split_device(memory, weights, family.geometry, workspace, kv_least=minimum)
+    split = split_device(memory, weights, family.geometry, workspace, kv_minimum=minimum)
     kv = min(split.kv, limit)
     return replace(split, kv=kv, workspace=memory - split.weights - kv, slots=kv // family.geometry.bytes_per_token)
 
@@ -131,7 +131,7 @@ def load_within(
         # Planned before any weight is read.
         bare = models.load(model, dtype=load["dtype"], max_pixels=load["max_pixels"], weights=False)
         split = planned(bare, model)
-        family = models.load(model, width=None if split is None else split.width, target_bits=target_bits, **load)
+        family = models.load(model, bits=None if split is None else split.bits, target_bits=target_bits, **load)
     return family, None if split is None else split.kv
 
 

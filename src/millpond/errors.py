@@ -5,8 +5,8 @@ MillpondError
 ├── SourceError     a file, camera, stream or codec
 ├── ModelError      a model family that is not supported (lists those that are)
 ├── PolicyError     a policy that does not exist, or whose parameters cannot work here
-├── PrecisionError  a quantized model that is damaged, of another version, or asked for a width it does not hold
-├── RecomputeError  a step that recomputation cannot train (in `millpond.recompute`)
+├── PrecisionError  a quantized model that is damaged, of another version, or asked for bits it does not hold
+├── RecomputeError  a step that recomputation cannot train
 └── SnapshotError   a saved session that cannot be resumed
 """
 
@@ -16,6 +16,7 @@ __all__ = [
     "ModelError",
     "PolicyError",
     "PrecisionError",
+    "RecomputeError",
     "SnapshotError",
     "SourceError",
     "first_line",
@@ -51,6 +52,10 @@ class PolicyError(MillpondError):
 
 class PrecisionError(MillpondError):
     """A quantized model is damaged or of another version, or cannot be read as asked."""
+
+
+class RecomputeError(MillpondError):
+    """The step cannot be recomputed, or the call cannot work; the message names the cause and what to do."""
 
 
 class SnapshotError(MillpondError):

@@ -1,8 +1,8 @@
-"""What may be believed of a model's folder before anything is loaded from it.
+"""What may be believed of a model's folder before anything is loaded from it, and how the model in it is built.
 
 A checkpoint comes from a stranger: it may name code, pickles, other files, other repositories, or sizes that no machine has. None of
 its code ever runs, nothing is asked on the terminal, a local folder never reaches for the network, and what it says about itself is
-checked first. Knows files and numbers; nothing about families.
+checked first. Knows files and numbers; nothing about model families.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from accelerate import init_empty_weights
 from transformers.utils import cached_file
 
 from millpond.errors import ModelError
 
-__all__ = ["check", "check_size", "read_json", "safely"]
+__all__ = ["check", "check_size", "load_whole", "read_json", "safely", "without_weights"]
 
 _INDEX = "model.safetensors.index.json"
 _PARTS = ("text_config", "vision_config")
@@ -90,8 +92,39 @@ def check(source: str | Path) -> None:
             raise ModelError(f"config.json in {str(source)!r} shares {shared} KV heads among {heads} heads")
 
 
-def check_size(source: str | Path, described: int) -> None:
-    """Refuse a folder whose config describes a model of `described` weights where its files hold far fewer.
+def without_weights(auto: Any, config: Any, dtype: str | torch.dtype = "auto") -> Any:
+    """The model of a config, in eval mode, without weights; its small buffers, such as the rotary frequencies, are real.
+
+    Args:
+        auto: a transformers auto class. dtype: "auto" for the config's own.
+    """
+    kind = getattr(config, "dtype", None) if dtype == "auto" else dtype
+    with init_empty_weights(include_buffers=False):
+        return auto.from_config(config, dtype=kind or torch.float32, trust_remote_code=False).eval()
+
+
+def load_whole(auto: Any, source: str, **options: Any) -> Any:
+    """The model with all its weights, which must be safetensors (or a GGUF file).
+
+    Args:
+        auto: a transformers auto class. options: further arguments of its `from_pretrained`.
+
+    Raises:
+        ModelError: weights are missing.
+    """
+    model, report = auto.from_pretrained(
+        source, use_safetensors=True, output_loading_info=True, **safely(source), **options
+    )
+    # transformers fills gaps with random numbers. LLaVA's towers may lack the layers behind the one whose features are used.
+    if missing := sorted(key for key in report["missing_keys"] if "vision_tower" not in key):
+        raise ModelError(
+            f"cannot load the model at {source!r}: the weights are incomplete: {len(missing)} are missing, first {missing[0]}"
+        )
+    return model
+
+
+def check_size(source: str | Path, empty: Any) -> None:
+    """Refuse a folder whose config describes a model, given `without_weights`, of which its files hold far fewer weights.
 
     transformers makes up what is missing, and a part that the config leaves out becomes one of a default size: billions of weights.
 
@@ -102,6 +135,7 @@ def check_size(source: str | Path, described: int) -> None:
     folder = Path(source)
     if not folder.is_dir():
         return
+    described = sum(weight.numel() for weight in empty.parameters())
     names = {*_weights_of(source)} or {"model.safetensors"}
     held = sum(_weights_in(folder / name) for name in names if (folder / name).exists())
     if held and described > (32 if read_json(source, "config.json").get("quantization_config") else 2) * held:

@@ -112,7 +112,7 @@ class Session:
             config, arguments: as for a `Session`. The budget is by default `millpond.device.default_budget`: a minute of video in full
                 detail, at most half of the free memory.
             device_memory: in place of a budget: bytes for weights, stream and workspace together, split by
-                `millpond.device.plan_device`. A quantized model is read at the width that fits. Sets glibc's malloc for the whole
+                `millpond.device.plan_device`. A quantized model is read at the bit-width that fits. Sets glibc's malloc for the whole
                 process (`millpond.memory.heap.hold_nothing`).
             dtype: for example "bfloat16"; the checkpoint's own by default.
             device: "cpu", "cuda", ...; CUDA where there is one by default.

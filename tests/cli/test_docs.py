@@ -21,3 +21,8 @@ def test_the_page_does_not_depend_on_the_terminal(environment: dict[str, str]) -
         [sys.executable, "-m", "millpond.cli.reference"], env=narrow, capture_output=True, text=True, check=True
     )
     assert made.stdout == PAGE.read_text()
+
+
+def test_asking_for_help_does_not_wait_for_torch(environment: dict[str, str]) -> None:
+    code = "import sys, millpond.cli; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0

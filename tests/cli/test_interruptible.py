@@ -1,4 +1,4 @@
-"""The tap between a source and a session: stretches, holding, stopping, drops, errors."""
+"""The source between a source and a session: segments, holding, stopping, drops, errors."""
 
 import threading
 import time
@@ -28,46 +28,46 @@ class Source:
 
 @pytest.mark.parametrize("limit", [0.0, 0.9, 1.0, 1.0001, 2.25, 4.4])
 def test_a_stretch_holds_the_frames_up_to_its_moment_and_the_next_goes_on_behind_it(limit: float) -> None:
-    tap = InterruptibleSource(Source(10))
-    first = [frame.seconds for frame in tap.until(limit)]
+    frames = InterruptibleSource(Source(10))
+    first = [frame.seconds for frame in frames.until(limit)]
     assert first == [step / 2 for step in range(10) if step / 2 <= limit]
-    assert tap.reached
-    assert not tap.ended
-    rest = [frame.seconds for frame in tap.until(None)]
+    assert frames.reached
+    assert not frames.ended
+    rest = [frame.seconds for frame in frames.until(None)]
     assert first + rest == [step / 2 for step in range(10)]
-    assert tap.ended
-    tap.close()
+    assert frames.ended
+    frames.close()
 
 
 def test_a_moment_behind_the_end_is_not_reached() -> None:
-    tap = InterruptibleSource(Source(3))
-    assert len(list(tap.until(60.0))) == 3
-    assert tap.ended
-    assert not tap.reached
-    tap.close()
+    frames = InterruptibleSource(Source(3))
+    assert len(list(frames.until(60.0))) == 3
+    assert frames.ended
+    assert not frames.reached
+    frames.close()
 
 
 def test_drops_between_stretches_are_counted_once() -> None:
     """A session adds up `dropped` after minus before; drops while it answers lie between two stretches."""
     source = Source(10)
-    tap = InterruptibleSource(source)
+    frames = InterruptibleSource(source)
     counted = 0
     for limit in (1.0, 3.0, None):
-        before = tap.dropped
-        list(tap.until(limit))
-        counted += tap.dropped - before
+        before = frames.dropped
+        list(frames.until(limit))
+        counted += frames.dropped - before
     assert counted == source.dropped == 20
-    tap.close()
+    frames.close()
 
 
 def test_an_error_comes_after_the_frames_before_it() -> None:
-    tap = InterruptibleSource(Source(3, breaks=True))
-    frames = iter(tap)
-    assert [next(frames).seconds for _ in range(3)] == [0.0, 0.5, 1.0]
+    frames = InterruptibleSource(Source(3, breaks=True))
+    taken = iter(frames)
+    assert [next(taken).seconds for _ in range(3)] == [0.0, 0.5, 1.0]
     with pytest.raises(SourceError, match="cable"):
-        next(frames)
-    assert tap.ended
-    tap.close()
+        next(taken)
+    assert frames.ended
+    frames.close()
 
 
 def test_stop_ends_a_stretch_of_a_silent_source() -> None:
@@ -78,41 +78,41 @@ def test_stop_ends_a_stretch_of_a_silent_source() -> None:
             silent.wait()
             yield from ()
 
-    tap = InterruptibleSource(Silent())
-    threading.Timer(0.1, tap.stop).start()
-    assert list(tap) == []
-    assert tap.stopped
+    frames = InterruptibleSource(Silent())
+    threading.Timer(0.1, frames.stop).start()
+    assert list(frames) == []
+    assert frames.stopped
     silent.set()
-    tap.close()
+    frames.close()
 
 
 def test_held_twice_it_waits_for_both() -> None:
-    tap = InterruptibleSource(Source(4))
-    tap.hold()
-    tap.hold()
-    assert list(tap) == []
-    tap.release()
+    frames = InterruptibleSource(Source(4))
+    frames.hold()
+    frames.hold()
+    assert list(frames) == []
+    frames.release()
     passed = threading.Event()
-    waiter = threading.Thread(target=lambda: (tap.wait(), passed.set()))
+    waiter = threading.Thread(target=lambda: (frames.wait(), passed.set()))
     waiter.start()
     time.sleep(0.1)
     assert not passed.is_set()
-    tap.release()
+    frames.release()
     waiter.join(timeout=5)
     assert passed.is_set()
-    assert len(list(tap)) == 4
-    tap.close()
+    assert len(list(frames)) == 4
+    frames.close()
 
 
 def test_no_frame_is_taken_before_it_is_wanted() -> None:
     """A live source replaces what was not taken; a frame that a thread holds on to would be old."""
     source = Source(1000)
-    tap = InterruptibleSource(source)
-    next(iter(tap))
+    frames = InterruptibleSource(source)
+    next(iter(frames))
     time.sleep(0.2)
     assert source.dropped == 2
-    tap.close()
-    assert not tap._thread.is_alive()
+    frames.close()
+    assert not frames._thread.is_alive()
 
 
 def test_closing_closes_the_source() -> None:
@@ -123,8 +123,8 @@ def test_closing_closes_the_source() -> None:
             self.closed = True
 
     source = Closable(10)
-    tap = InterruptibleSource(source)
-    next(iter(tap))
-    tap.close()
+    frames = InterruptibleSource(source)
+    next(iter(frames))
+    frames.close()
     assert source.closed
-    assert list(tap) == []
+    assert list(frames) == []

@@ -13,13 +13,13 @@ from scipy.stats import binomtest
 from transformers import Qwen2VLImageProcessorPil
 
 from millpond.eval.accuracy import wilson
-from millpond.eval.streams import FAMILIES, digits, generate
+from millpond.eval.streams import QUESTION_TYPES, digits, generate
 from millpond.minnow import SUPPORTED
 from millpond.models import adapt
 from millpond.models.base import Tokens
 from millpond.positions import Clock
 from training.minnow.architecture import IMAGE_NUMBERS, Codes, tokenizer
-from training.minnow.curriculum import FAMILY_WEIGHTS, LESSONS, Lesson, coded_batch, pick, stream_batch
+from training.minnow.curriculum import LESSONS, TYPE_WEIGHTS, Lesson, coded_batch, pick, stream_batch
 from training.minnow.digits import arrays
 from training.minnow.evaluate import evaluate
 from training.minnow.language import answer_loss, keep_tokens, layout, place
@@ -76,7 +76,7 @@ def test_positions_are_those_of_a_session(model) -> None:  # type: ignore[no-unt
 
 
 def test_questions_asked_together_are_answered_as_if_alone(model) -> None:  # type: ignore[no-untyped-def]
-    batch = coded_batch(np.random.default_rng(0), LESSON, Codes.make(), FAMILY_WEIGHTS)
+    batch = coded_batch(np.random.default_rng(0), LESSON, Codes.make(), TYPE_WEIGHTS)
     chat = layout(tokenizer())
     with torch.no_grad():
         together, right = answer_loss(model, chat, batch)
@@ -90,7 +90,7 @@ def test_questions_asked_together_are_answered_as_if_alone(model) -> None:  # ty
 
 def test_one_stream_can_be_learnt_by_heart() -> None:
     model, chat = build(1), layout(tokenizer())
-    batch = coded_batch(np.random.default_rng(3), replace(LESSON, streams=1), Codes.make(), FAMILY_WEIGHTS)
+    batch = coded_batch(np.random.default_rng(3), replace(LESSON, streams=1), Codes.make(), TYPE_WEIGHTS)
     optimizer = torch.optim.AdamW(model.model.language_model.parameters(), lr=3e-3)
     for _ in range(30):
         loss, right = answer_loss(model, chat, batch)
@@ -125,9 +125,9 @@ def test_the_round_trip_changes_pixels_a_little() -> None:
 
 
 def test_drawn_streams_keep_their_tokens_in_step_with_their_embeddings(model) -> None:  # type: ignore[no-untyped-def]
-    batch = stream_batch(np.random.default_rng(2), model.model.visual, FAMILY_WEIGHTS)
+    batch = stream_batch(np.random.default_rng(2), model.model.visual, TYPE_WEIGHTS)
     assert batch.video.shape[:2] == batch.groups.shape == batch.cells.shape
-    assert {q.family for q in batch.questions[0]} <= set(FAMILY_WEIGHTS)
+    assert {q.type for q in batch.questions[0]} <= set(TYPE_WEIGHTS)
 
 
 def test_lessons_move_from_short_to_long() -> None:
@@ -137,8 +137,8 @@ def test_lessons_move_from_short_to_long() -> None:
     assert np.mean(early) * 2 < np.mean(late)
 
 
-def test_supported_families_are_practised_and_exist() -> None:
-    assert set(SUPPORTED) <= set(FAMILY_WEIGHTS) <= set(FAMILIES)
+def test_supported_question_types_are_practised_and_exist() -> None:
+    assert set(SUPPORTED) <= set(TYPE_WEIGHTS) <= set(QUESTION_TYPES)
 
 
 def _tiny(run: Path, steps: int, seen: list[int]) -> torch.nn.Module:

@@ -137,7 +137,7 @@ def test_private_names_change_nothing_else(kind: str) -> None:
         said = Literal(words).encode(before, behind, text)
         whole = words(before + text + behind, add_special_tokens=False)["input_ids"]
         assert said.ids == whole
-        assert said.text[said.grid_positions[0][0] : said.grid_positions[0][1]]
+        assert said.text[said.offsets[0][0] : said.offsets[0][1]]
 
 
 def test_a_private_name_beside_a_control_token_is_refused() -> None:

@@ -31,7 +31,7 @@ def text_model(layers: int = 2) -> LlamaForCausalLM:
         pad_token_id=0,
     )
     model = LlamaForCausalLM(config).eval()
-    for parameter in model.parameters():  # far enough from even that widths matter
+    for parameter in model.parameters():  # far enough from even that bit-widths matter
         parameter.data.mul_(3)
     return model
 

@@ -12,7 +12,7 @@ from millpond.precision.allocate import allocate, linear_bytes
 from millpond.precision.nested import nest
 from tests.precision.test_nested import matrix
 
-WIDTHS = (3, 4, 5, 6)
+BIT_WIDTHS = (3, 4, 5, 6)
 
 
 @settings(deadline=None, max_examples=20)
@@ -23,23 +23,23 @@ def test_the_best_of_all_assignments_of_six_layers(seed: int, tightness: float) 
     nbytes = np.cumsum(rng.integers(1, 50, size=(6, 4)), axis=1)
     minimum, most = int(nbytes.min(1).sum()), int(nbytes.max(1).sum())
     limit = 7 + minimum + int(tightness * (most - minimum))
-    found = allocate(errors, nbytes, WIDTHS, limit, rest=7)
+    found = allocate(errors, nbytes, BIT_WIDTHS, limit, rest=7)
     best = min(
         sum(errors[layer, choice] for layer, choice in enumerate(choices))
         for choices in product(range(4), repeat=6)
         if 7 + sum(nbytes[layer, choice] for layer, choice in enumerate(choices)) <= limit
     )
     assert found.error == pytest.approx(best, rel=1e-5)
-    picked = [WIDTHS.index(width) for width in found.widths]
+    picked = [BIT_WIDTHS.index(bits) for bits in found.bits]
     assert found.nbytes == 7 + sum(nbytes[layer, choice] for layer, choice in enumerate(picked)) <= limit
 
 
 def test_too_little_names_the_least_that_works() -> None:
     errors, nbytes = np.ones((2, 4)), np.array([[10, 20, 30, 40]] * 2)
     with pytest.raises(BudgetError, match="the minimum that works is 25 bytes") as caught:
-        allocate(errors, nbytes, WIDTHS, 24, rest=5)
+        allocate(errors, nbytes, BIT_WIDTHS, 24, rest=5)
     assert caught.value.minimum == 25
-    assert allocate(errors, nbytes, WIDTHS, 25, rest=5).widths == (3, 3)
+    assert allocate(errors, nbytes, BIT_WIDTHS, 25, rest=5).bits == (3, 3)
 
 
 @pytest.mark.parametrize("columns", [8, 13, 64])

@@ -51,9 +51,9 @@ def test_targets_share_a_file_and_memory_is_kept(folder: Path, prose: Path) -> N
     model = precision.load(folder, memory=memory, target_bits=3.2)
     assert stored_bytes(model) <= memory
     model.set_target_bits(3.1)
-    # No linear reads what its greatest width, or a dropped table, does not hold.
+    # No linear reads what its greatest bit-width, or a dropped table, does not hold.
     for choices in made.targets.values():
-        assert all(choice.high <= made.widths[name] for name, choice in choices.items())
+        assert all(choice.high <= made.max_bits[name] for name, choice in choices.items())
 
 
 def test_quiet_says_nothing_on_stderr(folder: Path, prose: Path) -> None:

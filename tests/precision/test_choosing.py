@@ -1,4 +1,4 @@
-"""Decisions between two widths, from estimates and thresholds."""
+"""Decisions between two bit-widths, from estimates and thresholds."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from millpond.ops import dispatch
 from millpond.precision.calibration import Choice
-from millpond.precision.choosing import Chooser, plain_norm
+from millpond.precision.selection import Chooser, plain_norm
 
 
 @pytest.fixture(params=["compiled", "torch"], autouse=True)

@@ -1,4 +1,4 @@
-"""The split of a device's memory: its parts add up, the least works, and weights and workspace are what is measured."""
+"""The split of a device's memory: its parts add up, the minimum works, and weights and workspace are what is measured."""
 
 import shutil
 from pathlib import Path
@@ -28,23 +28,23 @@ GEOMETRY = Geometry(layers=4, kv_heads=2, head_dim=32, dtype=torch.float32)
     sizes=st.lists(st.integers(1, 1_000_000), min_size=1, max_size=6, unique=True),
     fixed=st.integers(0, 100_000),
     per_slot=st.integers(0, 5000),
-    kv_least=st.integers(1, 100_000),
+    kv_minimum=st.integers(1, 100_000),
 )
 def test_parts_add_up_and_never_pass_the_device(
-    extra: int, sizes: list[int], fixed: int, per_slot: int, kv_least: int
+    extra: int, sizes: list[int], fixed: int, per_slot: int, kv_minimum: int
 ) -> None:
     weights, workspace = dict(enumerate(sorted(sizes), 3)), Workspace(fixed, per_slot)
     with pytest.raises(BudgetError) as caught:
-        split_device(1, weights, GEOMETRY, workspace, kv_least=kv_least)
+        split_device(1, weights, GEOMETRY, workspace, kv_minimum=kv_minimum)
     minimum = caught.value.minimum
     assert minimum is not None
     with pytest.raises(BudgetError, match=f"the minimum that works is {minimum} bytes"):
-        split_device(minimum - 1, weights, GEOMETRY, workspace, kv_least=kv_least)
-    split = split_device(minimum + extra, weights, GEOMETRY, workspace, kv_least=kv_least)
+        split_device(minimum - 1, weights, GEOMETRY, workspace, kv_minimum=kv_minimum)
+    split = split_device(minimum + extra, weights, GEOMETRY, workspace, kv_minimum=kv_minimum)
     assert split.weights + split.kv + split.workspace == minimum + extra
-    assert split.kv >= kv_least
-    assert split.width is not None
-    assert weights[split.width] == split.weights
+    assert split.kv >= kv_minimum
+    assert split.bits is not None
+    assert weights[split.bits] == split.weights
     # The workspace is enough for as many slots as the stream can have.
     assert split.workspace >= fixed + per_slot * (split.kv // GEOMETRY.bytes_per_token)
 
@@ -54,18 +54,18 @@ def test_parts_add_up_and_never_pass_the_device(
 def test_more_memory_is_never_less_of_anything(first: int, second: int) -> None:
     weights, workspace = {3: 300_000, 4: 400_000, 6: 600_000}, Workspace(10_000, 100)
     few, many = (
-        split_device(400_000 + extra, weights, GEOMETRY, workspace, kv_least=20_000)
+        split_device(400_000 + extra, weights, GEOMETRY, workspace, kv_minimum=20_000)
         for extra in sorted((first, second))
     )
     assert few.weights <= many.weights
-    assert few.width is not None
-    assert many.width is not None
-    assert few.width <= many.width
+    assert few.bits is not None
+    assert many.bits is not None
+    assert few.bits <= many.bits
 
 
 def test_fixed_weights_leave_the_rest_to_the_stream() -> None:
-    split = split_device(1 << 20, 300_000, GEOMETRY, Workspace(1000, 10), kv_least=1)
-    assert (split.weights, split.width) == (300_000, None)
+    split = split_device(1 << 20, 300_000, GEOMETRY, Workspace(1000, 10), kv_minimum=1)
+    assert (split.weights, split.bits) == (300_000, None)
     slots = (1 << 20) - 301_000
     assert split.slots == slots // (GEOMETRY.bytes_per_token + 10)
 
@@ -74,10 +74,10 @@ def test_weights_take_what_the_headers_say(stored: Path, tmp_path: Path) -> None
     sizes = weight_bytes(stored)
     assert isinstance(sizes, dict)
     assert list(sizes) == [3, 4, 5, 6, 7, 8]
-    for width in (3, 6):
-        model = precision.load(stored, width=width)
+    for bits in (3, 6):
+        model = precision.load(stored, bits=bits)
         buffers = sum(buffer.nbytes for name, buffer in model.named_buffers() if "rotary" in name)
-        assert stored_bytes(model) - buffers == sizes[width]
+        assert stored_bytes(model) - buffers == sizes[bits]
     folder = tmp_path / "model"
     shutil.copytree(stored, folder)
     precision.calibrate(folder, runs(samples=2), [3.5, 4.5], quiet=True)

@@ -1,4 +1,4 @@
-"""Estimates of how far two widths are apart: unbiased, drawn from the right input, thresholds that keep their rates."""
+"""Estimates of how far two bit-widths are apart: unbiased, drawn from the right input, thresholds that keep their rates."""
 
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def test_a_line_where_it_fits_and_a_projection_elsewhere(share_low: float) -> No
 @torch.no_grad()
 def test_early_inputs_are_one_sub_layer_old(stored: Path) -> None:
     """q, k, v of layer i see its norm of what enters layer i-1's post-attention norm; gate and up see theirs of what enters layer i."""
-    model = precision.load(stored, width=5)
+    model = precision.load(stored, bits=5)
     ids = runs(samples=2)
     layers = list(decoder_of(model).layers)
     attended: dict[int, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""The format: clusters are optimal, planes are nested, a width reads its own planes only, the packed product is the dense one."""
+"""The format: clusters are optimal, planes are nested, a bit-width reads its own planes only, the packed product is the dense one."""
 
 from itertools import combinations
 
@@ -54,11 +54,11 @@ def test_labels_nest_and_tables_ascend_and_more_bits_err_less(rows: int, columns
     found = nest(w, g)
     whole = found.labels(8)
     before = float("inf")
-    for width in range(3, 9):
-        assert torch.equal(found.labels(width), whole >> (8 - width))
-        table = found.tables[width].float()
+    for bits in range(3, 9):
+        assert torch.equal(found.labels(bits), whole >> (8 - bits))
+        table = found.tables[bits].float()
         assert bool((table[:, 1:] >= table[:, :-1]).all())
-        error = float((g * (w - found.dense(width)) ** 2).sum())
+        error = float((g * (w - found.dense(bits)) ** 2).sum())
         assert error <= before * (1 + 1e-3) + 1e-5  # a table in float16 may cost what a split of two equals gains
         before = error
 
@@ -66,11 +66,11 @@ def test_labels_nest_and_tables_ascend_and_more_bits_err_less(rows: int, columns
 def test_a_width_reads_its_own_planes_only(either: None) -> None:
     found = nest(*matrix(9, 70))
     x = torch.randn(2, 70)
-    for width in range(3, 8):
+    for bits in range(3, 8):
         poisoned = NestedWeight(found.planes.clone(), found.tables, 70)
-        poisoned.planes[:, width:] = torch.randint(0, 256, poisoned.planes[:, width:].shape, dtype=torch.uint8)
-        assert torch.equal(poisoned.dense(width), found.dense(width))
-        assert torch.equal(product(poisoned, width, x), product(found, width, x))
+        poisoned.planes[:, bits:] = torch.randint(0, 256, poisoned.planes[:, bits:].shape, dtype=torch.uint8)
+        assert torch.equal(poisoned.dense(bits), found.dense(bits))
+        assert torch.equal(product(poisoned, bits, x), product(found, bits, x))
 
 
 @pytest.mark.slow
@@ -82,11 +82,11 @@ def test_the_packed_product_is_the_dense_one(
     monkeypatch.setattr(bit_planes, "_ROWS_AT_ONCE", 5)
     found = nest(*matrix(12, columns))
     x = torch.randn(vectors, columns, generator=torch.Generator().manual_seed(1))
-    for width in range(3, 9):
-        want = (x.double() @ found.dense(width).double().T).float()
-        got = product(found, width, x)
+    for bits in range(3, 9):
+        want = (x.double() @ found.dense(bits).double().T).float()
+        got = product(found, bits, x)
         assert float((got - want).norm() / want.norm()) <= 1e-5
-        assert product(found, width, x.bfloat16()).dtype == torch.bfloat16
+        assert product(found, bits, x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_several_threads_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,16 +36,16 @@ def test_pairs_are_adjacent_and_their_mean_is_the_target(stored: Path, target: f
 
 def test_a_linear_that_matters_more_gets_more_bits(stored: Path) -> None:
     model = precision.load(stored)
-    # The second layer's linears read at every width what they are at the least: more bits gain nothing there.
+    # The second layer's linears read at every bit-width what they are at the smallest: more bits gain nothing there.
     idle = [name for name, _ in linears(model) if name.startswith("1.")]
     for name, linear in linears(model):
         if name in idle:
-            for bits in linear.widths[1:]:
+            for bits in linear.bit_widths[1:]:
                 finer = getattr(linear, f"table_{bits}")
-                coarse = getattr(linear, f"table_{linear.widths[0]}")
+                coarse = getattr(linear, f"table_{linear.bit_widths[0]}")
                 finer.copy_(coarse.repeat_interleave(finer.shape[1] // coarse.shape[1], dim=1))
     ids = runs(samples=1).repeat(40, 1)
-    with torch.no_grad():  # what the widest reading says is what the text says, so that width pays
+    with torch.no_grad():  # what the widest reading says is what the text says, so that bit-width pays
         ids[:, 1:] = model(ids[:1]).logits[0, :-1].argmax(-1)
     pairs = train_pairs(model, ids, 4.0, alpha=1.0, lr=5e-2, quiet=True)
     own = {name: pair.share_low * pair.low + (1 - pair.share_low) * pair.high for name, pair in pairs.items()}
@@ -105,7 +105,7 @@ def test_the_least_memory_leaves_three_bits_everywhere(stored: Path, tmp_path: P
     with pytest.raises(BudgetError) as caught:
         precision.calibrate(folder, runs(), [3.0], memory=1000, quiet=True)
     made = precision.calibrate(folder, runs(), [3.0], memory=caught.value.minimum, quiet=True)
-    assert set(made.widths.values()) == {3}
+    assert set(made.max_bits.values()) == {3}
     assert all(choice.low == choice.high == 3 for choice in made.targets[3.0].values())
     model = precision.load(folder, memory=caught.value.minimum, target_bits=3.0)
     precision.perplexity(model, runs(samples=1))
@@ -117,12 +117,12 @@ def test_the_least_memory_leaves_three_bits_everywhere(stored: Path, tmp_path: P
 def test_the_start_has_equal_slopes(parts: list[tuple[float, int]], target: float) -> None:
     """With errors c 4^-b the levels are known: log4 of c / size, shifted to the mean."""
     logs, sizes = (np.array(column, dtype=float) for column in zip(*parts, strict=True))
-    widths = np.arange(3, 7)
-    errors = sizes[:, None] * np.exp2(logs)[:, None] * 4.0 ** -widths[None]
+    bit_widths = np.arange(3, 7)
+    errors = sizes[:, None] * np.exp2(logs)[:, None] * 4.0 ** -bit_widths[None]
     shift = target - (logs / 2 * sizes).sum() / sizes.sum()
     want = logs / 2 + shift
     assume(bool(((want > 3.02) & (want < 5.98)).all()))
-    found = water_filling(errors, sizes, tuple(widths), np.full(len(sizes), 6.0), target)
+    found = water_filling(errors, sizes, tuple(bit_widths), np.full(len(sizes), 6.0), target)
     assert np.abs(found - want).max() < 0.025
 
 

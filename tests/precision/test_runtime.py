@@ -29,19 +29,19 @@ def calibrated(stored: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def dense(folder: Path, width: int) -> torch.nn.Module:
-    """The float model with every linear replaced by its dense reading at one width."""
+def dense(folder: Path, bits: int) -> torch.nn.Module:
+    """The float model with every linear replaced by its dense reading at one bit-width."""
     model = text_model()
     loaded = dict(linears(precision.load(folder)))
     for name, linear in linears(model):
-        linear.weight.data = loaded[name].weight.dense(width)
+        linear.weight.data = loaded[name].weight.dense(bits)
     return model
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("width", [3, 5, 8])
-def test_a_loaded_model_is_its_dense_reference(stored: Path, width: int) -> None:
-    model, reference = precision.load(stored, width=width), dense(stored, width)
+@pytest.mark.parametrize("bits", [3, 5, 8])
+def test_a_loaded_model_is_its_dense_reference(stored: Path, bits: int) -> None:
+    model, reference = precision.load(stored, bits=bits), dense(stored, bits)
     ids = runs()[:3]
     assert torch.allclose(model(ids).logits, reference(ids).logits, atol=1e-4)
     options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids)}
@@ -53,7 +53,7 @@ def test_a_loaded_model_is_its_dense_reference(stored: Path, width: int) -> None
 def test_what_is_not_quantized_stays_in_the_dtype_asked_for(tmp_path: Path) -> None:
     folder = tmp_path / "bf16"
     precision.quantize(text_model(), tokenizer(), folder, runs(), source="tiny", dtype=torch.bfloat16, quiet=True)
-    model, ids = precision.load(folder, width=8), runs(samples=1)[:, :12]
+    model, ids = precision.load(folder, bits=8), runs(samples=1)[:, :12]
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     half = text_model().to(torch.bfloat16)
     logits, exact = model(input_ids=ids).logits, half(input_ids=ids).logits
@@ -69,7 +69,7 @@ def test_what_is_not_quantized_stays_in_the_dtype_asked_for(tmp_path: Path) -> N
 @torch.no_grad()
 def test_prompts_longer_than_the_context_are_as_in_the_float_model(stored: Path) -> None:
     ids = runs(samples=4, length=32).reshape(1, -1)  # 128 tokens, the config says 64
-    assert torch.allclose(precision.load(stored, width=8)(ids).logits, dense(stored, 8)(ids).logits, atol=1e-4)
+    assert torch.allclose(precision.load(stored, bits=8)(ids).logits, dense(stored, 8)(ids).logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("target", [3.5, 4.5])
@@ -104,7 +104,7 @@ def test_many_tokens_at_once_are_decided_like_single_steps(calibrated: Path) -> 
         abs(linear.counts.get(linear.high, 0) - singly[name].get(linear.high, 0)) for name, linear in linears(model)
     )
     assert other <= 2
-    assert any(len(counts) == 2 for counts in singly.values()), "no linear ever used both widths"
+    assert any(len(counts) == 2 for counts in singly.values()), "no linear ever used both bit-widths"
 
 
 @torch.no_grad()
@@ -115,8 +115,8 @@ def test_infinite_thresholds_are_a_fixed_width_bit_for_bit(stored: Path, infinit
     model, ids = precision.load(stored), runs()[:1]
     select(model, {name: Choice(4, 5, infinity, slope=1.0) for name, _ in linears(model)})
     chosen = steps(model, ids)
-    width = 4 if infinity > 0 else 5
-    select(model, {name: Choice(width, width) for name, _ in linears(model)})
+    bits = 4 if infinity > 0 else 5
+    select(model, {name: Choice(bits, bits) for name, _ in linears(model)})
     assert torch.equal(chosen, steps(model, ids))
 
 
@@ -171,7 +171,7 @@ def test_memory_is_a_limit_in_real_bytes(stored: Path, tmp_path: Path) -> None:
     assert minimum is not None
     limit = minimum * 23 // 20
     made = precision.calibrate(folder, runs(), [3.25], memory=limit, quiet=True)
-    assert len(set(made.widths.values())) > 1
+    assert len(set(made.max_bits.values())) > 1
     model = precision.load(folder, memory=limit, target_bits=3.25)
     assert stored_bytes(model) <= limit
     with pytest.raises(BudgetError, match="more than 2000"):
@@ -216,9 +216,9 @@ def test_another_run_is_not_mixed_in(stored: Path, tmp_path: Path, monkeypatch: 
         quantized(tmp_path)
     monkeypatch.setattr(room, "write_rest", written)
     model, words = text_model(), tokenizer()
-    for other, widths in ((runs(seed=2), (3, 8)), (runs(), (3, 6))):
+    for other, bit_widths in ((runs(seed=2), (3, 8)), (runs(), (3, 6))):
         with pytest.raises(PrecisionError, match="the beginning of another run"):
-            precision.quantize(model, words, tmp_path, other, source="tiny", widths=widths, quiet=True)
+            precision.quantize(model, words, tmp_path, other, source="tiny", bits=bit_widths, quiet=True)
     model.model.layers[0].self_attn.q_proj.weight.data.mul_(2)
     with pytest.raises(PrecisionError, match="the beginning of another run"):
         precision.quantize(model, words, tmp_path, runs(), source="tiny", quiet=True)
@@ -282,11 +282,11 @@ def test_wrong_wishes_are_told(stored: Path, calibrated: Path) -> None:
     with pytest.raises(PrecisionError, match="has not been calibrated"):
         precision.load(stored, target_bits=4)
     with pytest.raises(PrecisionError, match="has not been calibrated"):  # what is missing, not what is too many
-        precision.load(stored, target_bits=4, width=4)
+        precision.load(stored, target_bits=4, bits=4)
     with pytest.raises(PrecisionError, match="not both"):
-        precision.load(calibrated, target_bits=3.5, width=4)
-    with pytest.raises(PrecisionError, match="widths 3 to 8, not 9"):
-        precision.load(stored, width=9)
+        precision.load(calibrated, target_bits=3.5, bits=4)
+    with pytest.raises(PrecisionError, match="3 to 8 bits, not 9"):
+        precision.load(stored, bits=9)
     with pytest.raises(PrecisionError, match="at least one target"):
         precision.calibrate(stored, runs(), [], quiet=True)
     with pytest.raises(PrecisionError, match="between 3 and 6"):
@@ -302,7 +302,7 @@ def test_the_language_model_of_a_video_model(tmp_path: Path) -> None:
     ids = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.enable_grad():
         precision.quantize(family.model, family.tokenizer, folder, ids, source="tiny", quiet=True)
-    model = precision.load(folder, width=8)
+    model = precision.load(folder, bits=8)
     assert type(model) is type(family.model)
     # Eight bits are close; what is not quantized, the tower among it, is the same.
     want, got = family.model(ids).logits, model(ids).logits
@@ -333,13 +333,13 @@ def test_decoders_that_cannot_be_are_refused(tmp_path: Path) -> None:
 
 def test_widths_that_cannot_be_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(PrecisionError, match="between 3 and 8, not 2-4"):
-        precision.quantize(text_model(), tokenizer(), tmp_path / "out", runs(), source="t", widths=(2, 4), quiet=True)
+        precision.quantize(text_model(), tokenizer(), tmp_path / "out", runs(), source="t", bits=(2, 4), quiet=True)
     assert not (tmp_path / "out").exists()
 
 
 def test_gradients_reach_the_input_of_a_packed_model(stored: Path) -> None:
-    for width, count in ((5, 1), (5, 9)):  # from the planes, and as numbers
-        packed, reference = precision.load(stored, width=width), dense(stored, width)
+    for bits, count in ((5, 1), (5, 9)):  # from the planes, and as numbers
+        packed, reference = precision.load(stored, bits=bits), dense(stored, bits)
         found = []
         for model in (packed, reference):
             x = torch.randn(1, count, 48, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
@@ -349,7 +349,7 @@ def test_gradients_reach_the_input_of_a_packed_model(stored: Path) -> None:
 
 
 def test_a_packed_model_is_neither_copied_nor_saved_nor_cast_wrongly(stored: Path, tmp_path: Path) -> None:
-    model = precision.load(stored, width=4)
+    model = precision.load(stored, bits=4)
     with pytest.raises(PrecisionError, match=r"load .* again"):
         copy.deepcopy(model)
     with pytest.raises(PrecisionError, match="cannot be saved: copy"):

@@ -22,12 +22,12 @@ from millpond.precision.nested import NestedWeight, nest  # noqa: E402
 def made(rows: int, columns: int) -> NestedWeight:
     rng = torch.Generator().manual_seed(0)
     found = nest(torch.randn(rows, columns, generator=rng), torch.rand(rows, columns, generator=rng))
-    tables = {width: table.to(DEVICE) for width, table in found.tables.items()}
+    tables = {bits: table.to(DEVICE) for bits, table in found.tables.items()}
     return NestedWeight(found.planes.to(DEVICE), tables, columns)
 
 
-def product(weight: NestedWeight, width: int, x: torch.Tensor) -> torch.Tensor:
-    return bit_planes_triton.product(weight.planes, weight.tables[width], width, weight.columns, x)
+def product(weight: NestedWeight, bits: int, x: torch.Tensor) -> torch.Tensor:
+    return bit_planes_triton.product(weight.planes, weight.tables[bits], bits, weight.columns, x)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (16, 128), (17, 7), (33, 129), (5, 257)])
@@ -35,17 +35,17 @@ def product(weight: NestedWeight, width: int, x: torch.Tensor) -> torch.Tensor:
 def test_it_is_the_dense_product(rows: int, columns: int, vectors: int) -> None:
     weight = made(rows, columns)
     x = torch.randn(vectors, columns, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    for width in range(3, 9):
-        want = x.double() @ weight.dense(width).double().T
-        assert float((product(weight, width, x) - want).norm() / want.norm()) <= 1e-5
+    for bits in range(3, 9):
+        want = x.double() @ weight.dense(bits).double().T
+        assert float((product(weight, bits, x) - want).norm() / want.norm()) <= 1e-5
 
 
-@pytest.mark.parametrize("width", [3, 4, 7])
-def test_it_reads_its_own_planes_only(width: int) -> None:
+@pytest.mark.parametrize("bits", [3, 4, 7])
+def test_it_reads_its_own_planes_only(bits: int) -> None:
     weight, x = made(20, 70), torch.ones(1, 70, device=DEVICE)
     poisoned = NestedWeight(weight.planes.clone(), weight.tables, 70)
-    poisoned.planes[:, width:] ^= 255
-    assert torch.equal(product(poisoned, width, x), product(weight, width, x))
+    poisoned.planes[:, bits:] ^= 255
+    assert torch.equal(product(poisoned, bits, x), product(weight, bits, x))
 
 
 def test_no_vectors_give_no_products() -> None:

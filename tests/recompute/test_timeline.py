@@ -7,11 +7,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from millpond.cli import app
 from millpond.recompute import RecomputeError, plan
-from millpond.recompute.cli import app
 
 SIZES = {"hidden_bytes": 1000, "internal_bytes": 4500}
-ARGUMENTS = ["plan", "--length", "100", "--hidden-bytes", "1kB", "--internal-bytes", "4500"]
+ARGUMENTS = ["recompute", "plan", "--length", "100", "--hidden-bytes", "1kB", "--internal-bytes", "4500"]
 
 
 @pytest.mark.parametrize("strategy", ["hidden", "internal", "mixed"])

@@ -64,8 +64,8 @@ def test_more_memory_first_widens_the_weights_then_the_stream(quantized: Path) -
     splits = [
         plan_device(family, quantized, size << 20, (64, 64), SessionConfig()).split for size in (6, 7, 8, 10, 14, 66)
     ]
-    assert [split.width for split in splits] == sorted(split.width for split in splits if split.width)
-    assert splits[0].width < splits[-1].width == 8  # type: ignore[operator]
+    assert [split.bits for split in splits] == sorted(split.bits for split in splits if split.bits)
+    assert splits[0].bits < splits[-1].bits == 8  # type: ignore[operator]
     assert [split.kv for split in splits] == sorted(split.kv for split in splits)
     assert splits[-1].kv > splits[0].kv * 4
 
@@ -77,7 +77,7 @@ def test_a_plain_model_takes_its_own_weights_and_the_least_is_named() -> None:
     )
     assert bare == loaded
     assert bare.weights == stored_bytes(models.load("minnow").model)
-    assert bare.width is None
+    assert bare.bits is None
     with pytest.raises(BudgetError, match="the minimum that works is") as caught:
         Session.from_pretrained("minnow", device_memory="1MiB", **SIZE)
     minimum = caught.value.minimum
@@ -131,7 +131,7 @@ def test_the_command_line_shows_the_split(quantized: Path) -> None:
     assert device["weights"] + device["kv"] + device["workspace"] == device["device"] == 8 << 20
     assert found["budget"] == device["kv"]
     shown = CliRunner().invoke(app, words, env={"COLUMNS": "160"}).stdout
-    assert f"every linear read at {device['width']} bits" in shown
+    assert f"every linear read at {device['bits']} bits" in shown
     assert str(device["workspace"]) in shown
 
 

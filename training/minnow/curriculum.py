@@ -1,4 +1,4 @@
-"""What the language model practises at each step: lengths, evictions, families. Knows nothing about optimizers."""
+"""What the language model practises at each step: lengths, evictions, question types. Knows nothing about optimizers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from training.minnow.architecture import Codes
 from training.minnow.language import Asked, keep_tokens
 from training.minnow.sight import features, patches, round_trip
 
-__all__ = ["FAMILY_WEIGHTS", "LESSONS", "MORE_WEIGHTS", "Lesson", "coded_batch", "pick", "stream_batch"]
+__all__ = ["LESSONS", "MORE_WEIGHTS", "TYPE_WEIGHTS", "Lesson", "coded_batch", "pick", "stream_batch"]
 
-FAMILY_WEIGHTS = {
+TYPE_WEIGHTS = {
     "colour": 1.0,
     "object": 1.2,
     "where": 1.0,
@@ -29,8 +29,8 @@ FAMILY_WEIGHTS = {
     "last": 1.0,
     "now": 0.8,
 }
-"""The families that are practised from the start, and how often."""
-MORE_WEIGHTS = {**FAMILY_WEIGHTS, "before": 1.0, "after": 1.0, "count": 0.8, "when": 0.8}
+"""The question types that are practised from the start, and how often."""
+MORE_WEIGHTS = {**TYPE_WEIGHTS, "before": 1.0, "after": 1.0, "count": 0.8, "when": 0.8}
 """What is practised once those are learned."""
 _STREAM_QUESTIONS = 20
 _STREAM_SEEDS = 1 << 31
@@ -75,7 +75,7 @@ def pick(rng: np.random.Generator, lessons: Sequence[Lesson], done: float) -> Le
 def questions(
     rng: np.random.Generator, events: Sequence[Event], groups: int, count: int, weights: Mapping[str, float]
 ) -> list[Question]:
-    """Questions about one stream, families drawn by weight (those that it has a question of)."""
+    """Questions about one stream, types drawn by weight (those that it has a question of)."""
     names = list(weights)
     share = np.array([weights[name] for name in names])
     share = share / share.sum()

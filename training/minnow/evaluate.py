@@ -1,4 +1,4 @@
-"""Accuracy of Minnow with a full cache, per question family: `python -m training.minnow.evaluate --out card.json`.
+"""Accuracy of Minnow with a full cache, per question type: `python -m training.minnow.evaluate --out card.json`.
 
 Streams go through `millpond.Session` with the policy "full", as frames straight from the generator and as real MP4 files.
 """
@@ -30,7 +30,7 @@ __all__ = ["evaluate", "main"]
 def evaluate(
     family: Family, streams: Sequence[Stream], questions: Sequence[str] = minnow.SUPPORTED, *, through_mp4: bool
 ) -> dict[str, Accuracy]:
-    """Accuracy per question family and over all ("all"), full cache, each question asked at the end of its stream."""
+    """Accuracy per question type and over all ("all"), full cache, each question asked at the end of its stream."""
     marks: dict[str, list[bool]] = {name: [] for name in questions}
     with tempfile.TemporaryDirectory(prefix="millpond-") as folder:
         for stream in streams:
@@ -42,9 +42,9 @@ def evaluate(
             else:
                 session.feed(stream.frames())
             for question in stream.questions:
-                if question.family in marks and question.earlier is None:
+                if question.type in marks and question.earlier is None:
                     answer = session.ask(question.text, max_new_tokens=4)
-                    marks[question.family].append(answer.text.strip() == question.answer)
+                    marks[question.type].append(answer.text.strip() == question.answer)
     every = [mark for row in marks.values() for mark in row]
     return {name: wilson(sum(row), len(row)) for name, row in {**marks, "all": every}.items()}
 

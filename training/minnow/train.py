@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from training.minnow.architecture import IMAGE_NUMBERS, Codes, configuration, match_words, name_words, tokenizer
-from training.minnow.curriculum import FAMILY_WEIGHTS, LESSONS, MORE_WEIGHTS, coded_batch, pick, stream_batch
+from training.minnow.curriculum import LESSONS, MORE_WEIGHTS, TYPE_WEIGHTS, coded_batch, pick, stream_batch
 from training.minnow.language import answer_loss, layout
 from training.minnow.loop import Stage, train
 from training.minnow.sight import features, sight_batch, sight_loss
@@ -35,7 +35,7 @@ STEPS = {"sight": 1600, "codes": 1700, "streams": 300}
 _RAMP = 2500
 """Steps over which stage 2 goes from short streams to long ones."""
 _MORE = 1208
-"""The step of stage 2 from which the harder families are practised too."""
+"""The step of stage 2 from which the harder question types are practised too."""
 _SIGHT_GROUPS = 32
 
 
@@ -68,7 +68,7 @@ def stages(model: Any, steps: dict[str, int]) -> dict[str, Stage]:
         return sight_loss(features(tower, pixels), labels, codes)
 
     def answer(rng: np.random.Generator, step: int, *, drawn: bool, more: bool) -> tuple[Tensor, dict[str, float]]:
-        weights = MORE_WEIGHTS if more else FAMILY_WEIGHTS
+        weights = MORE_WEIGHTS if more else TYPE_WEIGHTS
         if drawn:
             batch = stream_batch(rng, tower, weights)
         else:
@@ -77,8 +77,8 @@ def stages(model: Any, steps: dict[str, int]) -> dict[str, Stage]:
         scores: dict[str, list[float]] = defaultdict(list)
         for row, marks in zip(batch.questions, right, strict=True):
             for question, mark in zip(row, marks, strict=True):
-                scores[question.family].append(float(mark))
-        return loss, {family: sum(marks) / len(marks) for family, marks in scores.items()}
+                scores[question.type].append(float(mark))
+        return loss, {kind: sum(marks) / len(marks) for kind, marks in scores.items()}
 
     def from_codes(rng: np.random.Generator, step: int) -> tuple[Tensor, dict[str, float]]:
         return answer(rng, step, drawn=False, more=step >= _MORE)

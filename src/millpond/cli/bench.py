@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from millpond.cli.errors import announce
 from millpond.cli.options import JsonFlag, Positions, QuietFlag
+from millpond.errors import MillpondError
+from millpond.minnow import SUPPORTED
 from millpond.policies import DEFAULT_POLICY
 
 if TYPE_CHECKING:
     from millpond.eval.accuracy.run import Study
-
-__all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Measure on generated streams.")
 
@@ -28,7 +27,6 @@ def bench() -> None:
 
 @app.command()
 def accuracy(
-    context: typer.Context,
     model: Annotated[str, typer.Option("--model", "-m", help="minnow, a local folder, or a hub id.")] = "minnow",
     policies: Annotated[
         str,
@@ -61,30 +59,29 @@ def accuracy(
 
     Writes accuracy.json, accuracy.md and accuracy.png (with matplotlib) into the folder, with 95 % intervals.
     """
-    announce(context, as_json=as_json, quiet=quiet)
-    from millpond.errors import MillpondError
     from millpond.eval import streams as generated
     from millpond.eval.accuracy.cell import REFERENCES, Cell, read_cells
     from millpond.eval.accuracy.run import Study, outcomes, run
     from millpond.eval.accuracy.table import markdown, summarise
-    from millpond.minnow import SUPPORTED
     from millpond.policies import available
 
     names = _listed(policies)
     if names == ["all"]:
         names = [kind.name for kind in available() if kind.capped]
-    families = tuple(_listed(questions)) if questions else SUPPORTED
-    if unknown := [name for name in families if name not in generated.FAMILIES]:
-        raise MillpondError(f"no question family is called {unknown[0]!r}; there are: {', '.join(generated.FAMILIES)}")
+    types = tuple(_listed(questions)) if questions else SUPPORTED
+    if unknown := [name for name in types if name not in generated.QUESTION_TYPES]:
+        raise MillpondError(
+            f"no question type is called {unknown[0]!r}; there are: {', '.join(generated.QUESTION_TYPES)}"
+        )
     generated.generate(0, groups=groups, level=level, split=split)  # refuse a wrong name before any process starts
     cells: list[Cell] = []
     for way in positions:
         cells += read_cells([*REFERENCES], _listed(budgets), way.value)
         cells += read_cells(names, _listed(budgets), way.value, recent_frames)
     cells = list(dict.fromkeys(cells))
-    study = Study(model, streams, groups, level, split, families)
+    study = Study(model, streams, groups, level, split, types)
     _progress(run(study, cells, out, processes=processes), quiet=quiet or as_json)
-    rows = summarise(cells, (row for row in outcomes(out) if row.seed < streams), families)
+    rows = summarise(cells, (row for row in outcomes(out) if row.seed < streams), types)
     result = _write(study, rows, out)
     if as_json:
         print(json.dumps(result))
@@ -106,7 +103,6 @@ def _progress(steps: Any, *, quiet: bool) -> None:
 
 
 def _write(study: Study, rows: list[dict[str, Any]], out: Path) -> dict[str, Any]:
-    from millpond.errors import MillpondError
     from millpond.eval.accuracy.chart import draw
     from millpond.eval.accuracy.table import markdown
     from millpond.eval.hardware import describe

@@ -17,24 +17,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from millpond.cli.errors import FAILED, announce
+from millpond.cli.errors import FAILED
 from millpond.cli.live import clock
 from millpond.cli.options import JsonFlag, Moment, PolicyOption, QuietFlag
 from millpond.config import SessionConfig
 from millpond.memory.budget import format_bytes
+from millpond.minnow import SUPPORTED
 from millpond.policies import DEFAULT_POLICY
 
 if TYPE_CHECKING:
     from millpond.answer import Usage
-
-__all__ = ["demo"]
 
 _SHARE = 16
 """The budget is this fraction of the full cache, or the minimum that works."""
 
 
 def demo(
-    context: typer.Context,
     groups: Annotated[
         int, typer.Option(min=16, metavar="GROUPS", help="Length of the stream in groups of two frames.")
     ] = 256,
@@ -48,13 +46,11 @@ def demo(
     quiet: QuietFlag = False,
 ) -> None:
     """Watch a generated video of several minutes under 1/16 of the full cache, and compare the answers with the truth."""
-    announce(context, as_json=as_json, quiet=quiet)
     from millpond import frames, models, policies
     from millpond.cli.watch import silence
     from millpond.cli.watching import Watch
     from millpond.device import least_budget
     from millpond.eval import streams
-    from millpond.minnow import SUPPORTED
     from millpond.session import Session
 
     silence()
@@ -73,7 +69,7 @@ def demo(
         session = Session(
             family, config, budget=budget, host_budget=full if config.policy.needs.retrieved_frames else None
         )
-        asked = [question for question in stream.questions if question.family in SUPPORTED]
+        asked = [question for question in stream.questions if question.type in SUPPORTED]
         questions = sorted(asked, key=lambda question: question.ask_seconds)
         watching = Watch(session, opened, max_new_tokens=8, as_json=True, quiet=quiet)
         with opened, watching:

@@ -14,8 +14,6 @@ from typer.core import TyperGroup
 from millpond.errors import MillpondError
 from millpond.printable import printable
 
-__all__ = ["FAILED", "INTERRUPTED", "Commands", "OutputError", "announce", "note", "one_line", "say"]
-
 FAILED = 1
 INTERRUPTED = 130
 """128 + SIGINT, as shells count: the second Ctrl-C gave up."""
@@ -23,10 +21,16 @@ INTERRUPTED = 130
 _QUIET, _JSON = "millpond.quiet", "millpond.json"
 
 
-def announce(context: typer.Context, *, as_json: bool = False, quiet: bool = False) -> None:
-    """Tell the error handling how this command was asked to speak."""
-    context.meta[_QUIET] = quiet
-    context.meta[_JSON] = as_json
+def remember_quiet(context: typer.Context, value: bool) -> bool:
+    """Callback of `--quiet`: tells the error handling that this command is to keep stderr clean."""
+    context.meta[_QUIET] = value
+    return value
+
+
+def remember_json(context: typer.Context, value: bool) -> bool:
+    """Callback of `--json`: tells the error handling that this command is to answer in JSON."""
+    context.meta[_JSON] = value
+    return value
 
 
 def one_line(error: BaseException) -> str:

@@ -12,8 +12,6 @@ from millpond.cli.errors import note
 from millpond.errors import MillpondError
 from millpond.printable import printable
 
-__all__ = ["EventLog"]
-
 
 class EventLog:
     """Adds to a file, one object a line, each written through at once; any thread may write.

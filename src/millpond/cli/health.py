@@ -1,6 +1,6 @@
 """What `millpond doctor` finds out: versions, devices, codecs, models, and which extras are not installed.
 
-Only looks; each finding is a `Check`. Knows nothing about printing.
+It compiles and runs what it can only tell by running. Each finding is a `Check`; nothing is printed here.
 """
 
 from __future__ import annotations
@@ -18,9 +18,6 @@ from packaging.requirements import Requirement
 from millpond.cli.errors import one_line
 from millpond.ops.build import compiled
 
-__all__ = ["Check", "checks"]
-
-_PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy", "pillow", "av", "typer", "rich", "tqdm")
 _CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg2video", "mpeg4", "mjpeg", "prores")
 _FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "avi", "hls", "rtsp", "video4linux2,v4l2")
 
@@ -37,15 +34,7 @@ class Check:
 
 def checks() -> list[Check]:
     """Everything there is to say, most basic first."""
-    return [
-        *_versions(),
-        *_devices(),
-        *_decoders(),
-        *_models(),
-        _kernels(),
-        _watching(),
-        *_extras(),
-    ]
+    return [*_versions(), *_devices(), *_decoders(), *_models(), _kernels(), _watching(), *_extras()]
 
 
 def _versions() -> list[Check]:
@@ -53,17 +42,18 @@ def _versions() -> list[Check]:
         Check("python", f"{platform.python_version()} on {platform.platform()}"),
         Check("millpond", version("millpond")),
     ]
-    wanted = {one.name.lower(): one for one in map(Requirement, requires("millpond") or []) if one.marker is None}
-    for package in _PACKAGES:
+    for wanted in map(Requirement, requires("millpond") or []):
+        if wanted.marker is not None:
+            continue  # of an extra
+        name, bounds = wanted.name, wanted.specifier
         try:
-            number = version(package)
+            number = version(name)
         except PackageNotFoundError:
-            found.append(Check(package, f"pip install {package}", False, needed=True))
+            found.append(Check(name, f"pip install {name}", False, needed=True))
             continue
-        bounds = wanted[package].specifier if package in wanted else None
-        fits = bounds is None or bounds.contains(number, prereleases=True)
-        told = number if fits else f"{number}, but it must be {bounds}: pip install '{package}{bounds}'"
-        found.append(Check(package, told, fits, needed=True))
+        fits = bounds.contains(number, prereleases=True)
+        told = number if fits else f"{number}, but it must be {bounds}: pip install '{name}{bounds}'"
+        found.append(Check(name, told, fits, needed=True))
     return found
 
 
@@ -158,10 +148,10 @@ def _watching() -> Check:
 def _extras() -> list[Check]:
     """The optional parts of millpond, from its own metadata."""
     wanted: dict[str, list[str]] = {}
-    for line in requires("millpond") or []:
-        match = re.match(r"\s*([A-Za-z0-9._-]+)[^;]*;.*extra\s*==\s*['\"]([^'\"]+)['\"]", line)
-        if match and match.group(1) != "millpond":
-            wanted.setdefault(match.group(2), []).append(match.group(1))
+    for one in map(Requirement, requires("millpond") or []):
+        if one.name != "millpond":
+            for extra in re.findall(r"extra == \"(.+?)\"", str(one.marker)):
+                wanted.setdefault(extra, []).append(one.name)
     found = []
     for extra, packages in sorted(wanted.items()):
         lacking = [package for package in packages if not _installed(package)]
@@ -172,7 +162,6 @@ def _extras() -> list[Check]:
 
 def _installed(package: str) -> bool:
     try:
-        version(package)
+        return bool(version(package))
     except PackageNotFoundError:
         return False
-    return True

@@ -1,4 +1,4 @@
-"""Verbs that look and run nothing: `plan`, `doctor`, `models`, `policies`."""
+"""Verbs that tell what there is: `plan`, `doctor`, `models`, `policies`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from millpond.cli.errors import FAILED, announce
+from millpond.cli.errors import FAILED
 from millpond.cli.options import (
     DEFAULT_MODEL,
     BudgetOption,
@@ -32,14 +32,13 @@ from millpond.cli.options import (
 )
 from millpond.config import SessionConfig
 from millpond.errors import BudgetError
+from millpond.memory.budget import format_bytes
 from millpond.policies import DEFAULT_POLICY
 
 if TYPE_CHECKING:
     from millpond.cache.plan import Plan
     from millpond.models.base import Family
     from millpond.precision.device_budget import DeviceSplit
-
-__all__ = ["doctor", "models", "plan", "policies"]
 
 
 def plan(
@@ -63,7 +62,6 @@ def plan(
     quiet: QuietFlag = False,
 ) -> None:
     """Show how a budget, or a device's memory, is split for a model and a frame size; too small a one names the minimum that works."""
-    announce(context, as_json=as_json, quiet=quiet)
     from millpond import models
     from millpond.cli.watch import silence
     from millpond.device import default_budget, plan_device
@@ -91,9 +89,8 @@ def plan(
 
 
 def _split(family: Family, config: SessionConfig, size: FrameSize) -> Plan:
-    """The plan; where the budget cannot hold even the prompt, the error still names the least for these frames."""
+    """The plan; where the budget cannot hold even the prompt, the error still names the minimum for these frames."""
     from millpond.device import least_budget
-    from millpond.memory.budget import format_bytes
     from millpond.stream.runner import Runner
 
     grid, budget = family.grid(size.height, size.width), config.budget
@@ -110,13 +107,17 @@ def _split(family: Family, config: SessionConfig, size: FrameSize) -> Plan:
         ) from error
 
 
-def _print_device(split: DeviceSplit, title: str) -> None:
-    from millpond.memory.budget import format_bytes
+def _table(title: str, first: str, *columns: str) -> Table:
+    """An empty table: numbers between the first and the last column."""
+    table = Table(first, title=Text(title), title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="left" if name is columns[-1] else "right")
+    return table
 
-    table = Table(title=Text(title), title_justify="left")
-    for name, justify in (("", "left"), ("bytes", "right"), ("", "right"), ("what for", "left")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    read = "as they are" if split.width is None else f"every linear read at {split.width} bits"
+
+def _print_device(split: DeviceSplit, title: str) -> None:
+    table = _table(title, "", "bytes", "", "what for")
+    read = "as they are" if split.bits is None else f"every linear read at {split.bits} bits"
     for name, size, note in (
         ("weights", split.weights, read),
         ("stream", split.kv, f"at most {split.slots} tokens, see below"),
@@ -128,30 +129,22 @@ def _print_device(split: DeviceSplit, title: str) -> None:
 
 
 def _print_plan(split: Plan, title: str, fps: float) -> None:
-    from millpond.memory.budget import format_bytes
-
-    table = Table(title=Text(title), title_justify="left")
-    for name, justify in (("", "left"), ("tokens", "right"), ("bytes", "right"), ("", "right"), ("what for", "left")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table = _table(title, "", "tokens", "bytes", "", "what for")
     for line in split.lines:
         if line.bytes:
             size = str(line.bytes), format_bytes(line.bytes)
             table.add_row(line.name, str(line.slots) if line.slots else "", *size, line.purpose)
     total = str(split.total_bytes), format_bytes(split.total_bytes)
-    table.add_row("total", str(split.slots), *total, _of_budget(split))
+    cap = "no cap: it grows" if split.budget is None else f"of {split.budget} bytes"
+    table.add_row("total", str(split.slots), *total, cap)
     console = Console()
     console.print(table)
     full = f"{split.frames_in_full} frames = {split.seconds_in_full(fps):g} s in full detail, more when thinned"
     console.print(f"{split.bytes_per_token} bytes per token, metadata included; in memory {full}", highlight=False)
 
 
-def _of_budget(split: Plan) -> str:
-    return "no cap: it grows" if split.budget is None else f"of {split.budget} bytes"
-
-
-def doctor(context: typer.Context, as_json: JsonFlag = False, quiet: QuietFlag = False) -> None:
+def doctor(as_json: JsonFlag = False, quiet: QuietFlag = False) -> None:
     """Tell what is installed, which devices and codecs are there, and what would work; exit code 1 if watching would not."""
-    announce(context, as_json=as_json, quiet=quiet)
     from millpond.cli.health import checks
 
     found = checks()
@@ -167,9 +160,8 @@ def doctor(context: typer.Context, as_json: JsonFlag = False, quiet: QuietFlag =
         raise typer.Exit(FAILED)
 
 
-def policies(context: typer.Context, as_json: JsonFlag = False, quiet: QuietFlag = False) -> None:
+def policies(as_json: JsonFlag = False, quiet: QuietFlag = False) -> None:
     """List the policies: what each forgets, where it comes from, and its parameters."""
-    announce(context, as_json=as_json, quiet=quiet)
     from millpond import policies as registry
 
     rows: list[dict[str, Any]] = []
@@ -197,9 +189,8 @@ def policies(context: typer.Context, as_json: JsonFlag = False, quiet: QuietFlag
         print(f"    {row['source']}")
 
 
-def models(context: typer.Context, as_json: JsonFlag = False, quiet: QuietFlag = False) -> None:
+def models(as_json: JsonFlag = False, quiet: QuietFlag = False) -> None:
     """List the model families that can be loaded from a folder or by hub id."""
-    announce(context, as_json=as_json, quiet=quiet)
     from millpond import models
 
     rows = models.supported()

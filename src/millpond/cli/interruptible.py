@@ -1,7 +1,7 @@
-"""A source that can be stopped, held and cut into stretches, so that a session can answer between two of them.
+"""A source that can be stopped, held and cut into segments, so that a session can answer between two of them.
 
-A session belongs to `feed` until the source it was given ends. A tap stands between: it waits for the real source in a thread
-of its own, and ends a stretch when a moment of the stream is reached, when somebody wants to ask, or when it is stopped,
+A session belongs to `feed` until the source it was given ends. This source stands between: it waits for the real source in a thread
+of its own, and ends a segment when a moment of the stream is reached, when somebody wants to ask, or when it is stopped,
 also while the source itself is silent. A frame is taken when it is wanted and not before, so that a live source can go on
 replacing it by a newer one. Knows nothing about sessions.
 """
@@ -11,24 +11,21 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
-
-__all__ = ["InterruptibleSource"]
+from typing import Any, NamedTuple
 
 _POLL_SECONDS = 0.05
 # Stream times are kept in microseconds; a moment written with three decimals means the frame at that millisecond.
 _TOLERANCE_SECONDS = 0.0005
 
 
-class _End:
+class _End(NamedTuple):
     """What the reading thread leaves behind the last frame: nothing, or the error that ended the source."""
 
-    def __init__(self, error: BaseException | None) -> None:
-        self.error = error
+    error: BaseException | None
 
 
 class InterruptibleSource:
-    """Iterate it to get the frames of one stretch; iterate again for the next.
+    """Iterate it to get the frames of one segment; iterate again for the next.
 
     Args:
         source: an iterable of frames with `.seconds` and, where frames can be dropped, `.dropped`.
@@ -36,7 +33,7 @@ class InterruptibleSource:
         look: shown every frame before it is handed out.
 
     Attributes:
-        dropped: frames the source has dropped, as of the last stretch; a session adds up the differences.
+        dropped: frames the source has dropped, as of the last segment; a session adds up the differences.
         seconds: stream time of the last frame handed out; None before the first.
         until_seconds: until when that frame stands: as long as the one before it did.
         ended: the source has no more frames.
@@ -68,7 +65,7 @@ class InterruptibleSource:
         self._thread.start()
 
     def until(self, seconds: float | None) -> InterruptibleSource:
-        """Let the next stretches end at a moment of the stream: after all frames up to it. None lifts the limit."""
+        """Let the next segments end at a moment of the stream: after all frames up to it. None lifts the limit."""
         self._limit, self.reached = seconds, False
         return self
 
@@ -105,7 +102,7 @@ class InterruptibleSource:
                 return
 
     def hold(self) -> None:
-        """End the running stretch soon and keep the next from beginning, until `release`."""
+        """End the running segment soon and keep the next from beginning, until `release`."""
         with self._lock:
             self._holds += 1
             self._free.clear()
@@ -118,12 +115,12 @@ class InterruptibleSource:
                 self._free.set()
 
     def wait(self) -> None:
-        """Return when nobody holds the tap, or it is stopped."""
+        """Return when nobody holds it, or it is stopped."""
         while not self.stopped and not self._free.wait(_POLL_SECONDS):
             continue
 
     def stop(self) -> None:
-        """End the stretch and all further ones. Safe in a signal handler."""
+        """End the segment and all further ones. Safe in a signal handler."""
         self.stopped = True
 
     def close(self) -> None:

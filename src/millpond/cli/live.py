@@ -7,20 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import monotonic
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from millpond.answer import Usage
 from millpond.memory.budget import format_bytes
 
 if TYPE_CHECKING:
+    from millpond.answer import Usage
     from millpond.frames import Losses
-
-__all__ = ["LiveLine", "clock", "summary"]
 
 # Often enough to look alive; reading a session's usage walks its kept times, which is not free.
 _REFRESH_SECONDS = 0.25
@@ -78,9 +75,7 @@ class LiveLine:
         self._start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.clear()
 
     def clear(self) -> None:

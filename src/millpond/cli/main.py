@@ -7,13 +7,10 @@ from typing import Annotated
 
 import typer
 
-from millpond.cli import bench, demo, inspect, precision
+from millpond.cli import bench, demo, inspect, precision, recompute
 from millpond.cli.errors import Commands
 from millpond.cli.options import WatchCommand
 from millpond.cli.watch import watch
-from millpond.recompute.cli import app as recompute
-
-__all__ = ["app", "main"]
 
 app = typer.Typer(
     name="millpond",
@@ -53,7 +50,7 @@ app.command()(demo.demo)
 app.command()(precision.quantize)
 app.command()(precision.calibrate)
 app.add_typer(bench.app, name="bench")
-app.add_typer(recompute, name="recompute")
+app.add_typer(recompute.app, name="recompute")
 
 
 def main() -> None:

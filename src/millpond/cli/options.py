@@ -15,38 +15,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from millpond.cli.errors import remember_json, remember_quiet
 from millpond.config import SessionConfig
 from millpond.errors import BudgetError, SourceError
 from millpond.memory.budget import parse_bytes
 from millpond.printable import printable
-
-__all__ = [
-    "DEFAULT_BUDGET",
-    "AdmissionOption",
-    "BudgetOption",
-    "DeviceOption",
-    "DtypeOption",
-    "FpsOption",
-    "FrameSize",
-    "HostOption",
-    "JsonFlag",
-    "MemoryOption",
-    "ModelOption",
-    "Moment",
-    "PixelsOption",
-    "PolicyOption",
-    "PositionsOption",
-    "QuietFlag",
-    "RecentOption",
-    "SystemOption",
-    "WatchCommand",
-    "budget_for",
-    "read_credentials",
-    "read_moment",
-    "read_size",
-    "read_text",
-    "session_config",
-]
 
 _MOST_DIGITS = 32
 _MOST_PIXELS = 1 << 27  # as for videos
@@ -57,7 +30,7 @@ DEFAULT_BUDGET = "a minute of video in full detail, at most half of the free mem
 
 
 class Positions(StrEnum):
-    """What happens to rotary positions near the trained limit."""
+    """`millpond.config.Positions`, as typer takes them for a repeatable option."""
 
     absolute = "absolute"
     contiguous = "contiguous"
@@ -198,15 +171,16 @@ def _is_number(word: str) -> bool:
     return True
 
 
-ModelOption = Annotated[
-    str,
-    typer.Option("--model", "-m", envvar="MILLPOND_MODEL", help="minnow (ships inside), a local folder, or a hub id."),
-]
+def _option(name: str, *short: str, **more: Any) -> Any:
+    """An option that can be set through the environment too: `--max-pixels` by MILLPOND_MAX_PIXELS."""
+    return typer.Option(name, *short, envvar="MILLPOND_" + name[2:].replace("-", "_").upper(), **more)
+
+
+ModelOption = Annotated[str, _option("--model", "-m", help="minnow (ships inside), a local folder, or a hub id.")]
 PixelsOption = Annotated[
     int | None,
-    typer.Option(
+    _option(
         "--max-pixels",
-        envvar="MILLPOND_MAX_PIXELS",
         min=1,
         metavar="PIXELS",
         show_default="the model's own",
@@ -215,10 +189,9 @@ PixelsOption = Annotated[
 ]
 BudgetOption = Annotated[
     int | None,
-    typer.Option(
+    _option(
         "--budget",
         "-b",
-        envvar="MILLPOND_BUDGET",
         parser=read_budget,
         metavar="SIZE",
         show_default=DEFAULT_BUDGET,
@@ -227,9 +200,8 @@ BudgetOption = Annotated[
 ]
 MemoryOption = Annotated[
     int | None,
-    typer.Option(
+    _option(
         "--device-memory",
-        envvar="MILLPOND_DEVICE_MEMORY",
         parser=read_budget,
         metavar="SIZE",
         help="In place of a budget: bytes for weights, stream and workspace together, planned for frames of 640x480 or --size.",
@@ -237,23 +209,18 @@ MemoryOption = Annotated[
 ]
 HostOption = Annotated[
     int | None,
-    typer.Option(
+    _option(
         "--host-budget",
-        envvar="MILLPOND_HOST_BUDGET",
         parser=read_budget,
         metavar="SIZE",
         help="Beside the budget: bytes of host memory for a policy that retrieves frames from there (rekv).",
     ),
 ]
-PolicyOption = Annotated[
-    str,
-    typer.Option("--policy", "-p", envvar="MILLPOND_POLICY", help="The policy; `millpond policies` lists them."),
-]
+PolicyOption = Annotated[str, _option("--policy", "-p", help="The policy; `millpond policies` lists them.")]
 AdmissionOption = Annotated[
     str | None,
-    typer.Option(
+    _option(
         "--admission",
-        envvar="MILLPOND_ADMISSION",
         metavar="NAME",
         show_default="everything",
         help="A frame filter in front of the decoder: curvestream.",
@@ -261,9 +228,8 @@ AdmissionOption = Annotated[
 ]
 RecentOption = Annotated[
     int,
-    typer.Option(
+    _option(
         "--recent-frames",
-        envvar="MILLPOND_RECENT_FRAMES",
         min=0,
         metavar="N",
         help="Show each question the latest N frames again, encoded anew; their pixels and slots count against the budget.",
@@ -271,40 +237,27 @@ RecentOption = Annotated[
 ]
 PositionsOption = Annotated[
     Positions,
-    typer.Option(
+    _option(
         "--positions",
-        envvar="MILLPOND_POSITIONS",
         help="Rotary positions near the trained limit: keep true distances in time, or close the gaps that evictions left.",
     ),
 ]
-FpsOption = Annotated[
-    float, typer.Option("--fps", envvar="MILLPOND_FPS", min=0.001, help="Frames taken per second of video.")
-]
+FpsOption = Annotated[float, _option("--fps", min=0.001, help="Frames taken per second of video.")]
 SystemOption = Annotated[
-    str | None,
-    typer.Option("--system", envvar="MILLPOND_SYSTEM", help="A system message, pinned in the memory.", metavar="TEXT"),
+    str | None, _option("--system", help="A system message, pinned in the memory.", metavar="TEXT")
 ]
 DtypeOption = Annotated[
     str | None,
-    typer.Option(
-        "--dtype",
-        envvar="MILLPOND_DTYPE",
-        metavar="DTYPE",
-        show_default="the checkpoint's own",
-        help="float32, bfloat16 or float16.",
-    ),
+    _option("--dtype", metavar="DTYPE", show_default="the checkpoint's own", help="float32, bfloat16 or float16."),
 ]
 DeviceOption = Annotated[
     str | None,
-    typer.Option(
-        "--device",
-        envvar="MILLPOND_DEVICE",
-        metavar="DEVICE",
-        show_default="cuda where there is one",
-        help="cpu, cuda, cuda:1, ...",
-    ),
+    _option("--device", metavar="DEVICE", show_default="cuda where there is one", help="cpu, cuda, cuda:1, ..."),
 ]
 JsonFlag = Annotated[
-    bool, typer.Option("--json", envvar="MILLPOND_JSON", help="For machines: the last line of stdout is one object.")
+    bool,
+    _option(
+        "--json", is_eager=True, callback=remember_json, help="For machines: the last line of stdout is one object."
+    ),
 ]
-QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", envvar="MILLPOND_QUIET", help="Nothing on stderr.")]
+QuietFlag = Annotated[bool, _option("--quiet", "-q", is_eager=True, callback=remember_quiet, help="Nothing on stderr.")]

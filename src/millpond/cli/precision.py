@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from millpond.cli.errors import announce
-from millpond.cli.options import QuietFlag
+from millpond.cli.options import DEFAULT_MODEL, QuietFlag
+from millpond.errors import MillpondError, ModelError, PrecisionError, first_line
 from millpond.memory.budget import format_bytes
+from millpond.minnow import folder
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-__all__ = ["calibrate", "quantize"]
 
 CalibrationText = Annotated[
     Path, typer.Option("--calibration", metavar="FILE", help="Plain text, of the kind that the model will read.")
@@ -24,37 +23,34 @@ Length = Annotated[int, typer.Option(min=16, help="Tokens in a run.")]
 
 
 def quantize(
-    context: typer.Context,
     model: Annotated[str, typer.Argument(help="minnow, a local folder, a hub id, or a GGUF file.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; an interrupted run in it is continued.")],
     calibration: CalibrationText,
-    widths: Annotated[str, typer.Option(metavar="LOW-HIGH", help="Fewest and most bits that can be read.")] = "3-8",
+    bits: Annotated[str, typer.Option(metavar="LOW-HIGH", help="Fewest and most bits that can be read.")] = "3-8",
     samples: Samples = 100,
     length: Length = 512,
     quiet: QuietFlag = False,
 ) -> None:
-    """Store a model's decoder weights as nested bit planes, readable at every width (Any-Precision)."""
-    announce(context, quiet=quiet)
-    low, dash, high = widths.partition("-")
+    """Store a model's decoder weights as nested bit planes, readable at every bit-width (Any-Precision)."""
+    low, dash, high = bits.partition("-")
     if not (dash and low.isdigit() and high.isdigit()):
-        raise typer.BadParameter(f"{widths!r} is not of the form 3-8", param_hint="--widths")
+        raise typer.BadParameter(f"{bits!r} is not of the form 3-8", param_hint="--bits")
     from millpond.cli.watch import silence
-    from millpond.precision.nested import check_widths
+    from millpond.precision.nested import check_bits
     from millpond.precision.quantize import quantize
 
-    check_widths(int(low), int(high))  # before a model is loaded
+    check_bits(int(low), int(high))  # before a model is loaded
     silence()
-    where = _where(model)
+    where = str(folder()) if model == DEFAULT_MODEL else model
     loaded, tokenizer, dtype = _load(where)
     runs = _runs(tokenizer, calibration, samples, length)
-    made = quantize(loaded, tokenizer, out, runs, source=model, widths=(int(low), int(high)), dtype=dtype, quiet=quiet)
+    made = quantize(loaded, tokenizer, out, runs, source=model, bits=(int(low), int(high)), dtype=dtype, quiet=quiet)
     _copy_pixels(where, out)
     size = sum((out / name).stat().st_size for name in made.files)
     typer.echo(f"{out}: {made.layers} layers, {low} to {high} bits, {format_bytes(size)}")
 
 
 def calibrate(
-    context: typer.Context,
     folder: Annotated[Path, typer.Argument(help="What `millpond quantize` wrote.")],
     calibration: CalibrationText,
     target_bits: Annotated[
@@ -67,8 +63,7 @@ def calibrate(
     length: Length = 256,
     quiet: QuietFlag = False,
 ) -> None:
-    """Choose the width of every layer, and how each decoding step picks between two (DP-LLM)."""
-    announce(context, quiet=quiet)
+    """Choose the bit-width of every layer, and how each decoding step picks between two (DP-LLM)."""
     from millpond.cli.watch import silence
     from millpond.precision.calibrate import calibrate
     from millpond.precision.folder import Description
@@ -77,27 +72,17 @@ def calibrate(
     Description.load(folder)  # a wrong folder is told before a tokenizer is looked for
     runs = _runs(_tokenizer(str(folder)), calibration, samples, length)
     made = calibrate(folder, runs, target_bits, memory=memory, quiet=quiet)
-    mean = sum(made.widths.values()) / len(made.widths)
+    mean = sum(made.max_bits.values()) / len(made.max_bits)
     targets = ", ".join(f"{target:g}" for target in sorted(made.targets))
-    typer.echo(f"{folder}: targets of {targets} bits; greatest widths {mean:.2f} bits on average")
-
-
-def _where(name: str) -> str:
-    if name != "minnow":
-        return name
-    from millpond.minnow import folder
-
-    return str(folder())
+    typer.echo(f"{folder}: targets of {targets} bits; at most {mean:.2f} bits a layer on average")
 
 
 def _load(name: str) -> tuple[Any, Any, Any]:
     """A float32 model, its tokenizer, and the dtype of its checkpoint."""
     import torch
     import transformers
-    from accelerate import init_empty_weights
 
-    from millpond.errors import MillpondError, ModelError, first_line
-    from millpond.model_folder import check, check_size, safely
+    from millpond.model_folder import check, check_size, load_whole, safely, without_weights
 
     path = Path(name)
     gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
@@ -108,17 +93,8 @@ def _load(name: str) -> tuple[Any, Any, Any]:
         image = type(config) in transformers.AutoModelForImageTextToText._model_mapping
         auto = transformers.AutoModelForImageTextToText if image else transformers.AutoModelForCausalLM
         if not gguf:
-            with init_empty_weights(include_buffers=False):
-                empty = auto.from_config(config, trust_remote_code=False)
-            check_size(source, sum(weight.numel() for weight in empty.parameters()))
-        model, report = auto.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **safely(source), **gguf
-        )
-        # transformers fills gaps with random numbers. LLaVA's towers may lack the layers behind the one whose features are used.
-        if missing := sorted(key for key in report["missing_keys"] if "vision_tower" not in key):
-            raise ModelError(
-                f"cannot load the model at {name!r}: the weights are incomplete: {len(missing)} are missing, first {missing[0]}"
-            )
+            check_size(source, without_weights(auto, config))
+        model = load_whole(auto, source, dtype=torch.float32, **gguf)
         return model.eval(), _tokenizer(source, **gguf), getattr(config, "dtype", None)
     except MillpondError:
         raise
@@ -141,7 +117,6 @@ def _copy_pixels(name: str, out: Path) -> None:
 def _tokenizer(source: str, **gguf: str) -> Any:
     import transformers
 
-    from millpond.errors import ModelError, first_line
     from millpond.model_folder import safely
 
     try:
@@ -151,7 +126,6 @@ def _tokenizer(source: str, **gguf: str) -> Any:
 
 
 def _runs(tokenizer: Any, file: Path, samples: int, length: int) -> Tensor:
-    from millpond.errors import PrecisionError
     from millpond.precision.sensitivity import samples_of
 
     try:

@@ -10,8 +10,6 @@ import typer
 
 from millpond.cli.main import app
 
-__all__ = ["reference"]
-
 _WIDTH = 100
 
 

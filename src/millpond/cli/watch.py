@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from millpond.cli.errors import FAILED, announce, note
+from millpond.cli.errors import FAILED, note
 from millpond.cli.events import EventLog
 from millpond.cli.options import (
     DEFAULT_MODEL,
@@ -38,8 +38,6 @@ from millpond.cli.options import (
 )
 from millpond.policies import DEFAULT_POLICY
 from millpond.printable import printable
-
-__all__ = ["silence", "watch"]
 
 
 def watch(
@@ -124,7 +122,6 @@ def watch(
 
     When the source breaks, the questions are still asked of what was seen before, and the exit code is 1.
     """
-    announce(context, as_json=as_json, quiet=quiet)
     if interactive and source == "-":
         raise typer.BadParameter("the prompt and the video cannot both come from stdin", param_hint="--interactive")
     asked = [read_text(question, "--ask") for question in ask]

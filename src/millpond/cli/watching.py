@@ -15,18 +15,19 @@ from typing import TYPE_CHECKING, Any
 from millpond.cli.errors import note, one_line, say
 from millpond.cli.events import EventLog
 from millpond.cli.interruptible import InterruptibleSource
+from millpond.cli.live import LiveLine, clock, summary
 from millpond.cli.options import Moment
 from millpond.errors import MillpondError
+from millpond.frames import Event, Losses
 
 if TYPE_CHECKING:
     from millpond.answer import Answer
-    from millpond.frames import Event, Losses
     from millpond.session import Session
-
-__all__ = ["Watch"]
 
 # What asks a process to end: Ctrl-C, a service manager or `kill`, a terminal that goes away.
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+_TOLD = ("question", "text", "at_seconds", "first_token_seconds")
+"""What `--json` tells of an answer."""
 
 
 class Watch:
@@ -59,8 +60,6 @@ class Watch:
         arrived: queue.SimpleQueue[Event] | None = None,
         knows: Callable[[Any], bool] | None = None,
     ) -> None:
-        from millpond.cli.live import LiveLine
-
         self._session = session
         self._limit, self._remember = max_new_tokens, remember
         self._json, self._quiet, self._prompt = as_json, quiet, prompt
@@ -75,7 +74,7 @@ class Watch:
         self._state = ""
         self._line = LiveLine(lambda: session.usage, shown=not quiet and not prompt, state=lambda: self._state)
         self._knows = knows
-        self._tap = InterruptibleSource(source, tick=self._tick, look=self._look)
+        self._frames = InterruptibleSource(source, tick=self._tick, look=self._look)
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Watch:
@@ -87,7 +86,7 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         self._line.clear()
-        self._tap.close()
+        self._frames.close()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -111,14 +110,12 @@ class Watch:
             self._tell_connection()
             if self._interrupted:
                 self._note("stopped")
-                self._events.write("stopped", stream_seconds=self._tap.seconds)
+                self._events.write("stopped", stream_seconds=self._frames.seconds)
             for question in questions:
                 self._try(question)
 
     def conclude(self, model: str) -> None:
         """Print the summary on stderr, and with `--json` the object on stdout."""
-        from millpond.cli.live import summary
-
         usage = self._session.usage
         self._tell_connection()
         losses = self._losses()
@@ -128,15 +125,7 @@ class Watch:
             result: dict[str, Any] = {
                 "model": model,
                 "policy": self._session.policy.name,
-                "answers": [
-                    {
-                        "question": answer.question,
-                        "text": answer.text,
-                        "at_seconds": answer.at_seconds,
-                        "first_token_seconds": answer.first_token_seconds,
-                    }
-                    for answer in self.answers
-                ],
+                "answers": [{name: getattr(answer, name) for name in _TOLD} for answer in self.answers],
                 "losses": asdict(losses),
                 "usage": usage.to_dict(),
             }
@@ -148,25 +137,23 @@ class Watch:
 
     def _stream(self, moments: list[Moment]) -> None:
         """Feed the whole source, with a stop at each moment; what was not reached is asked at the end."""
-        from millpond.cli.live import clock
-
         for moment in sorted(moments, key=lambda moment: moment.seconds):
             self._feed(moment.seconds)
-            if self._tap.ended and self._tap.until_seconds < moment.seconds and not self._tap.reached:
-                last = clock(self._tap.seconds or 0.0)
+            if self._frames.ended and self._frames.until_seconds < moment.seconds and not self._frames.reached:
+                last = clock(self._frames.seconds or 0.0)
                 self._note(f"the stream ended at {last}, before {moment.seconds:g} s: asked of what there was")
             if self.error is None or self._session.usage.frames_seen:
                 self._try(moment.question)
         self._feed(None)
 
     def _feed(self, until: float | None) -> None:
-        self._tap.until(until)
-        while not (self._tap.ended or self._tap.stopped or self._tap.reached):
-            self._tap.wait()
+        self._frames.until(until)
+        while not (self._frames.ended or self._frames.stopped or self._frames.reached):
+            self._frames.wait()
             try:
-                self._session.feed(self._tap)
+                self._session.feed(self._frames)
             except MillpondError as error:
-                self._tap.stop()
+                self._frames.stop()
                 self._tell_connection()  # what led to it
                 self._fault(error)
 
@@ -174,7 +161,7 @@ class Watch:
         """Tell an error and go on; the first one decides the exit code."""
         if self._session.usage.frames_seen:
             self._note(f"error: {one_line(error)}")
-        self._events.write("error", stream_seconds=self._tap.seconds, message=one_line(error))
+        self._events.write("error", stream_seconds=self._frames.seconds, message=one_line(error))
         self.error = self.error or error
 
     def _look(self, frame: Any) -> None:
@@ -188,14 +175,10 @@ class Watch:
             )
 
     def _losses(self) -> Losses:
-        from millpond.frames import Losses
-
         return getattr(self._source, "losses", Losses())
 
     def _tell_connection(self) -> None:
         """Say what the reading thread has noted meanwhile."""
-        from millpond.cli.live import clock
-
         while not self._connection.empty():
             event = self._connection.get()
             self._events.write(event.kind, stream_seconds=event.seconds, **_details(event))
@@ -211,7 +194,7 @@ class Watch:
 
     def _tick(self) -> None:
         self._tell_connection()
-        if self._tap.seconds is not None:
+        if self._frames.seconds is not None:
             self._line.tick()
 
     # --- questions ----------------------------------------------------------------------------------------------
@@ -252,9 +235,7 @@ class Watch:
                     say("\n")
 
     def _now(self) -> str:
-        from millpond.cli.live import clock
-
-        return f"[{clock(self._tap.seconds or 0.0)}]"
+        return f"[{clock(self._frames.seconds or 0.0)}]"
 
     def _note(self, text: str) -> None:
         if not self._quiet:
@@ -280,13 +261,13 @@ class Watch:
         while (question := self._read_question()) is not None:
             if not question:
                 continue
-            self._tap.hold()
+            self._frames.hold()
             try:
                 self._ask(question)
             except MillpondError as error:
                 self._note(f"error: {one_line(error)}")
             finally:
-                self._tap.release()
+                self._frames.release()
         while worker.is_alive():
             worker.join(timeout=0.1)  # in slices, so that Ctrl-C is heard
         if crash:
@@ -302,14 +283,12 @@ class Watch:
         try:
             self._prompting = True
             line = input().strip()
-        except EOFError:
-            return None
-        except KeyboardInterrupt:
+        except (EOFError, KeyboardInterrupt):
             return None
         finally:
             self._prompting = False
         if line in ("exit", "quit"):
-            self._tap.stop()
+            self._frames.stop()
             return None
         return line
 
@@ -318,7 +297,7 @@ class Watch:
         if self._interrupted:
             raise KeyboardInterrupt
         self._interrupted = True
-        self._tap.stop()
+        self._frames.stop()
         if self._prompting:
             raise KeyboardInterrupt
 

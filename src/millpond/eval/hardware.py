@@ -10,8 +10,6 @@ from typing import Any
 import torch
 import transformers
 
-__all__ = ["describe"]
-
 
 def describe() -> dict[str, Any]:
     """Processor, cores, memory, operating system, versions and threads of this process."""

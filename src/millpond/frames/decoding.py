@@ -1,4 +1,4 @@
-"""Decoding with PyAV (FFmpeg): one opened container -> pictures with their own times. Knows nothing about sampling.
+"""Decoding with PyAV (FFmpeg): one opened container -> every picture with its own time.
 
 What FFmpeg says about an error may hold the address with its password, so none of its messages is passed on, and no
 error of its kind stays attached to ours.
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from millpond.errors import SourceError
 from millpond.frames.address import Address
 from millpond.frames.orientation import Turn, square, upright
-from millpond.frames.reach import Reach
+from millpond.frames.reach import Reach, Readable
 from millpond.frames.sampling import Pending
 from millpond.frames.source import SourceInfo
 from millpond.frames.timing import StreamTimes
@@ -49,15 +49,11 @@ _PIPE_HINT = "; an MP4 can be piped only if its index is in front (faststart) or
 _PLAUSIBLE_FPS = (1e-3, 1000.0)
 
 
-class Bytes(Protocol):
+class Bytes(Readable, Protocol):
     """A file object without `seek`: what a pipe can do."""
-
-    def read(self, size: int, /) -> bytes: ...
 
     def cancel(self) -> None:
         """Make `read` return b"" soon; any thread may call it."""
-
-    def close(self) -> None: ...
 
 
 class Video:
@@ -300,12 +296,7 @@ def _open_playlist(target: str, name: str, reach: Reach, timeout: float) -> Any:
     fault = ""
     try:
         return av.open(
-            target,
-            format="hls",
-            options=options,
-            timeout=(timeout, timeout),
-            metadata_errors="replace",
-            io_open=reach,
+            target, format="hls", options=options, timeout=(timeout, timeout), metadata_errors="replace", io_open=reach
         )
     except (av.FFmpegError, ValueError, OSError) as error:
         fault = _reason(error, timeout)

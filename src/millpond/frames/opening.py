@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from millpond.errors import SourceError
-from millpond.frames.address import Address, parse, with_credentials
+from millpond.frames.address import parse, with_credentials
 from millpond.frames.arrays import Arrays
 from millpond.frames.decoding import Video
 from millpond.frames.images import DEFAULT_FPS, Images
@@ -57,46 +57,30 @@ def open(
         raise SourceError(f"timeout must be a number of seconds above 0, not {timeout}")
     if retries < 0:
         raise SourceError(f"retries must not be negative, not {retries}")
-    if isinstance(source, str | os.PathLike):
-        address = parse(source)
-        if credentials is not None:
-            address = with_credentials(address, *credentials)
-        paths = [os.fspath(path) for path in allow_paths]
-
-        def reach() -> Reach | None:
-            confined = address.kind == "file" or address.target.startswith(("http://", "https://"))
-            return Reach(address, hosts=allow_hosts, paths=paths, timeout=timeout) if confined else None
-
-        return Source(_engine(address, fps, live, timeout, retries, reach, on_event))
-    if not isinstance(source, Iterable):
-        raise SourceError(
-            f"cannot watch a {type(source).__name__}: give a path, an address, or an iterable of (seconds, uint8 [H, W, 3])"
-        )
-    frames = Arrays(source, live=bool(live))
-    return Source(Reader(lambda: frames, fps=fps) if live else Direct(frames, fps))
-
-
-def _engine(
-    address: Address,
-    fps: float | None,
-    live: bool | None,
-    timeout: float,
-    retries: int,
-    reach: Callable[[], Reach | None],
-    on_event: Callable[[Event], None] | None,
-) -> Reader | Direct:
+    if not isinstance(source, str | os.PathLike):
+        if not isinstance(source, Iterable):
+            raise SourceError(
+                f"cannot watch a {type(source).__name__}: give a path, an address, or an iterable of (seconds, uint8 [H, W, 3])"
+            )
+        frames = Arrays(source, live=bool(live))
+        return Source(Reader(lambda: frames, fps=fps) if live else Direct(frames, fps))
+    address = parse(source)
+    if credentials is not None:
+        address = with_credentials(address, *credentials)
     if live is None:
         live = address.live
-    clock = SystemClock()
+    clock, paths = SystemClock(), [os.fspath(path) for path in allow_paths]
+    may_list_files = address.kind == "file" or address.target.startswith(("http://", "https://"))
 
     def connect() -> Feed:
         if address.kind == "images":
             return Images(address, fps=DEFAULT_FPS if fps is None else fps, live=bool(live))
         pipe = Pipe(address.target) if address.kind == "pipe" else None
-        return Video(address, pipe=pipe, live=live, timeout=timeout, now=clock.now, reach=reach())
+        reach = Reach(address, hosts=allow_hosts, paths=paths, timeout=timeout) if may_list_files else None
+        return Video(address, pipe=pipe, live=live, timeout=timeout, now=clock.now, reach=reach)
 
     if address.kind in ("file", "images"):
-        return Reader(connect, fps=fps, paced=True, clock=clock) if live else Direct(connect(), fps)
+        return Source(Reader(connect, fps=fps, paced=True, clock=clock) if live else Direct(connect(), fps))
     # A pipe or a network is read by a thread also where nothing is dropped, so that a wait for bytes can be interrupted.
     again = Backoff(retries) if live is not False and address.kind in ("url", "camera") else None
-    return Reader(connect, fps=fps, backoff=again, clock=clock, on_event=on_event)
+    return Source(Reader(connect, fps=fps, backoff=again, clock=clock, on_event=on_event))

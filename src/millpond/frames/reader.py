@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from millpond.errors import SourceError
@@ -17,7 +17,7 @@ from millpond.frames.source import Event, Feed, Losses, SourceInfo
 
 # After a second the consumer goes its way; a thread that is stuck in a system call ends by its own time-out.
 _JOIN_SECONDS = 1.0
-_LEAST_STEP_SECONDS = 1e-3
+_MIN_STEP_SECONDS = 1e-3
 
 
 class Clock(Protocol):
@@ -186,27 +186,25 @@ class Reader:
             self._thread.join(_JOIN_SECONDS)
 
 
+@dataclass(eq=False)
 class _State:
     """What the thread works on, and the thread itself in `run`."""
 
-    def __init__(
-        self,
-        connect: Callable[[], Feed],
-        fps: float | None,
-        backoff: Backoff | None,
-        paced: bool,
-        clock: Clock,
-        on_event: Callable[[Event], None],
-    ) -> None:
+    connect: Callable[[], Feed]
+    fps: float | None
+    backoff: Backoff | None
+    paced: bool
+    clock: Clock
+    on_event: Callable[[Event], None]
+    losses: Losses = field(default_factory=Losses)
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _ready: threading.Event = field(default_factory=threading.Event)
+    _feed: Feed | None = None
+    _info: SourceInfo | None = None
+    _damaged: int = 0
+
+    def __post_init__(self) -> None:
         self.mailbox = Mailbox(drop=False)
-        self._connect, self._fps, self._backoff, self._paced, self._clock = connect, fps, backoff, paced, clock
-        self._stop = threading.Event()
-        self._ready = threading.Event()
-        self._feed: Feed | None = None
-        self._info: SourceInfo | None = None
-        self._damaged = 0
-        self._on_event = on_event
-        self.losses = Losses()
 
     @property
     def damaged(self) -> int:
@@ -235,11 +233,11 @@ class _State:
             self._info = feed.info
             self.mailbox.drop = self._info.live
             if not self._info.live:
-                self._backoff = None  # a file that broke would begin again at its start
+                self.backoff = None  # a file that broke would begin again at its start
             self._ready.set()
             if self.mailbox.wanted():
                 with closing(self._pictures(feed)) as pictures:
-                    for picture in sample(pictures, self._fps):
+                    for picture in sample(pictures, self.fps):
                         if not self.mailbox.put(picture):
                             break
         except BaseException as error:  # raised again where the consumer takes
@@ -250,7 +248,7 @@ class _State:
             self._ready.set()
 
     def _attach(self) -> Feed:
-        feed = self._feed = self._connect()
+        feed = self._feed = self.connect()
         if self._stop.is_set():  # cancelled meanwhile, when there was nothing yet to cancel
             feed.cancel()
         return feed
@@ -265,43 +263,43 @@ class _State:
         """Pictures of one connection after another, on one ascending clock."""
         feed: Feed | None = first
         last: float | None = None
-        arrived, attempt = self._clock.now(), 0
+        arrived, attempt = self.clock.now(), 0
         lost = False
         while not self._stop.is_set():
             reason = "the stream ended"
             try:
                 feed = feed or self._attach()
-                begun, shift = self._clock.now(), None
+                begun, shift = self.clock.now(), None
                 for picture in feed:
-                    now = self._clock.now()
+                    now = self.clock.now()
                     if shift is None:
-                        gap = max(now - arrived, _LEAST_STEP_SECONDS)
+                        gap = max(now - arrived, _MIN_STEP_SECONDS)
                         shift = 0.0 if last is None else last + gap - picture.seconds
                     seconds = picture.seconds + shift
-                    if self._paced:
-                        self._clock.wait(begun + seconds - now, self._stop)
+                    if self.paced:
+                        self.clock.wait(begun + seconds - now, self._stop)
                     if self._stop.is_set():
                         return
                     if lost:
                         lost = False
                         self._tell(Event("back", seconds, attempt, now - arrived))
-                    last, arrived, attempt = seconds, self._clock.now(), 0
+                    last, arrived, attempt = seconds, self.clock.now(), 0
                     yield Pending(seconds, picture.render)
             except SourceError as error:
-                if self._backoff is None:
+                if self.backoff is None:
                     raise
                 reason = str(error)
             finally:
                 feed = None
                 self._detach()
-            if self._backoff is None or self._stop.is_set():
+            if self.backoff is None or self._stop.is_set():
                 return
             if not lost:
                 lost = True
                 self._tell(Event("lost", last or 0.0, reason=reason))
-            if attempt >= self._backoff.retries:
+            if attempt >= self.backoff.retries:
                 raise SourceError(f"{self._name()} was lost, and {attempt} attempts to connect again failed: {reason}")
-            self._clock.wait(self._backoff.seconds(attempt), self._stop)
+            self.clock.wait(self.backoff.seconds(attempt), self._stop)
             attempt += 1
             if not self._stop.is_set():
                 self._tell(Event("retry", last or 0.0, attempt, reason=reason))
@@ -314,7 +312,7 @@ class _State:
             self.losses = replace(known, retries=known.retries + 1)
         else:
             self.losses = replace(known, back=known.back + 1, seconds=known.seconds + event.gap)
-        self._on_event(event)
+        self.on_event(event)
 
     def _name(self) -> str:
         return "the stream" if self._info is None else self._info.name

@@ -1,10 +1,9 @@
-"""What `open` returns: one iterator of frames over any kind of feed. Knows nothing about models, codecs or addresses."""
+"""What `open` returns: one iterator of frames over any kind of feed. Opens and decodes nothing itself."""
 
 import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Literal, Protocol, Self
 
 from millpond.frames.address import Kind
@@ -211,9 +210,7 @@ class Source(Iterator[Frame]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

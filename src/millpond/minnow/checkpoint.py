@@ -4,8 +4,6 @@ from pathlib import Path
 
 from millpond.errors import ModelError
 
-__all__ = ["SUPPORTED", "folder"]
-
 SUPPORTED = ("colour", "object", "where", "appear", "digit", "first", "last", "now")
 """The questions of `millpond.eval.streams` that Minnow is trained on and ships for."""
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["familiar"]
-
 _EDGE = 64  # of the drawings' sides, in pixels
 # Shades of 5 bits a channel. Drawings at every level, also through MP4, have up to 258, and up to a fifth of one shade.
 _SHADE_BITS = 5

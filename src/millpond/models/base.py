@@ -1,12 +1,13 @@
 """The contract of a model family: everything millpond must know about a transformers model, and nothing else.
 
-frames -> prepare -> encode -> `Tokens` (embeddings with places) -> `grid_position` on the stream's clock -> `forward` into a
+frames -> prepare -> encode -> `Tokens` (embeddings with grid positions) -> `assign_positions` on the stream's clock -> `forward` into a
 cache -> logits. A family knows its model, processor numbers and tokenizer; it never sees budgets, policies or sources.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,8 +19,6 @@ from torch import Tensor
 from millpond.memory.geometry import Geometry
 from millpond.models.query_recorder import See
 from millpond.positions import Clock, Rope
-
-__all__ = ["NO_GRID_POSITION", "Family", "Grid", "Tokens"]
 
 NO_GRID_POSITION = -1
 """Row and column of a token that lies on no frame's grid (text, separators, timestamps)."""
@@ -49,7 +48,7 @@ class Tokens:
 
     Attributes:
         embeds: [n, hidden] in the model's dtype, on its device.
-        place: int16 [n, 2], row and column on the merged grid; `NO_GRID_POSITION` for tokens without one. CPU.
+        grid_position: int16 [n, 2], row and column on the merged grid; `NO_GRID_POSITION` for tokens without one. CPU.
         time_us: int64 [n], stream time of the frame (group) that the token comes from, in microseconds; for text the time at
             which it was said. CPU.
         visual: bool [n], True for the tokens that came out of the vision tower. CPU. (A separator or timestamp of a frame
@@ -78,6 +77,19 @@ class Tokens:
             deepstack=tuple(layer[seen.to(layer.device)] for layer in self.deepstack),
         )
 
+    @classmethod
+    def join(cls, parts: Sequence[Tokens]) -> Tokens:
+        """The runs `parts` one behind the other."""
+        return cls(
+            embeds=torch.cat([part.embeds for part in parts]),
+            grid_position=torch.cat([part.grid_position for part in parts]),
+            time_us=torch.cat([part.time_us for part in parts]),
+            visual=torch.cat([part.visual for part in parts]),
+            deepstack=tuple(
+                torch.cat(layer) for layer in zip(*(part.deepstack for part in parts if part.deepstack), strict=True)
+            ),
+        )
+
 
 class Family(ABC):
     """One adapter per model family; see the module docstring for the way through it.
@@ -100,7 +112,7 @@ class Family(ABC):
     geometry: Geometry
     rope: Rope
     hidden: int
-    """Width of the decoder's hidden state."""
+    """Size of the decoder's hidden state."""
     stop_ids: frozenset[int]
     """Token ids that end an answer."""
 
@@ -158,7 +170,7 @@ class Family(ABC):
         """Token ids from the end of a remembered answer to the next frame: end of turn, user tag, vision start."""
 
     def embed(self, ids: list[int]) -> Tokens:
-        """Embed plain text ids, with no place; `time_us` is 0."""
+        """Embed plain text ids, with no grid position; `time_us` is 0."""
         index = torch.tensor(ids, dtype=torch.long, device=self.device)
         count = len(ids)
         return Tokens(

@@ -12,8 +12,6 @@ from typing import Any
 from millpond.errors import MillpondError, ModelError
 from millpond.models.literal import Encoded, Literal
 
-__all__ = ["Chat"]
-
 _SAID = "millpond-said-this"
 _SLOT = "millpond-asks-this"
 
@@ -85,7 +83,7 @@ class Chat:
         """Ids of a further turn, from the last character of the answer on.
 
         They are cut out of the whole conversation's ids, since many tokenizers treat the start of a text in a way of their own.
-        Where a token reaches across the cut, and where a tokenizer does not tell its tokens' places, the rest is tokenized alone.
+        Where a token reaches across the cut, and where a tokenizer does not tell its tokens' offsets, the rest is tokenized alone.
         """
 
         def whole(text: str) -> str:
@@ -96,9 +94,9 @@ class Chat:
 
         said = self._encode(whole, text)
         cut = said.text.index(_SAID) + len(_SAID)
-        first = next((at for at, (_, end) in enumerate(said.grid_positions) if end > cut), len(said.grid_positions))
-        across = said.grid_positions[first : first + 1] and said.grid_positions[first][0] < cut
-        if across or not said.grid_positions:
+        first = next((at for at, (_, end) in enumerate(said.offsets) if end > cut), len(said.offsets))
+        across = said.offsets[first : first + 1] and said.offsets[first][0] < cut
+        if across or not said.offsets:
             return self._encode(lambda text: whole(text).partition(_SAID)[2], text).ids
         return said.ids[first:]
 
@@ -115,15 +113,13 @@ class Chat:
         wanted = self._count(self._tokenized(slotted).ids)
         if self._count(said.ids) == wanted:
             return said
-        if not getattr(self._tokenizer, "is_fast", False) or slotted.count(_SLOT) != 1:
-            raise MillpondError("a question or system message must not contain the model's control tokens")
-        if self._literal is None:
-            self._literal = Literal(self._tokenizer)
-        before, behind = slotted.split(_SLOT)
-        said = self._literal.encode(before, behind, text)
-        if self._count(said.ids) != wanted:
-            raise MillpondError("a question or system message must not contain the model's control tokens")
-        return said
+        if getattr(self._tokenizer, "is_fast", False) and slotted.count(_SLOT) == 1:
+            self._literal = self._literal or Literal(self._tokenizer)
+            before, behind = slotted.split(_SLOT)
+            said = self._literal.encode(before, behind, text)
+            if self._count(said.ids) == wanted:
+                return said
+        raise MillpondError("a question or system message must not contain the model's control tokens")
 
     def _tokenized(self, text: str) -> Encoded:
         fast = getattr(self._tokenizer, "is_fast", False)

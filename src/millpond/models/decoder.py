@@ -14,18 +14,12 @@ from millpond.memory.geometry import Geometry
 from millpond.models.base import Family, Tokens
 from millpond.models.chat import Chat
 from millpond.models.query_recorder import QueryRecorder, See
-from millpond.models.transformers_insides import (
-    cache_argument,
-    layers_of_different_lengths,
-    warn_above_last_tested,
-)
+from millpond.models.transformers_insides import cache_argument, layers_of_different_lengths, warn_above_last_tested
 from millpond.positions import Rope
-
-__all__ = ["DecoderFamily"]
 
 # These change their frequencies with the length of the sequence, so a stored key could not be turned afterwards.
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
-_TAPPING = Lock()
+_ATTACHING = Lock()
 
 
 class DecoderFamily(Family):
@@ -72,7 +66,7 @@ class DecoderFamily(Family):
                 f"the tokenizer writes a chat with id {most}, the model knows {known} ids: it is another model's"
             )
         self.stop_ids = _stop_ids(model, self.tokenizer)
-        self._tap: QueryRecorder | None = None
+        self._recorder: QueryRecorder | None = None
 
     @property
     def device(self) -> torch.device:
@@ -119,10 +113,10 @@ class DecoderFamily(Family):
         return {}
 
     def showing_queries(self, see: See, *, before: bool = False) -> AbstractContextManager[None]:
-        with _TAPPING:  # sessions on one family may start at once
-            if self._tap is None:
-                self._tap = QueryRecorder(self.decoder, self.geometry.head_dim)
-        return self._tap.showing(see, before=before)
+        with _ATTACHING:  # sessions on one family may start at once
+            if self._recorder is None:
+                self._recorder = QueryRecorder(self.decoder, self.geometry.head_dim)
+        return self._recorder.showing(see, before=before)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

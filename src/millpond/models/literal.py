@@ -12,8 +12,6 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-__all__ = ["Encoded", "Literal"]
-
 # Private-use characters: no text has them by chance, and no tokenizer takes them apart before it looks for added tokens.
 _NAME = "\ue000millpond {}\ue001"
 
@@ -24,12 +22,12 @@ class Encoded:
 
     Attributes:
         ids: its tokens.
-        places: each one's first character and the one behind its last; empty where the tokenizer does not tell.
-        text: what the places count in.
+        offsets: each one's first character and the one behind its last; empty where the tokenizer does not tell.
+        text: what the offsets count in.
     """
 
     ids: list[int]
-    grid_positions: list[tuple[int, int]]
+    offsets: list[tuple[int, int]]
     text: str
 
 

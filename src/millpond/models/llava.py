@@ -8,17 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from millpond.errors import SourceError
 from millpond.models.base import Grid, Tokens
 from millpond.models.decoder import DecoderFamily
-from millpond.models.pixels import by_colour, normalise
+from millpond.models.pixels import CLIP_MEAN, CLIP_STD, by_colour, check_aspect, normalise
 from millpond.positions import Clock
-
-__all__ = ["Llava"]
-
-_MOST_ASPECT = 200
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Llava(DecoderFamily):
@@ -30,8 +23,8 @@ class Llava(DecoderFamily):
     """
 
     frames_per_group = 1
-    mean: ClassVar[tuple[float, ...]] = _CLIP_MEAN
-    std: ClassVar[tuple[float, ...]] = _CLIP_STD
+    mean: ClassVar[tuple[float, ...]] = CLIP_MEAN
+    std: ClassVar[tuple[float, ...]] = CLIP_STD
     across: int
 
     def __init__(self, model: Any, tokenizer: Any, image: dict[str, Any] | None = None) -> None:
@@ -43,11 +36,7 @@ class Llava(DecoderFamily):
         self._std = by_colour(image, "image_std", self.std)
 
     def grid(self, height: int, width: int) -> Grid:
-        if max(height, width) > _MOST_ASPECT * min(height, width):
-            # Resizing the shorter side of a thin frame would make the longer one enormous.
-            raise SourceError(
-                f"a frame of {width} x {height} is too long and thin for this model (at most {_MOST_ASPECT} to 1)"
-            )
+        check_aspect(height, width)
         return Grid(self.side, self.side, self.across, self.across, self.across**2)
 
     def pixels(self, frames: list[np.ndarray]) -> Tensor:

@@ -9,8 +9,6 @@ import numpy as np
 from millpond.models.llava import Llava
 from millpond.models.pixels import centre_crop, resize
 
-__all__ = ["LlavaNextVideo"]
-
 
 class LlavaNextVideo(Llava):
     """Adapter of LLaVA-NeXT-Video (Zhang et al., 2024): the shorter side is resized to the tower's, the middle is cut out."""

@@ -12,8 +12,6 @@ from millpond.models.base import Tokens
 from millpond.models.llava import Llava
 from millpond.models.pixels import resize
 
-__all__ = ["LlavaOnevision"]
-
 
 class LlavaOnevision(Llava):
     """Adapter of LLaVA-OneVision (Li et al., 2024, arXiv 2408.03326). Its tower is a SigLIP, and so are its pixels' numbers."""
@@ -37,11 +35,4 @@ class LlavaOnevision(Llava):
         if not after_video:
             return tokens
         newline = self.model.model.image_newline[None].to(tokens.embeds)
-        first = self.embed([self.video_id])
-        ended = replace(first, embeds=newline)
-        return Tokens(
-            embeds=torch.cat([ended.embeds, tokens.embeds]),
-            grid_position=torch.cat([ended.grid_position, tokens.grid_position]),
-            time_us=torch.cat([ended.time_us, tokens.time_us]),
-            visual=torch.cat([ended.visual, tokens.visual]),
-        )
+        return Tokens.join([replace(self.embed([self.video_id]), embeds=newline), tokens])

@@ -11,9 +11,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from millpond.errors import ModelError
+from millpond.errors import ModelError, SourceError
 
-__all__ = ["by_colour", "centre_crop", "normalise", "resize"]
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_MOST_ASPECT = 200
+
+
+def check_aspect(height: int, width: int) -> None:
+    """Refuse a thin frame: resizing its shorter side would make the longer one enormous.
+
+    Raises:
+        SourceError: one side is more than 200 times the other.
+    """
+    if max(height, width) > _MOST_ASPECT * min(height, width):
+        raise SourceError(
+            f"a frame of {width} x {height} is too long and thin for this model (at most {_MOST_ASPECT} to 1)"
+        )
 
 
 def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

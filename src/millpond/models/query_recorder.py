@@ -18,8 +18,6 @@ from torch.utils.hooks import RemovableHandle
 
 from millpond.models.transformers_insides import attention, queries_source
 
-__all__ = ["QueryRecorder", "See"]
-
 See = Callable[[int, Tensor], None]
 """Called with a layer's index and its block's queries [n, query heads, D], right behind that layer's attention or before it."""
 
@@ -27,8 +25,8 @@ See = Callable[[int, Tensor], None]
 class _Look:
     """One running forward that is looked at."""
 
-    def __init__(self, tap: object, see: See, before: bool) -> None:
-        self.tap, self.see, self.before = tap, see, before
+    def __init__(self, recorder: object, see: See, before: bool) -> None:
+        self.recorder, self.see, self.before = recorder, see, before
         self.queries: Tensor | None = None
 
 
@@ -37,7 +35,7 @@ _looking: ContextVar[_Look | None] = ContextVar("millpond_looking", default=None
 
 
 class QueryRecorder:
-    """Hooks on the attention of every layer of a decoder; they are gone when the tap is.
+    """Hooks on the attention of every layer of a decoder; they are gone when the recorder is.
 
     Args:
         decoder: with `layers`, see `millpond.models.transformers_insides`.
@@ -45,7 +43,7 @@ class QueryRecorder:
     """
 
     def __init__(self, decoder: Any, head_dim: int) -> None:
-        key = self._key = object()  # the hooks must not keep the tap alive
+        key = self._key = object()  # the hooks must not keep the recorder alive
         handles = []
         for index, layer in enumerate(decoder.layers):
             block = attention(layer)
@@ -73,7 +71,7 @@ def _catch(key: object, index: int, head_dim: int) -> Callable[..., None]:
     @torch.no_grad()
     def hook(module: Any, args: Any, output: Tensor) -> None:
         look = _looking.get()
-        if look is not None and look.tap is key:
+        if look is not None and look.recorder is key:
             queries = output.detach().reshape(output.shape[1], -1, head_dim)
             if look.before:
                 look.see(index, queries)
@@ -87,7 +85,7 @@ def _show(key: object, index: int) -> Callable[..., None]:
     @torch.no_grad()
     def hook(module: Any, args: Any, output: Any) -> None:
         look = _looking.get()
-        if look is not None and look.tap is key and look.queries is not None:
+        if look is not None and look.recorder is key and look.queries is not None:
             queries, look.queries = look.queries, None
             look.see(index, queries)
 

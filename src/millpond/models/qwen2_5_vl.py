@@ -9,8 +9,6 @@ import numpy as np
 from millpond.models.qwen2_vl import Qwen2VL
 from millpond.positions import Clock
 
-__all__ = ["Qwen25VL"]
-
 
 class Qwen25VL(Qwen2VL):
     """Adapter of Qwen2.5-VL (Bai et al., 2025, arXiv 2502.13923).

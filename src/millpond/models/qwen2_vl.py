@@ -15,18 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from millpond.errors import ModelError, SourceError
+from millpond.errors import ModelError
 from millpond.models.base import Grid, Tokens
 from millpond.models.decoder import DecoderFamily
-from millpond.models.pixels import by_colour, normalise, resize
+from millpond.models.pixels import CLIP_MEAN, CLIP_STD, by_colour, check_aspect, normalise, resize
 from millpond.models.transformers_insides import vision_layout
 from millpond.positions import Clock
 
-__all__ = ["Qwen2VL"]
-
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_MOST_ASPECT = 200
 _LAYOUTS = 8
 """Sizes of blocks whose layout is kept: a stream has a few (its block, the waiting group, the last one)."""
 
@@ -39,16 +34,16 @@ class Qwen2VL(DecoderFamily):
     `frame_tokens`.
 
     Attributes:
-        min_pixels, max_pixels: least and most pixels of a frame after resizing.
+        min_pixels, max_pixels: fewest and most pixels of a frame after resizing.
     """
 
     name: ClassVar[str] = "Qwen2-VL"
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
     any_size: ClassVar[bool] = True
-    mean: tuple[float, ...] = _CLIP_MEAN
-    std: tuple[float, ...] = _CLIP_STD
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
     frame_tokens: ClassVar[tuple[int, int]] = (128, 768)
-    """Least and most vision tokens of a frame, by the published video processor."""
+    """Fewest and most vision tokens of a frame, by the published video processor."""
 
     def __init__(self, model: Any, tokenizer: Any, image: dict[str, Any] | None = None) -> None:
         super().__init__(model, tokenizer, image)
@@ -67,7 +62,7 @@ class Qwen2VL(DecoderFamily):
             raise ModelError(f"max_pixels must be at least 1, not {self.max_pixels}")
 
     def _limits(self, image: dict[str, Any]) -> tuple[int, int]:
-        """Least and most pixels of a frame."""
+        """Fewest and most pixels of a frame."""
         size, unit = image.get("size") or {}, (self.patch * self.merge) ** 2
         minimum, most = (count * unit for count in self.frame_tokens)
         said_least = int(image.get("min_pixels") or size.get("shortest_edge") or minimum)
@@ -93,10 +88,7 @@ class Qwen2VL(DecoderFamily):
     # --- frames -------------------------------------------------------------------------------------------------
 
     def grid(self, height: int, width: int) -> Grid:
-        if max(height, width) > _MOST_ASPECT * min(height, width):
-            raise SourceError(
-                f"a frame of {width} x {height} is too long and thin for this model (at most {_MOST_ASPECT} to 1)"
-            )
+        check_aspect(height, width)
         unit = self.patch * self.merge
         high, wide = self._size(height, width)
         rows, cols = high // unit, wide // unit
@@ -171,7 +163,7 @@ class Qwen2VL(DecoderFamily):
         clock.groups += len(temporal)
         positions = np.empty((3, len(grid_position)), dtype=np.int64)
         positions[0] = temporal[begins.cumsum() - 1]
-        positions[1:] = grid_position.T  # wide before the base is added: places have 16 bits
+        positions[1:] = grid_position.T  # widened before the base is added: grid positions have 16 bits
         positions[1:] += base
         clock.next = max(clock.next, int(positions.max()) + 1)
         return torch.from_numpy(positions)

@@ -14,8 +14,6 @@ from millpond.models.base import Grid, Tokens
 from millpond.models.qwen2_vl import Qwen2VL
 from millpond.positions import Clock
 
-__all__ = ["Qwen3VL"]
-
 _LONGEST_STAMP = "<9999999.9 seconds>"
 
 
@@ -30,7 +28,7 @@ class Qwen3VL(Qwen2VL):
     came out with the weights (transformers 4.57). Since 5.10 transformers leaves the outer pair standing as well.
 
     `size` in a video processor's file limits the whole video; a frame's share of it depends on a length that a stream does not
-    have. The cap of 768 tokens a frame holds instead, and the least is what a video of one group would need.
+    have. The cap of 768 tokens a frame holds instead, and the minimum is what a video of one group would need.
     """
 
     name: ClassVar[str] = "Qwen3-VL"
@@ -104,13 +102,7 @@ class Qwen3VL(Qwen2VL):
                 self.embed([self._end]),
             ):
                 parts.append(replace(part, time_us=torch.full((len(part),), times_us[group * span], dtype=torch.long)))
-        return Tokens(
-            embeds=torch.cat([part.embeds for part in parts]),
-            grid_position=torch.cat([part.grid_position for part in parts]),
-            time_us=torch.cat([part.time_us for part in parts]),
-            visual=torch.cat([part.visual for part in parts]),
-            deepstack=seen.deepstack,
-        )
+        return replace(Tokens.join(parts), deepstack=seen.deepstack)
 
     def assign_positions(self, tokens: Tokens, clock: Clock) -> Tensor:
         pieces: list[Tensor] = []

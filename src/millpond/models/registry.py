@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 
+from millpond import minnow
 from millpond.errors import MillpondError, ModelError, first_line
-from millpond.model_folder import check, check_size, read_json, safely
+from millpond.model_folder import check, check_size, load_whole, read_json, safely, without_weights
 from millpond.models.base import Family
 from millpond.models.llava_next_video import LlavaNextVideo
 from millpond.models.llava_onevision import LlavaOnevision
@@ -21,8 +21,6 @@ from millpond.models.qwen3_vl import Qwen3VL
 from millpond.plugins import Registered
 from millpond.precision.folder import is_quantized
 from millpond.precision.loading import load as load_quantized
-
-__all__ = ["IMAGE_FILES", "Supported", "adapt", "load", "supported"]
 
 _BUILT_IN: dict[str, type[Family]] = {
     kind: adapter
@@ -37,6 +35,7 @@ IMAGE_FILES = (
     ("processor_config.json", "image_processor"),
 )
 _SHIPPED = "minnow"
+_AUTO = transformers.AutoModelForImageTextToText
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def load(
     device: str | None = None,
     attn_implementation: str | None = None,
     max_pixels: int | None = None,
-    width: int | None = None,
+    bits: int | None = None,
     target_bits: float | None = None,
     weights: bool = True,
 ) -> Family:
@@ -112,7 +111,7 @@ def load(
         device: CUDA where there is one by default.
         attn_implementation: "sdpa", "eager" or "flash_attention_2"; transformers' choice by default.
         max_pixels: most pixels of a frame after resizing, for families that take frames of any size.
-        width: for a quantized folder: read every linear at that many bits; by default as calibrated, else at the most.
+        bits: for a quantized folder: read every linear at that many; by default as calibrated, else at the most.
         target_bits: for a calibrated folder: mean bits of a decoding step.
         weights: False leaves the weights away: the family can plan and lay out, but not run.
 
@@ -121,7 +120,7 @@ def load(
             nothing is quantized. PrecisionError: a quantized folder that is damaged or lacks such bits.
     """
     kind, target = _torch_dtype(dtype), _device(device)
-    source = str(_shipped() if name == _SHIPPED else name)
+    source = str(minnow.folder() if name == _SHIPPED else name)
     try:
         # Before transformers reads the config: a package may have to tell it of a `model_type` of its own.
         _registered(read_json(source, "config.json").get("model_type"))
@@ -139,15 +138,15 @@ def load(
     if max_pixels is not None and not adapter.any_size:
         raise ModelError(f"{config.model_type} resizes every frame to one size: max_pixels does not apply")
     quantized = is_quantized(source)
-    if not quantized and (width is not None or target_bits is not None):
+    if not quantized and (bits is not None or target_bits is not None):
         raise ModelError(f"{str(name)!r} is not quantized, so there are no bits to choose: see `millpond quantize`")
     if quantized and kind != "auto":
         raise ModelError(f"the dtype of a quantized model is that of the model it was made from: {str(name)!r}")
     try:
         if not weights:
-            model = _empty(config, kind)
+            model = without_weights(_AUTO, config, kind)
         elif quantized:
-            model = load_quantized(source, width=width, target_bits=target_bits, device=target)
+            model = load_quantized(source, bits=bits, target_bits=target_bits, device=target)
             if attn_implementation:
                 model.set_attn_implementation(attn_implementation)
         else:
@@ -187,21 +186,8 @@ def _move(model: Any, target: str) -> None:
 
 def _complete(source: str, config: Any, dtype: str | torch.dtype, attention: str | None) -> Any:
     """The model with all its weights."""
-    check_size(source, sum(weight.numel() for weight in _empty(config, dtype).parameters()))
-    model, report = transformers.AutoModelForImageTextToText.from_pretrained(
-        source,
-        dtype=dtype,
-        output_loading_info=True,
-        use_safetensors=True,
-        **safely(source),
-        **({"attn_implementation": attention} if attention else {}),
-    )
-    # transformers fills gaps with random numbers. LLaVA's towers may lack the layers behind the one whose features are used.
-    if missing := sorted(key for key in report["missing_keys"] if "vision_tower" not in key):
-        raise ModelError(
-            f"cannot load the model at {source!r}: the weights are incomplete: {len(missing)} are missing, first {missing[0]}"
-        )
-    return model
+    check_size(source, without_weights(_AUTO, config, dtype))
+    return load_whole(_AUTO, source, dtype=dtype, **({"attn_implementation": attention} if attention else {}))
 
 
 def _registered(model_type: Any) -> type[Family] | None:
@@ -233,20 +219,12 @@ def _torch_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
     return found
 
 
-def _empty(config: Any, dtype: str | torch.dtype) -> Any:
-    """The model without weights; its small buffers, such as the rotary frequencies, are real."""
-    kind = getattr(config, "dtype", None) if dtype == "auto" else dtype
-    with init_empty_weights(include_buffers=False):
-        model = transformers.AutoModelForImageTextToText.from_config(
-            config, dtype=kind or torch.float32, trust_remote_code=False
-        )
-    return model.eval()
-
-
 def _tokenizer(source: str) -> Any:
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safely(source))
     if not getattr(tokenizer, "chat_template", None):
-        tokenizer.chat_template = _template(source)
+        # Older checkpoints keep it in a JSON of its own.
+        template = read_json(source, "chat_template.json").get("chat_template")
+        tokenizer.chat_template = template if isinstance(template, str) else None
     return tokenizer
 
 
@@ -264,16 +242,3 @@ def _image_numbers(source: str, max_pixels: int | None) -> dict[str, Any]:
     # What a user says is taken as it is.
     stays = {key: value for key, value in numbers.items() if key in ("image_mean", "image_std", "min_pixels")}
     return {**stays, "max_pixels": max_pixels}
-
-
-def _template(source: str) -> str | None:
-    """The chat template of older checkpoints, which keep it in a JSON of its own."""
-    template = read_json(source, "chat_template.json").get("chat_template")
-    return template if isinstance(template, str) else None
-
-
-def _shipped() -> Path:
-    # Only here, so that the families do not depend on a model.
-    from millpond.minnow import folder
-
-    return folder()

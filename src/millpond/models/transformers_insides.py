@@ -25,16 +25,6 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position
 
 from millpond.errors import ModelError
 
-__all__ = [
-    "LAST_TESTED",
-    "attention",
-    "cache_argument",
-    "layers_of_different_lengths",
-    "queries_source",
-    "vision_layout",
-    "warn_above_last_tested",
-]
-
 LAST_TESTED = (5, 24)
 """The newest minor version of transformers that the tests have passed on."""
 

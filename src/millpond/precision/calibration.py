@@ -1,4 +1,4 @@
-"""What calibration decided, and where it is kept: greatest widths, and for each target a pair, a threshold and an estimator per linear."""
+"""What calibration decided, and where it is kept: greatest bit-widths, and for each target a pair, a threshold and an estimator per linear."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from millpond.ops.width_choice import estimate
 from millpond.precision.folder import digest, sealed, unsealed
 from millpond.precision.tensor_file import read_tensors
 
-__all__ = ["Calibration", "Choice"]
-
 _VERSION = 3
 _JSON, _TENSORS = "calibration.json", "calibration.safetensors"
 
@@ -26,8 +24,8 @@ class Choice:
     """How one linear runs a decoding step for one target.
 
     Attributes:
-        low, high: adjacent widths, or equal ones.
-        threshold: the high width is read where the estimate is above it; -inf for always, +inf for never.
+        low, high: adjacent bit-widths, or equal ones.
+        threshold: the high one is read where the estimate is above it; -inf for always, +inf for never.
         slope, intercept: of the linear estimate e = slope * ||x|| + intercept; unused with a projection.
         projection: bfloat16 [k, K], e = ||G x||; None for the linear estimate.
         early: the estimate reads the input that is known one sub-layer earlier, not the linear's own.
@@ -55,19 +53,19 @@ class Calibration:
     """All decisions for one model.
 
     Attributes:
-        widths: greatest width kept, by linear.
+        max_bits: greatest bit-width kept, by linear.
         targets: for each target in bits, a choice for every linear.
-        memory: bytes of weights that the widths were chosen for; None without a limit.
+        memory: bytes of weights that these were chosen for; None without a limit.
     """
 
-    widths: dict[str, int]
+    max_bits: dict[str, int]
     targets: dict[float, dict[str, Choice]]
     memory: int | None = None
 
     def tables(self, name: str) -> set[int]:
-        """Widths whose tables some target, or the prompt, reads."""
-        pairs = {width for choices in self.targets.values() for width in (choices[name].low, choices[name].high)}
-        return pairs | {self.widths[name]}
+        """Bit-widths whose tables some target, or the prompt, reads."""
+        pairs = {bits for choices in self.targets.values() for bits in (choices[name].low, choices[name].high)}
+        return pairs | {self.max_bits[name]}
 
     def save(self, folder: Path) -> None:
         """Write it beside the model."""
@@ -83,7 +81,7 @@ class Calibration:
         written: dict[str, object] = {
             "version": _VERSION,
             "memory": self.memory,
-            "widths": self.widths,
+            "widths": self.max_bits,
             "targets": targets,
             "sha256": digest(folder / _TENSORS),
         }
@@ -114,6 +112,6 @@ class Calibration:
                 }
                 for target, rows in read["targets"].items()
             }
-            return cls({name: int(width) for name, width in read["widths"].items()}, targets, read["memory"])
+            return cls({name: int(bits) for name, bits in read["widths"].items()}, targets, read["memory"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PrecisionError(f"{path} cannot be read ({error}): {again}") from error

@@ -1,4 +1,4 @@
-"""Where the quantized linears of a decoder are: q, k, v, o, gate, up, down of every layer. Knows names, not numbers."""
+"""Where the quantized linears of a decoder are: q, k, v, o, gate, up, down of every layer."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Any
 from torch import nn
 
 from millpond.errors import ModelError
-
-__all__ = ["ATTENTION", "MLP", "decoder_of", "effective_bits", "linears", "replace"]
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -30,7 +28,7 @@ def decoder_of(model: Any) -> Any:
     if not all(hasattr(layer, norm) for layer in layers for norm in NORMS):
         kind = type(layers[0]).__name__
         raise ModelError(
-            f"{kind} cannot be quantized: widths are decided from norms before attention and before the MLP"
+            f"{kind} cannot be quantized: bit-widths are decided from norms before attention and before the MLP"
         )
     return body
 
@@ -43,22 +41,22 @@ def _is_plain(layer: Any) -> bool:
 def linears(model: Any) -> Iterator[tuple[str, Any]]:
     """(name, module) of every quantized linear in the order in which a token meets them, such as `3.self_attn.q_proj`."""
     for index, layer in enumerate(decoder_of(model).layers):
-        for room, names in (("self_attn", ATTENTION), ("mlp", MLP)):
+        for half, names in (("self_attn", ATTENTION), ("mlp", MLP)):
             for name in names:
-                yield f"{index}.{room}.{name}", getattr(getattr(layer, room), name)
+                yield f"{index}.{half}.{name}", getattr(getattr(layer, half), name)
 
 
 def replace(model: Any, name: str, module: nn.Module) -> None:
     """Put another module in the place of a linear."""
-    index, room, leaf = name.split(".")
-    setattr(getattr(decoder_of(model).layers[int(index)], room), leaf, module)
+    index, half, leaf = name.split(".")
+    setattr(getattr(decoder_of(model).layers[int(index)], half), leaf, module)
 
 
 def effective_bits(model: Any) -> float:
-    """Mean width of all decoding steps so far, weighted by the size of the matrices: sum(count b N K) / sum(count N K)."""
-    bits = total = 0
+    """Mean bit-width of all decoding steps so far, weighted by the size of the matrices: sum(count b N K) / sum(count N K)."""
+    read = total = 0
     for _, linear in linears(model):
-        for width, count in linear.counts.items():
-            bits += count * width * linear.size
+        for bits, count in linear.counts.items():
+            read += count * bits * linear.size
             total += count * linear.size
-    return bits / total if total else 0.0
+    return read / total if total else 0.0

@@ -2,8 +2,8 @@
 
     weights + kv + workspace(kv) <= device
 
-What is above the least of each side is shared: half to the weights, until they are as wide as they can be, the rest to the stream. Knows
-sizes, not models; the stream's own split is `millpond.cache.plan`'s.
+What is above the minimum of each side is shared: half to the weights, until all of their bits are read, the rest to the stream.
+Reads configs and the headers of files, never a weight; the stream's own split is `millpond.cache.plan`'s.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from millpond.precision.allocate import linear_bytes
 from millpond.precision.calibration import Calibration
 from millpond.precision.folder import Description
 from millpond.precision.tensor_file import header_of
-
-__all__ = ["DeviceSplit", "Workspace", "split_device", "weight_bytes"]
 
 _FLOAT = 4
 _ROWS_AT_ONCE = 256
@@ -70,7 +68,7 @@ class DeviceSplit:
     Attributes:
         device: all of it, in bytes.
         weights: bytes that the weights may take: what `calibrate` and `load` are given as `memory`.
-        width: the widest reading that fits them, the same for every linear; None where a calibration decides.
+        bits: the greatest bit-width that fits them, the same for every linear; None where a calibration decides.
         kv: bytes for the stream: a session's `budget`.
         workspace: bytes for a forward pass.
         slots: token slots that `kv` can hold at most.
@@ -78,7 +76,7 @@ class DeviceSplit:
 
     device: int
     weights: int
-    width: int | None
+    bits: int | None
     kv: int
     workspace: int
     slots: int
@@ -89,55 +87,50 @@ class DeviceSplit:
 
 
 def split_device(
-    device: int,
-    weights: int | Mapping[int, int],
-    geometry: Geometry,
-    workspace: Workspace,
-    *,
-    kv_least: int,
+    device: int, weights: int | Mapping[int, int], geometry: Geometry, workspace: Workspace, *, kv_minimum: int
 ) -> DeviceSplit:
     """Split `device` bytes.
 
     Args:
-        weights: bytes of the weights: one number where they are fixed (a plain model, a calibrated one), or a number for each width.
-        kv_least: the least bytes with which a session works (`BudgetError.minimum` of a plan).
+        weights: bytes of the weights: one number where they are fixed (a plain model, a calibrated one), or a number for each bit-width.
+        kv_minimum: the minimum budget of a session (`BudgetError.minimum` of a plan).
 
     Raises:
-        BudgetError: not even the least of everything fits; names it.
+        BudgetError: not even the minimum of everything fits; names it.
     """
     choices: list[tuple[int | None, int]] = [(None, weights)] if isinstance(weights, int) else [*weights.items()]
     sizes = [size for _, size in choices]
     lightest, heaviest = min(sizes), max(sizes)
     each, beside = geometry.bytes_per_token, workspace.per_slot
-    least_kv = kv_least + workspace.fixed + beside * -(-kv_least // each)
-    minimum = lightest + least_kv
+    minimum_kv = kv_minimum + workspace.fixed + beside * -(-kv_minimum // each)
+    minimum = lightest + minimum_kv
     if device < minimum:
         raise BudgetError(
             f"{format_bytes(device)} are too few for this model and stream: the minimum that works is {minimum} bytes "
-            f"({format_bytes(minimum)}: weights {format_bytes(lightest)}, stream {format_bytes(kv_least)}, "
-            f"workspace {format_bytes(least_kv - kv_least)})",
+            f"({format_bytes(minimum)}: weights {format_bytes(lightest)}, stream {format_bytes(kv_minimum)}, "
+            f"workspace {format_bytes(minimum_kv - kv_minimum)})",
             minimum=minimum,
         )
     allowed = lightest + min((device - minimum) // 2, heaviest - lightest)
-    width, taken = max((choice for choice in choices if choice[1] <= allowed), key=lambda choice: choice[1])
+    bits, taken = max((choice for choice in choices if choice[1] <= allowed), key=lambda choice: choice[1])
     # kv + fixed + per_slot * slots = what is left, with slots = kv / each rounded up.
     left = device - taken - workspace.fixed
     slots = left // (each + beside)
-    kv = max(kv_least, min(left - beside * slots, slots * each))
-    return DeviceSplit(device, taken, width, kv, device - taken - kv, kv // each)
+    kv = max(kv_minimum, min(left - beside * slots, slots * each))
+    return DeviceSplit(device, taken, bits, kv, device - taken - kv, kv // each)
 
 
 def weight_bytes(folder: Path) -> int | dict[int, int]:
     """Bytes that a quantized model takes once loaded, from the headers of its files alone.
 
     Returns:
-        For a calibrated folder one number, otherwise a number for each width at which all linears could be read.
+        For a calibrated folder one number, otherwise a number for each bit-width at which all linears could be read.
 
     Raises:
         PrecisionError: no quantized model, or a file that is cut.
     """
     description = Description.load(folder)
-    minimum, most = description.widths
+    low, high = description.bits
     rest = sum(entry.nbytes for entry in header_of(folder / "rest.safetensors").values())
     shapes: dict[str, int] = {}
     for name in description.files:
@@ -151,16 +144,16 @@ def weight_bytes(folder: Path) -> int | dict[int, int]:
     made = Calibration.load(folder)
     if made is None:
         return {
-            width: rest
-            + sum(linear_bytes(rows, description.columns[name], width, (width,)) for name, rows in shapes.items())
-            for width in range(minimum, most + 1)
+            bits: rest
+            + sum(linear_bytes(rows, description.columns[name], bits, (bits,)) for name, rows in shapes.items())
+            for bits in range(low, high + 1)
         }
     estimators = [choice.projection for choices in made.targets.values() for choice in choices.values()]
     return (
         rest
         + sum(tensor.nbytes for tensor in estimators if tensor is not None)
         + sum(
-            linear_bytes(rows, description.columns[name], made.widths[name], sorted(made.tables(name)))
+            linear_bytes(rows, description.columns[name], made.max_bits[name], sorted(made.tables(name)))
             for name, rows in shapes.items()
         )
     )

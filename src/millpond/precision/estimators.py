@@ -1,4 +1,4 @@
-"""How far apart two widths of a layer are on a token, without computing both (DP-LLM, section 4), and where to draw the line.
+"""How far apart two bit-widths of a layer are on a token, without computing both (DP-LLM, section 4), and where to draw the line.
 
 e(x) = ||(W_high - W_low) x||. Where e is nearly proportional to ||x|| a line does (R^2 >= 0.9), elsewhere a random projection:
 e ~ ||G x|| with G = A (W_high - W_low), A ~ N(0, 1/k) (Johnson and Lindenstrauss).
@@ -18,8 +18,6 @@ from millpond.precision.linear import NestedLinear
 from millpond.precision.nested import product
 from millpond.precision.pairs import Pair
 from millpond.precision.selection import EARLY, Selector, early_inputs, every_token, select
-
-__all__ = ["Fit", "choose_estimators", "directions", "meet_shares"]
 
 _GOOD_LINE = 0.9
 _MOST_DIRECTIONS = 64
@@ -85,7 +83,7 @@ def choose_estimators(
     probes: dict[str, _Probe] = {}
     for name, linear in linears(model):
         pair = pairs[name]
-        linear.set_widths(pair.low, pair.high)
+        linear.set_bits(pair.low, pair.high)
         linear.choose = None
         if pair.low == pair.high:
             continue
@@ -99,12 +97,10 @@ def choose_estimators(
 
     hooks = early_inputs(model, seen)
     _run_as_steps(model, samples, hooks)
-    choices = {}
-    for name, pair in pairs.items():
-        if name not in probes:
-            choices[name] = Choice(pair.low, pair.high)
-            continue
-        choices[name] = _choice(probes[name], pair)
+    choices = {
+        name: _choice(probes[name], pair) if name in probes else Choice(pair.low, pair.high)
+        for name, pair in pairs.items()
+    }
     return choices, {name: probe.fit for name, probe in probes.items()}
 
 

@@ -19,20 +19,6 @@ from millpond.errors import PrecisionError
 from millpond.precision.nested import NestedWeight
 from millpond.precision.tensor_file import header_of, read_tensors
 
-__all__ = [
-    "DESCRIPTION",
-    "Description",
-    "Layer",
-    "is_quantized",
-    "read_layer",
-    "read_linears",
-    "read_rest",
-    "sealed",
-    "unsealed",
-    "write_layer",
-    "write_rest",
-]
-
 DESCRIPTION = "millpond_precision.json"
 _VERSION = 2
 _REST = "rest.safetensors"
@@ -44,7 +30,7 @@ class Description:
 
     Attributes:
         source: name of the model that was quantized.
-        widths: least and greatest width stored.
+        bits: smallest and greatest bit-width stored.
         layers: decoder layers.
         columns: K of every linear, by name.
         files: SHA-256 of every file, by name.
@@ -52,7 +38,7 @@ class Description:
     """
 
     source: str
-    widths: tuple[int, int]
+    bits: tuple[int, int]
     layers: int
     columns: dict[str, int] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
@@ -60,7 +46,9 @@ class Description:
 
     def save(self, folder: Path) -> None:
         """Write the description; the last thing that is written, so that its presence means a whole model."""
-        (folder / DESCRIPTION).write_text(sealed(asdict(self)), encoding="utf-8")
+        stored = asdict(self)
+        stored["widths"] = stored.pop("bits")  # as the format calls it
+        (folder / DESCRIPTION).write_text(sealed(stored), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Description:
@@ -82,8 +70,9 @@ class Description:
                 f"{folder} is of format {version}; this millpond reads format {_VERSION}: quantize again"
             )
         try:
-            low, high = (int(width) for width in read["widths"])
-            found = cls(**{**unsealed(read), "widths": (low, high)})
+            fields = unsealed(read)
+            low, high = (int(bits) for bits in fields.pop("widths"))
+            found = cls(**fields, bits=(low, high))
             columns = {str(name): int(count) for name, count in found.columns.items()}
             files = {str(name): str(sha) for name, sha in found.files.items()}
         except (TypeError, KeyError, ValueError, AttributeError) as error:
@@ -140,7 +129,7 @@ def layer_file(index: int) -> str:
 def write_layer(
     folder: Path, index: int, weights: dict[str, NestedWeight], biases: dict[str, Tensor], errors: dict[str, Tensor]
 ) -> None:
-    """Write one decoder layer; names are those of `millpond.precision.decoder.linears`, errors as in `Layer`."""
+    """Write one decoder layer; names are those of `millpond.precision.decoder.linears`, errors as `read_linears` gives them."""
     tensors = {f"{name}.bias": bias for name, bias in biases.items()} | {
         f"{name}.errors": e for name, e in errors.items()
     }
@@ -167,42 +156,15 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """One decoder layer, by name of the linear.
-
-    Attributes:
-        weights: all widths.
-        biases: where there are any.
-        errors: float64 [2, widths], what each width costs: first and second order, see `millpond.precision.quantize`.
-    """
-
-    weights: dict[str, NestedWeight]
-    biases: dict[str, Tensor]
-    errors: dict[str, Tensor]
-
-
-def read_layer(folder: Path, description: Description, index: int) -> Layer:
-    """One decoder layer, whole.
-
-    Raises:
-        PrecisionError: the file is missing or not the one that was written.
-    """
-    layer = Layer({}, {}, {})
-    for name, weight, bias, errors in read_linears(folder, description, index):
-        layer.weights[name], layer.errors[name] = weight, errors
-        if bias is not None:
-            layer.biases[name] = bias
-    return layer
-
-
 def read_linears(
     folder: Path, description: Description, index: int
 ) -> Iterator[tuple[str, NestedWeight, Tensor | None, Tensor]]:
     """Name, weight, bias and errors of every linear of a layer, one at a time: only one is whole in memory.
 
+    Errors are float64 [2, bit-widths], what each bit-width costs: first and second order, see `millpond.precision.quantize`.
+
     Raises:
-        PrecisionError: as `read_layer`.
+        PrecisionError: the file is missing or not the one that was written.
     """
     path = description.check(folder, layer_file(index))
     stored = header_of(path)

@@ -1,4 +1,4 @@
-"""A linear layer that reads only the bit planes it needs, at a width chosen per layer and per decoding step."""
+"""A linear layer that reads only the bit planes it needs, at a bit-width chosen per layer and per decoding step."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from torch import Tensor, nn
 from millpond.errors import PrecisionError
 from millpond.precision.nested import NestedWeight, product
 
-__all__ = ["NestedLinear"]
-
 
 class NestedLinear(nn.Module):
     """y = x W_b^T + bias for a nested weight.
 
-    A prompt (more than one token a sequence) runs at the greatest width kept. A decoding step runs at `low` or `high`: where these
+    A prompt (more than one token a sequence) runs at the greatest bit-width kept. A decoding step runs at `low` or `high`: where these
     differ, `choose` says for each row which of the two.
 
     Args:
@@ -23,11 +21,11 @@ class NestedLinear(nn.Module):
         bias: [N], or None.
 
     Attributes:
-        low, high: the pair of widths of a decoding step; equal for a fixed width.
-        choose: rows [T, K] -> bool [T], True for the high width; None takes the high one.
+        low, high: the pair of bit-widths of a decoding step; equal for a fixed one.
+        choose: rows [T, K] -> bool [T], True for the high one; None takes the high one.
         every_token: treat each token of a longer input as a decoding step of its own (for measuring; same numbers, see
             `millpond.precision.perplexity`).
-        counts: rows of decoding steps that ran at each width.
+        counts: rows of decoding steps that ran at each bit-width.
     """
 
     def __init__(self, weight: NestedWeight, bias: Tensor | None = None) -> None:
@@ -37,9 +35,9 @@ class NestedLinear(nn.Module):
         for bits, table in weight.tables.items():
             self.register_buffer(f"table_{bits}", table)
         self._weight: NestedWeight | None = None
-        self.widths = tuple(sorted(weight.tables))
+        self.bit_widths = tuple(sorted(weight.tables))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.low = self.high = self.widths[-1]
+        self.low = self.high = self.bit_widths[-1]
         self.choose: Callable[[Tensor], Tensor] | None = None
         self.every_token = False
         self.counts: dict[int, int] = {}
@@ -48,7 +46,7 @@ class NestedLinear(nn.Module):
     def weight(self) -> NestedWeight:
         """The stored weight (no copy)."""
         if self._weight is None:
-            tables = {bits: getattr(self, f"table_{bits}") for bits in self.widths}
+            tables = {bits: getattr(self, f"table_{bits}") for bits in self.bit_widths}
             self._weight = NestedWeight(self.planes, tables, self.columns)  # type: ignore[arg-type]
         return self._weight
 
@@ -64,16 +62,16 @@ class NestedLinear(nn.Module):
         """Number of weights, N x K."""
         return int(self.planes.shape[0]) * self.columns  # type: ignore[index]
 
-    def set_widths(self, low: int, high: int) -> None:
+    def set_bits(self, low: int, high: int) -> None:
         """The pair of a decoding step.
 
         Raises:
-            PrecisionError: a width without a table.
+            PrecisionError: no table is kept for it.
         """
-        for width in (low, high):
-            if width not in self.widths:
+        for bits in (low, high):
+            if bits not in self.bit_widths:
                 raise PrecisionError(
-                    f"no table for {width} bits is kept; there are: {', '.join(map(str, self.widths))}"
+                    f"no table for {bits} bits is kept; there are: {', '.join(map(str, self.bit_widths))}"
                 )
         self.low, self.high = low, high
 
@@ -82,7 +80,7 @@ class NestedLinear(nn.Module):
         rows = x.reshape(-1, self.columns)
         step = x.dim() < 2 or x.shape[-2] == 1 or self.every_token
         if not step:
-            y = product(self.weight, self.widths[-1], rows)
+            y = product(self.weight, self.bit_widths[-1], rows)
         elif self.low == self.high or self.choose is None:
             y = product(self.weight, self.high, rows)
             self._count(self.high, len(rows))
@@ -105,6 +103,6 @@ class NestedLinear(nn.Module):
         y[~high] = product(self.weight, self.low, rows[~high])
         return y
 
-    def _count(self, width: int, rows: int) -> None:
+    def _count(self, bits: int, rows: int) -> None:
         if rows:
-            self.counts[width] = self.counts.get(width, 0) + rows
+            self.counts[bits] = self.counts.get(bits, 0) + rows

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 
 from millpond.errors import BudgetError, MillpondError, ModelError, PrecisionError
 from millpond.memory.budget import format_bytes, parse_bytes
 from millpond.memory.heap import give_back
-from millpond.model_folder import check, safely
+from millpond.model_folder import check, safely, without_weights
 from millpond.precision.calibration import Calibration
 from millpond.precision.decoder import effective_bits, linears, replace
 from millpond.precision.folder import Description, read_linears, read_rest
@@ -24,30 +23,28 @@ from millpond.precision.linear import NestedLinear
 from millpond.precision.nested import NestedWeight
 from millpond.precision.selection import select
 
-__all__ = ["assemble", "load", "stored_bytes"]
-
 
 def load(
     folder: str | Path,
     *,
     memory: str | int | None = None,
     target_bits: float | None = None,
-    width: int | None = None,
+    bits: int | None = None,
     device: str | torch.device = "cpu",
 ) -> Any:
     """Load a model that `millpond quantize` wrote, as a transformers model whose linears read only the planes they need.
 
     The model gains `set_target_bits(bits)`, which switches to another calibrated target at once, reading no file, and
-    `effective_bits()`, the mean width of its decoding steps so far. Prompts run at the greatest widths kept.
+    `effective_bits()`, the mean bit-width of its decoding steps so far. Prompts run at the greatest bit-widths kept.
 
     Args:
         memory: bytes that all weights may take ("90MiB"); the calibration must have been made for no more.
-        target_bits: a calibrated mean of bits a decoding step; by default the greatest widths kept.
-        width: one fixed width for all linears, in place of a calibration.
+        target_bits: a calibrated mean of bits a decoding step; by default the greatest bit-widths kept.
+        bits: one bit-width for all linears, in place of a calibration.
         device: where the weights go.
 
     Raises:
-        PrecisionError: not calibrated for this (also `copy.deepcopy` and `save_pretrained` of the model, which it cannot do), no such target or width, or a damaged folder.
+        PrecisionError: not calibrated for this (also `copy.deepcopy` and `save_pretrained` of the model, which it cannot do), no such target or bit-width, or a damaged folder.
         BudgetError: the weights take more than `memory`; names the minimum that works.
     """
     path = Path(folder)
@@ -57,17 +54,18 @@ def load(
         raise PrecisionError(
             f"{path} has not been calibrated: run `millpond calibrate {path} --target-bits {target_bits:g}`"
         )
-    if width is not None and target_bits is not None:
-        raise PrecisionError("give target_bits or width, not both")
-    if width is not None and not description.widths[0] <= width <= description.widths[1]:
-        raise PrecisionError(f"{path} holds widths {description.widths[0]} to {description.widths[1]}, not {width}")
-    if width is not None:
+    if bits is not None:
+        low, high = description.bits
+        if target_bits is not None:
+            raise PrecisionError("give target_bits or bits, not both")
+        if not low <= bits <= high:
+            raise PrecisionError(f"{path} holds {low} to {high} bits, not {bits}")
         calibration = None
 
     def keep(name: str, weight: NestedWeight) -> NestedWeight:
-        if width is not None:
-            return weight.kept(width, {width})
-        return weight if calibration is None else weight.kept(calibration.widths[name], calibration.tables(name))
+        if bits is not None:
+            return weight.kept(bits, {bits})
+        return weight if calibration is None else weight.kept(calibration.max_bits[name], calibration.tables(name))
 
     model = assemble(path, description, keep)
     if memory is not None and (taken := stored_bytes(model)) > parse_bytes(memory):
@@ -113,12 +111,9 @@ def _empty(path: Path) -> Any:
         raise
     except Exception as error:  # a stranger's file: what it makes the library do wrong has no end
         raise PrecisionError(f"{path} has no readable config: {' '.join(str(error).split())}") from error
-    kind = type(config)
     for auto in (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM):
-        if kind in auto._model_mapping:
-            dtype = getattr(config, "dtype", None) or torch.float32
-            with init_empty_weights(include_buffers=False):
-                model = auto.from_config(config, dtype=dtype)
+        if type(config) in auto._model_mapping:
+            model = without_weights(auto, config)
             for name, _ in linears(model):
                 replace(model, name, nn.Identity())
             return model
@@ -136,13 +131,13 @@ def _give_targets(model: Any, calibration: Calibration | None, device: str | tor
 
 
 def _refuse_copies(model: Any, path: Path) -> None:
-    """A copy would share its decisions with the original; and what is loaded lacks the widths that were dropped."""
+    """A copy would share its decisions with the original; and what is loaded lacks the bits that were dropped."""
 
     def deepcopy(memo: Any) -> Any:
-        raise PrecisionError(f"a packed model cannot be copied: load {path} again")
+        raise PrecisionError(f"a quantized model cannot be copied: load {path} again")
 
     def save(*_: Any, **__: Any) -> None:
-        raise PrecisionError(f"a packed model holds no more than it reads and cannot be saved: copy {path}")
+        raise PrecisionError(f"a quantized model holds no more than it reads and cannot be saved: copy {path}")
 
     model.__deepcopy__, model.save_pretrained = deepcopy, save
 

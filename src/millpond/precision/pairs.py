@@ -1,6 +1,6 @@
-"""A pair of adjacent widths for every linear and the share of steps at the lower one (DP-LLM, section 3.3).
+"""A pair of adjacent bit-widths for every linear and the share of steps at the lower one (DP-LLM, section 3.3).
 
-One number z a linear is trained, the weights stay: p = least + (most - least) sigmoid(z), low = floor(p), high = ceil(p), and the
+One number z a linear is trained, the weights stay: p = min + (max - min) sigmoid(z), low = floor(p), high = ceil(p), and the
 layer's output is r W_low x + (1 - r) W_high x with r = 1 - (p - low).
 """
 
@@ -18,15 +18,12 @@ from tqdm import tqdm
 
 from millpond.precision.decoder import linears, replace
 from millpond.precision.linear import NestedLinear
-
-__all__ = ["Pair", "train_pairs"]
-
-LEAST = 3
+from millpond.precision.nested import MIN_BITS
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Widths of a linear and the share of decoding steps at the lower one."""
+    """Bit-widths of a linear and the share of decoding steps at the lower one."""
 
     low: int
     high: int
@@ -34,7 +31,7 @@ class Pair:
 
 
 class _Mixed(torch.nn.Module):
-    """The soft mixture of two widths; dense, for training only."""
+    """The soft mixture of two bit-widths; dense, for training only."""
 
     def __init__(self, linear: NestedLinear, most: int, z: float) -> None:
         super().__init__()
@@ -44,17 +41,17 @@ class _Mixed(torch.nn.Module):
 
     @property
     def precision(self) -> Tensor:
-        return LEAST + (self.most - LEAST) * torch.sigmoid(self.z)
+        return MIN_BITS + (self.most - MIN_BITS) * torch.sigmoid(self.z)
 
     def forward(self, x: Tensor) -> Tensor:
         precision = self.precision
-        low = min(int(precision), self.most - 1) if self.most > LEAST else LEAST
+        low = min(int(precision), self.most - 1) if self.most > MIN_BITS else MIN_BITS
         if self._dense is None or self._dense[0] != low:
             high = min(low + 1, self.most)
             base = self.linear.weight.dense(low)
             self._dense = (low, base, self.linear.weight.dense(high) - base)
         _, base, step = self._dense
-        share = precision - low if self.most > LEAST else x.new_zeros(())
+        share = precision - low if self.most > MIN_BITS else x.new_zeros(())
         y = functional.linear(x.float(), base) + share * functional.linear(x.float(), step)
         return (y if self.linear.bias is None else y + self.linear.bias).to(x.dtype)
 
@@ -82,14 +79,14 @@ def train_pairs(
     own: dict[str, NestedLinear] = dict(linears(model))
     mixed: dict[str, _Mixed] = {}
     for name, linear in own.items():
-        most = linear.widths[-1]
-        share = ((target if start is None else start[name]) - LEAST) / max(most - LEAST, 1)
+        most = linear.bit_widths[-1]
+        share = ((target if start is None else start[name]) - MIN_BITS) / max(most - MIN_BITS, 1)
         mixed[name] = _Mixed(linear, most, _logit(share))
         replace(model, name, mixed[name])
-    free = any(part.most > LEAST for part in mixed.values())
+    free = any(part.most > MIN_BITS for part in mixed.values())
     sizes = torch.tensor([float(part.linear.size) for part in mixed.values()])
     optimizer = torch.optim.AdamW([part.z for part in mixed.values()], lr=lr, weight_decay=0.0)
-    runs = samples if free else samples[:0]  # with every linear at the least width there is nothing to train
+    runs = samples if free else samples[:0]  # with every linear at the smallest bit-width there is nothing to train
     try:
         for ids in tqdm(runs, desc=f"pairs for {target:g} bits", unit="sample", disable=quiet):
             logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
@@ -112,7 +109,7 @@ def _meeting(z: Tensor, most: Tensor, sizes: Tensor, target: float) -> Tensor:
     low, high = -40.0, 40.0
     for _ in range(80):
         middle = (low + high) / 2
-        precision = LEAST + (most - LEAST) * torch.sigmoid(z + middle)
+        precision = MIN_BITS + (most - MIN_BITS) * torch.sigmoid(z + middle)
         if float((precision * sizes).sum() / sizes.sum()) < target:
             low = middle
         else:

@@ -11,8 +11,6 @@ from torch.nn import functional
 
 from millpond.precision.selection import every_token
 
-__all__ = ["losses", "perplexity"]
-
 
 def perplexity(model: Any, samples: Tensor) -> float:
     """exp of the mean loss over runs of text, int64 [S, T]; see `losses`."""

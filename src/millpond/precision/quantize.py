@@ -15,10 +15,8 @@ from tqdm import tqdm
 from millpond.errors import PrecisionError
 from millpond.precision.decoder import linears
 from millpond.precision.folder import DESCRIPTION, Description, digest, is_whole, layer_file, write_layer, write_rest
-from millpond.precision.nested import NestedWeight, check_widths, nest
+from millpond.precision.nested import NestedWeight, check_bits, nest
 from millpond.precision.sensitivity import STATE, Sensitivity, sensitivities
-
-__all__ = ["quantize"]
 
 RUN = "unfinished.json"
 """What a run that has not ended works on."""
@@ -31,7 +29,7 @@ def quantize(
     samples: Tensor,
     *,
     source: str,
-    widths: tuple[int, int] = (3, 8),
+    bits: tuple[int, int] = (3, 8),
     dtype: torch.dtype | None = None,
     quiet: bool = False,
 ) -> Description:
@@ -42,30 +40,29 @@ def quantize(
         tokenizer: its tokenizer or processor; saved beside it.
         samples: int64 [S, T] of calibration text (`millpond.precision.sensitivity.samples_of`).
         source: the model's name, for the description.
-        widths: least and greatest width.
+        bits: smallest and greatest bit-width.
         dtype: in which everything else is stored, and the model runs when it is loaded; by default the model's own. Sensitivities are
             surer in float32 than in the dtype of most checkpoints, so a model may be given in more than is to be kept.
 
     Raises:
-        ModelError: not a decoder that can be quantized. PrecisionError: widths that cannot be.
+        ModelError: not a decoder that can be quantized. PrecisionError: bit-widths that cannot be.
     """
-    low, high = widths
-    check_widths(low, high)
+    low, high = bits
+    check_bits(low, high)
     named = dict(linears(model))
     if (out / DESCRIPTION).exists():
         raise PrecisionError(f"{out} holds a quantized model already: choose another folder, or remove it")
     out.mkdir(parents=True, exist_ok=True)
     layers = 1 + max(int(name.split(".")[0]) for name in named)
-    _claim(
-        out,
-        {
-            "source": source,
-            "widths": list(widths),
-            "weights": _print_of(named),
-            "text": _sha(samples),
-            "dtype": str(dtype),
-        },
-    )
+    text = hashlib.sha256(samples.cpu().numpy().tobytes()).hexdigest()
+    run: dict[str, object] = {
+        "source": source,
+        "widths": list(bits),
+        "weights": _print_of(named),
+        "text": text,
+        "dtype": str(dtype),
+    }
+    _claim(out, run)
     todo = [index for index in range(layers) if not is_whole(out / layer_file(index))]
     if todo:
         # From the last layer to the first, so that a run that was cut off has the first ones before it.
@@ -95,7 +92,7 @@ def quantize(
         (out / left).unlink(missing_ok=True)
     description = Description(
         source=source,
-        widths=widths,
+        bits=bits,
         layers=layers,
         columns={name: linear.in_features for name, linear in named.items()},
         files={path.name: digest(path) for path in [*sorted(out.glob("*.safetensors")), out / "config.json"]},
@@ -109,7 +106,7 @@ def _as(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _claim(out: Path, run: dict[str, object]) -> None:
-    """A run that was cut off is taken up only with the same model, text and widths."""
+    """A run that was cut off is taken up only with the same model, text and bit-widths."""
     path = out / RUN
     if path.exists():
         if json.loads(path.read_text(encoding="utf-8")) != run:
@@ -129,18 +126,14 @@ def _print_of(named: dict[str, Any]) -> str:
     return found.hexdigest()
 
 
-def _sha(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()
-
-
 def _errors(nested: NestedWeight, weight: Tensor, found: Sensitivity, name: str) -> Tensor:
-    """What each width costs by the two expansions of the loss, float64 [2, widths]: |sum g dW| and sum g^2 dW^2.
+    """What each bit-width costs by the two expansions of the loss, float64 [2, bit-widths]: |sum g dW| and sum g^2 dW^2.
 
     The first is LLM-MQ's, the second that of Any-Precision and HAWQ-V2 with the Fisher diagonal in place of the Hessian.
     """
     rows = []
-    for width in sorted(nested.tables):
-        change = nested.dense(width) - weight.detach().float()
+    for bits in sorted(nested.tables):
+        change = nested.dense(bits) - weight.detach().float()
         first = (found.gradient[name] * change).sum(dtype=torch.float64).abs() / found.samples
         second = (found.square[name] * change.square()).sum(dtype=torch.float64) / found.samples
         rows.append(torch.stack([first, second]))

@@ -1,24 +1,25 @@
-"""The choice of a width at every decoding step (DP-LLM, sections 4 and 5), made before the linear that it is for.
+"""The choice of a bit-width at every decoding step (DP-LLM, sections 4 and 5), made before the linear that it is for.
 
 q, k, v of layer i are decided from layer i's input norm of the residual that enters layer i-1's post-attention norm, gate and up from
 the post-attention norm of the residual that enters the layer's input norm: the same token, one sub-layer earlier. o, down and the
-first layer's q, k, v are decided from their own input.
+first layer's q, k, v are decided from their own input. One call into compiled code decides for all that read one input, which is
+normed once and measured once; in Python each decision would cost as much as a small product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from millpond import ops
+from millpond.ops.width_choice import Estimators, rms_norm
 from millpond.precision.calibration import Choice
-from millpond.precision.choosing import Chooser
 from millpond.precision.decoder import decoder_of, linears
 from millpond.precision.linear import NestedLinear
-
-__all__ = ["EARLY", "Selector", "early_inputs", "select"]
 
 EARLY = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 """Linears that are decided one sub-layer earlier (but not in the first layer's attention)."""
@@ -46,6 +47,38 @@ def early_inputs(model: Any, seen: Callable[[str, Any, Tensor], None]) -> list[A
     return hooks
 
 
+class Chooser:
+    """Decides for several linears from one input.
+
+    Args:
+        choices: of the linears.
+        columns: K of that input.
+        norm: the module that stands between the given input and the one that the estimates read; None for none.
+    """
+
+    def __init__(self, choices: Sequence[Choice], columns: int, norm: Any = None) -> None:
+        scale, epsilon = (None, 0.0) if norm is None else plain_norm(norm)
+        self._norm = norm if scale is None else None  # another kind of norm is called, not copied
+        lines = [(one.slope, one.intercept, one.threshold) for one in choices]
+        self._estimators = Estimators(columns, lines, [one.projection for one in choices], scale, epsilon)
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        """Rows [T, K] -> for each linear bool [T], True for the high bit-width."""
+        return ops.exceed(x if self._norm is None else self._norm.forward(x), self._estimators)
+
+
+@torch.no_grad()
+def plain_norm(norm: Any) -> tuple[Tensor | None, float]:
+    """Weight (float32) and epsilon of a module that is x / rms(x) * weight; None for the weight where it is anything else."""
+    weight, epsilon = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
+    if weight is None or epsilon is None or weight.device.type != "cpu":
+        return None, 0.0
+    scale = weight.float().contiguous()
+    x = torch.linspace(-2, 3, len(scale))[None].to(weight.dtype)
+    close = torch.allclose(norm.forward(x).float(), rms_norm(x, scale, epsilon), rtol=0.02, atol=0.02)
+    return (scale, float(epsilon)) if close else (None, 0.0)
+
+
 class Selector:
     """Decides for one linear.
 
@@ -65,7 +98,7 @@ class Selector:
         self._alone = Chooser([choice], columns)
 
     def decide(self, x: Tensor) -> Tensor:
-        """Rows [T, K] -> bool [T], True for the high width."""
+        """Rows [T, K] -> bool [T], True for the high bit-width."""
         if self.estimates is not None:
             self.estimates.append(self.choice.estimate(x))
         return self._alone(x)[0]
@@ -102,7 +135,7 @@ def select(model: Any, choices: dict[str, Choice]) -> list[Any]:
     groups: dict[str, _Group] = {}
     for name, linear in linears(model):
         choice = choices[name]
-        linear.set_widths(choice.low, choice.high)
+        linear.set_bits(choice.low, choice.high)
         selector = Selector(choice, linear.columns)
         linear.choose = selector
         if choice.early and choice.low != choice.high:

@@ -7,7 +7,7 @@ again by itself and its gradients are summed up. Beside the model only one layer
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,8 +21,6 @@ from tqdm import tqdm
 from millpond.errors import PrecisionError
 from millpond.memory.budget import format_bytes
 from millpond.precision.decoder import decoder_of, linears
-
-__all__ = ["STATE", "Sensitivity", "samples_of", "sensitivities"]
 
 STATE = "sensitivity.state"
 """File with what enters every layer; an interrupted run goes on from it."""
@@ -131,16 +129,6 @@ def sensitivities(
             yield found
 
 
-class _Layer:
-    """A decoder layer with everything that it was called with except the hidden states; the same for all samples, which are equally long."""
-
-    def __init__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.layer, self.args, self.kwargs = layer, args, kwargs
-
-    def __call__(self, x: Tensor) -> Any:
-        return self.layer(x, *self.args, **self.kwargs)
-
-
 def _hidden(out: Any) -> Tensor:
     found: Tensor = out[0] if isinstance(out, tuple) else out
     return found
@@ -148,16 +136,20 @@ def _hidden(out: Any) -> Tensor:
 
 def _forward(
     model: Any, layers: list[Any], samples: Tensor, path: Path, quiet: bool
-) -> tuple[_States, dict[int, _Layer]]:
-    """Fill the file with what enters every layer and with the gradient of the loss behind the last one."""
-    given: dict[int, _Layer] = {}
+) -> tuple[_States, dict[int, Callable[[Tensor], Any]]]:
+    """Fill the file with what enters every layer and with the gradient of the loss behind the last one.
+
+    Returns:
+        The file, and every layer with all that it was called with except the hidden states: the same for all samples, equally long.
+    """
+    given: dict[int, Callable[[Tensor], Any]] = {}
     entering: dict[int, Tensor] = {}
     leaf: list[Tensor] = []
 
     def enters(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         index = layers.index(layer)
         rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-        given[index] = _Layer(layer, args[1:], rest)
+        given[index] = lambda x: layer(x, *args[1:], **rest)
         entering[index] = args[0] if args else kwargs["hidden_states"]
 
     def leaves(_: Any, __: Any, out: Any) -> Any:

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from millpond.errors import PrecisionError
 
-__all__ = ["Entry", "header_of", "read_tensors"]
-
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from millpond.recompute.errors import RecomputeError
+from millpond.errors import RecomputeError
 from millpond.recompute.plans import Plan, plan
 from millpond.recompute.timeline import Stay, Timeline
 

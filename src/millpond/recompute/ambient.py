@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Autocast", "Flags", "Generators", "ModuleTensors", "RngState"]
-
 
 @dataclass(frozen=True)
 class RngState:

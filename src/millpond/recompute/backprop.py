@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from millpond.errors import RecomputeError
 from millpond.recompute.ambient import Generators
-from millpond.recompute.errors import RecomputeError
 from millpond.recompute.executor import Executor
 from millpond.recompute.plans import Strategy, plan
 from millpond.recompute.probe import Cell, probe
 from millpond.recompute.sequence import Collector, Inputs, flatten, unflatten
-
-__all__ = ["bptt"]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -93,8 +91,8 @@ def bptt(
         slots=slots,
         strategy=strategy,
     )
-    machine = Executor(cell, sequence, state, planned, tuple(found.values()), Generators(tensors), seen.random)
-    results = _Bptt.apply(machine, collector, *tensors)
+    executor = Executor(cell, sequence, state, planned, tuple(found.values()), Generators(tensors), seen.random)
+    results = _Bptt.apply(executor, collector, *tensors)
     count = len(results) - len(state_leaves)
     return collector.finish(list(results[:count])), unflatten(list(results[count:]), state_spec)
 
@@ -103,11 +101,11 @@ class _Bptt(torch.autograd.Function):
     """Inputs: the leaves of the initial state, of the inputs, and the parameters. Outputs: leaves of outputs and state."""
 
     @staticmethod
-    def forward(ctx: Any, machine: Executor, collector: Collector, *tensors: Any) -> tuple[Any, ...]:
+    def forward(ctx: Any, executor: Executor, collector: Collector, *tensors: Any) -> tuple[Any, ...]:
         ctx.set_materialize_grads(False)
-        final, _ = flatten(machine.forward(collector))
+        final, _ = flatten(executor.forward(collector))
         outputs = collector.take()
-        ctx.machine, ctx.collector = machine, collector
+        ctx.executor, ctx.collector = executor, collector
         ctx.outputs = len(outputs)
         # Saved for their version counters: a parameter changed before backward must be an error, as in plain autograd.
         ctx.save_for_backward(*(tensor for tensor in tensors if isinstance(tensor, Tensor)))
@@ -122,8 +120,8 @@ class _Bptt(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         _refuse_transforms(*grads)
         _ = ctx.saved_tensors  # raises if freed, or changed in place
-        machine: Executor = ctx.machine
-        initial, inputs, parameters = machine.backward(
+        executor: Executor = ctx.executor
+        initial, inputs, parameters = executor.backward(
             list(grads[: ctx.outputs]), ctx.collector, list(grads[ctx.outputs :]), list(ctx.needs_input_grad[2:])
         )
         return (None, None, *initial, *inputs, *parameters)

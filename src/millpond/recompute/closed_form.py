@@ -13,8 +13,6 @@ from bisect import bisect_left
 from functools import lru_cache
 from math import comb
 
-__all__ = ["hidden_forwards", "hidden_split", "internal_forwards", "internal_split"]
-
 
 @lru_cache(maxsize=4096)
 def _reaches(n: int) -> list[int]:
@@ -26,7 +24,7 @@ def _reaches(n: int) -> list[int]:
 
 
 def _repeats(t: int, n: int) -> tuple[int, list[int]]:
-    """The least r with binom(n + r, n) >= t, for n >= 1, and the list of reaches up to it."""
+    """The smallest r with binom(n + r, n) >= t, for n >= 1, and the list of reaches up to it."""
     reaches = _reaches(n)
     while reaches[-1] < t:
         reaches.append(comb(n + len(reaches), n))
@@ -34,9 +32,9 @@ def _repeats(t: int, n: int) -> tuple[int, list[int]]:
 
 
 def hidden_forwards(t: int, m: int) -> int:
-    """Least forward evaluations to backpropagate through t steps with m stored hidden states.
+    """Fewest forward evaluations to backpropagate through t steps with m stored hidden states.
 
-    t + r t - binom(n + r, n + 1) with n = m + 1, r the least integer with binom(n + r, n) >= t.
+    t + r t - binom(n + r, n + 1) with n = m + 1, r the smallest integer with binom(n + r, n) >= t.
     """
     if t <= 1:
         return max(t, 0)
@@ -52,12 +50,12 @@ def hidden_split(t: int, m: int) -> int:
     between the reaches of r - 2 and r - 1, and the right part, t - y steps with n - 1, between those of r - 1 and r.
     """
     r, reaches = _repeats(t, m + 1)
-    least_right = comb(m + r - 1, m)
-    return max(1, min(reaches[r - 1], t - least_right))
+    fewest_right = comb(m + r - 1, m)
+    return max(1, min(reaches[r - 1], t - fewest_right))
 
 
 def internal_forwards(t: int, m: int) -> int:
-    """Least forward evaluations to backpropagate through t steps with m stored internal states.
+    """Fewest forward evaluations to backpropagate through t steps with m stored internal states.
 
     Equal to hidden_forwards(t + 1, m) - t - 1: it is revolve's count for one step more, with every step spared one
     forward, because what is stored need not be run again to be differentiated.

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from millpond.errors import RecomputeError
 from millpond.recompute.ambient import Autocast, Flags, Generators, ModuleTensors, RngState
-from millpond.recompute.errors import RecomputeError
 from millpond.recompute.fingerprint import Fingerprints
 from millpond.recompute.plans import Plan
 from millpond.recompute.probe import Cell, check_state, graph_parameters, leaf_of, node_number
@@ -28,8 +28,6 @@ from millpond.recompute.sequence import (
     tensor_bytes,
     unflatten,
 )
-
-__all__ = ["Executor"]
 
 
 @dataclass(frozen=True)
@@ -141,7 +139,7 @@ class Executor:
         self.inputs_need_grad = needs[states : states + inputs]
         wanted = [index for index, need in enumerate(needs[states + inputs :]) if need]
         sums: list[Tensor | None] = [None] * len(self._parameters)
-        input_grads = InputGrads(self._inputs, self.inputs_need_grad)
+        input_grads = InputGrads(self._inputs)
         carry = final_grads
         outside = self._generators.get() if self._random else None
         try:
@@ -210,10 +208,7 @@ class Executor:
             self._fingerprints.compare(step, [*outputs, *states])
         self._state = copy_state(state)
         self._graphs[step] = _Graph(
-            state_leaves,
-            input_leaves,
-            [_edge(leaf) for leaf in (*outputs, *states)],
-            self._hold(self._state),
+            state_leaves, input_leaves, [_edge(leaf) for leaf in (*outputs, *states)], self._hold(self._state)
         )
 
     def _back(

@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from millpond.recompute.errors import RecomputeError
-
-__all__ = ["Fingerprints"]
+from millpond.errors import RecomputeError
 
 
 @dataclass(frozen=True)

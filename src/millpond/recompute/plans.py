@@ -12,15 +12,12 @@ from functools import lru_cache
 from math import gcd
 from typing import Any, Literal, TypeAlias, get_args
 
-from millpond.errors import BudgetError
+from millpond.errors import BudgetError, RecomputeError
 from millpond.memory.budget import format_bytes, parse_bytes
 from millpond.recompute.closed_form import hidden_forwards, internal_forwards
-from millpond.recompute.errors import RecomputeError
-from millpond.recompute.schedule import Action, HiddenOnly, InternalOnly, Mixed, Op, Splitter, schedule
+from millpond.recompute.schedule import Action, Mixed, OneKind, Op, Splitter, schedule
 from millpond.recompute.table import fits_exactly, mixed_table
 from millpond.recompute.timeline import Timeline, draw
-
-__all__ = ["Plan", "Strategy", "plan"]
 
 Strategy: TypeAlias = Literal["auto", "hidden", "internal", "mixed"]
 
@@ -43,7 +40,7 @@ class Plan:
         slots: units of memory beside the initial state and one working internal state. For a mixed plan within a budget
             a unit is the largest number of bytes that divides both states, or coarser where that table would be too large.
         hidden_units, internal_units: what a stored state costs in these units.
-        forwards: forward evaluations of a step in all, the forward pass included; T is the least, T (T + 1) / 2 the most.
+        forwards: forward evaluations of a step in all, the forward pass included; T at least, T (T + 1) / 2 at most.
         peak_bytes: the most stored at any time, the working internal state included. At most the budget.
         exact: no schedule that stores such states takes fewer forwards within the budget (or the slots); otherwise it is
             the best plan that a bounded search found.
@@ -106,7 +103,7 @@ def plan(
         strategy: "hidden" (revolve), "internal", "mixed" (their joint optimum) or "auto", which is the mixed one.
 
     Raises:
-        BudgetError: below one internal state, the minimum that works (named in the message and in `.least`).
+        BudgetError: below one internal state, the minimum that works (named in the message and in `.minimum`).
         RecomputeError: an argument that cannot work.
     """
     if strategy not in get_args(Strategy):
@@ -137,12 +134,10 @@ def plan(
 def _plan(length: int, hidden: int, internal: int, cap: int | None, slots: int | None, strategy: Strategy) -> Plan:
     """`plan`, with checked arguments."""
     free = None if cap is None else cap - internal
-    if strategy == "hidden":
-        splitter: Splitter = HiddenOnly()
-        m, exact = min((slots or 0) if free is None else free // hidden, length - 1), True
-    elif strategy == "internal":
-        splitter = InternalOnly()
-        m, exact = min((slots or 0) if free is None else free // internal, length - 1), True
+    if strategy == "hidden" or strategy == "internal":
+        each = hidden if strategy == "hidden" else internal
+        splitter: Splitter = OneKind(strategy)
+        m, exact = min((slots or 0) if free is None else free // each, length - 1), True
     else:
         splitter, m, exact = _mixed(length, hidden, internal, free, slots)
     actions = tuple(schedule(length, m, splitter))
@@ -175,22 +170,22 @@ def _mixed(length: int, hidden: int, internal: int, free: int | None, slots: int
     if fits_exactly(length, m, h, a):
         return Mixed(h, a, mixed_table(length, m, h, a)), m, True
     # Now what is found need not be the optimum, so it has to be no worse than either kind of state alone.
-    alone = {HiddenOnly: hidden_forwards(length, m // h), InternalOnly: internal_forwards(length, m // a)}
+    hidden_alone, internal_alone = hidden_forwards(length, m // h), internal_forwards(length, m // a)
     coarse_h = _coarse_unit(length, h, a, m)
     coarse_a, coarse_m = -(-a * coarse_h // h), m * coarse_h // h
     # Where internal states alone run no step three times, mixing saves less than one per cent (measured in the tests),
     # and a table beyond the exact search takes seconds.
-    if alone[InternalOnly] >= 2 * length or fits_exactly(length, coarse_m, coarse_h, coarse_a):
+    if internal_alone >= 2 * length or fits_exactly(length, coarse_m, coarse_h, coarse_a):
         table = mixed_table(length, coarse_m, coarse_h, coarse_a)
-        if table is not None and table.forwards(length, coarse_m) <= min(alone.values()):
+        if table is not None and table.forwards(length, coarse_m) <= min(hidden_alone, internal_alone):
             return Mixed(coarse_h, coarse_a, table), coarse_m, False
-    if alone[InternalOnly] <= alone[HiddenOnly]:
-        return InternalOnly(a, a), m // a * a, False
-    return HiddenOnly(h, a), m // h * h, False
+    if internal_alone <= hidden_alone:
+        return OneKind("internal", a, a), m // a * a, False
+    return OneKind("hidden", h, a), m // h * h, False
 
 
 def _coarse_unit(length: int, h: int, a: int, m: int) -> int:
-    """Units a hidden state: the least whose rounding up of the internal state wastes little, where the table is exact."""
+    """Units a hidden state: the fewest whose rounding up of the internal state wastes little, where the table is exact."""
 
     def waste(units: int) -> float:
         return -(-a * units // h) * h / (a * units) - 1

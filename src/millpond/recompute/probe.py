@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from millpond.errors import RecomputeError
 from millpond.recompute.ambient import Generators
-from millpond.recompute.errors import RecomputeError
 from millpond.recompute.sequence import compact, flatten, tensor_bytes, unflatten
-
-__all__ = ["Cell", "Probe", "StepSize", "graph_parameters", "measure", "node_number", "probe"]
 
 
 @dataclass(frozen=True)

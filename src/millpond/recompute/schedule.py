@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from millpond.recompute.closed_form import hidden_split, internal_split
 from millpond.recompute.table import Move, Table
-
-__all__ = ["Action", "HiddenOnly", "InternalOnly", "Mixed", "Op", "Splitter", "schedule"]
 
 
 class Op(Enum):
@@ -53,27 +51,17 @@ class Splitter(Protocol):
 
 
 @dataclass(frozen=True)
-class HiddenOnly:
-    """Revolve: stores hidden states only."""
+class OneKind:
+    """Stores hidden states only (revolve), or internal ones only; the same curve, see `millpond.recompute.closed_form`."""
 
+    kind: Literal["hidden", "internal"]
     hidden_units: int = 1
     internal_units: int = 1
 
     def split(self, t: int, m: int, s: int) -> tuple[Move, int]:
-        held = m // self.hidden_units
-        return ("hidden", hidden_split(t, held)) if held else ("sweep", 0)
-
-
-@dataclass(frozen=True)
-class InternalOnly:
-    """Stores internal states only; the same curve, see `millpond.recompute.closed_form`."""
-
-    hidden_units: int = 1
-    internal_units: int = 1
-
-    def split(self, t: int, m: int, s: int) -> tuple[Move, int]:
-        held = m // self.internal_units
-        return ("internal", internal_split(t, held)) if held else ("sweep", 0)
+        hidden = self.kind == "hidden"
+        held = m // (self.hidden_units if hidden else self.internal_units)
+        return (self.kind, (hidden_split if hidden else internal_split)(t, held)) if held else ("sweep", 0)
 
 
 @dataclass(frozen=True)

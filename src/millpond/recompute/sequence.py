@@ -14,19 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from millpond.recompute.errors import RecomputeError
-
-__all__ = [
-    "Collector",
-    "InputGrads",
-    "Inputs",
-    "compact",
-    "copy_state",
-    "flatten",
-    "map_tensors",
-    "tensor_bytes",
-    "unflatten",
-]
+from millpond.errors import RecomputeError
 
 # Structures of the usual trees, one tensor and flat tuples of tensors, which must not cost a walk at every step.
 _TENSOR = "a tensor"
@@ -203,14 +191,9 @@ class Collector:
 class InputGrads:
     """Gradients of the inputs, gathered step by step in the form of `Inputs.leaves`."""
 
-    def __init__(self, inputs: Inputs, wanted: list[bool]) -> None:
+    def __init__(self, inputs: Inputs) -> None:
         self._inputs = inputs
-        self._wanted = wanted
         self.grads: list[Tensor | None] = [None] * len(inputs.leaves)
-
-    def wants(self, step: int, leaf: int) -> bool:
-        """Whether the given leaf of a step needs a gradient."""
-        return self._wanted[self._inputs.index(step, leaf)]
 
     def put(self, step: int, leaf: int, grad: Tensor | None) -> None:
         """Take the gradient of one leaf of one step."""

@@ -1,6 +1,6 @@
-"""The mixed optimum: a table of least forward counts F(t, m, s) for storing hidden and internal states together.
+"""The mixed optimum: a table of minimum forward counts F(t, m, s) for storing hidden and internal states together.
 
-With h and a what a hidden and an internal state cost, in units of memory, F(t, m, s) = t for t <= 1, else the least of
+With h and a what a hidden and an internal state cost, in units of memory, F(t, m, s) = t for t <= 1, else the minimum of
 
     t (t + 1) / 2                                             sweep again for every step
     m >= h:           min_y  y + F(t-y, m-h, 1) + F(y, m, s)     store a hidden state behind step y
@@ -22,8 +22,6 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-
-__all__ = ["MOST_STEPS", "Move", "Table", "build_table", "fits_exactly", "mixed_table"]
 
 Counts: TypeAlias = npt.NDArray[np.int32]
 Levels: TypeAlias = npt.NDArray[np.int64]
@@ -188,8 +186,8 @@ class _Moves:
     def on(cls, levels: Levels, h: int, a: int) -> _Moves:
         """A stored hidden state becomes the start state of the right part, so its memory stays counted there."""
 
-        def left(cost: int, least: int) -> Levels:
-            return levels.searchsorted(levels[levels.searchsorted(least) :] - cost, side="right") - 1
+        def left(cost: int, first: int) -> Levels:
+            return levels.searchsorted(levels[levels.searchsorted(first) :] - cost, side="right") - 1
 
         without = _Split(1, left(0, h), 0), _Split(0, left(a, a), 1)
         with_start = _Split(1, left(h, 2 * h), 0), _Split(0, left(h + a, h + a), 1)
@@ -230,11 +228,11 @@ def _fill_exact(counts: Counts, moves: _Moves) -> None:
             for split, beyond in right[s]:
                 if not len(beyond):
                     continue
-                least = rows - len(beyond)
+                first = rows - len(beyond)
                 costs = scratch[: len(beyond) * (t - 1)].reshape(len(beyond), t - 1)
-                np.add(shifted[s, least:, 1 - split.back : t - split.back], beyond[:, steps - t + 1 :], out=costs)
+                np.add(shifted[s, first:, 1 - split.back : t - split.back], beyond[:, steps - t + 1 :], out=costs)
                 # `shifted` counts y - back steps for running to y.
-                np.minimum(best[least:], costs.min(axis=1) + split.back, out=best[least:])
+                np.minimum(best[first:], costs.min(axis=1) + split.back, out=best[first:])
             if s:
                 _swap(best, counts, t, moves.swap)
             counts[s, :, t] = best
@@ -256,13 +254,13 @@ def _fill_windowed(padded: Counts, counts: Counts, w: int, moves: _Moves) -> Non
             for split, at in last[s]:
                 if not len(at):
                     continue
-                least = rows - len(at)
-                costs = windows[s, np.arange(least, rows), at - split.back]
+                first = rows - len(at)
+                costs = windows[s, np.arange(first, rows), at - split.back]
                 costs += windows[split.start, split.right, t - at][:, ::-1]
                 costs += offsets
                 move = costs.argmin(axis=1)
                 found = costs[np.arange(len(at)), move] + at
-                np.minimum(best[least:], found, out=best[least:], casting="unsafe")
+                np.minimum(best[first:], found, out=best[first:], casting="unsafe")
                 at += move - w
                 np.clip(at, 1, t - 1, out=at)
             if s:
@@ -272,5 +270,5 @@ def _fill_windowed(padded: Counts, counts: Counts, w: int, moves: _Moves) -> Non
 
 def _swap(best: Counts, counts: Counts, t: int, left: Levels) -> None:
     """The last line of the recurrence, for all rows at once."""
-    least = len(best) - len(left)
-    np.minimum(best[least:], counts[0, left, t - 1] + 1, out=best[least:])
+    first = len(best) - len(left)
+    np.minimum(best[first:], counts[0, left, t - 1] + 1, out=best[first:])

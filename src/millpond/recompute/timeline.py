@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from millpond.recompute.errors import RecomputeError
+from millpond.errors import RecomputeError
 from millpond.recompute.schedule import Action, Op
-
-__all__ = ["Stay", "Timeline", "draw"]
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def test_frames_shown_again_make_cells_of_their_own_and_leave_the_other_names_as
         "recent @ 1/4 contiguous",
     ]
     assert [cell.name for cell in again] == [
-        "full @ - contiguous, 4 frames again",
+        "full @ - contiguous, 4 recent frames",
         "last-4-frames @ - contiguous",
-        "recent @ 1/4 contiguous, 4 frames again",
+        "recent @ 1/4 contiguous, 4 recent frames",
     ]

@@ -56,7 +56,7 @@ def test_another_study_does_not_mix_with_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--questions", "colour,taste"], "no question family is called 'taste'"),
+        (["--questions", "colour,taste"], "no question type is called 'taste'"),
         (["--level", "easy"], "'easy'"),
         (["--budgets", "half"], "half"),
         (["--policies", "wisdom"], "no policy is called 'wisdom'"),

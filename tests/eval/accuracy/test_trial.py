@@ -1,6 +1,7 @@
 """A trial is what a session does: the same answers, one look at each frame group, a refusal where the budget is too small."""
 
 import copy
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -52,10 +53,10 @@ def test_marks_are_the_answers_of_a_session(minnow: Family, stream: Stream) -> N
     full = 48 * 16 * minnow.geometry.kv_bytes_per_token
     session = Session(minnow, budget=full // 4, policy="infinipot-v", positions="contiguous")
     session.feed(stream.frames())
-    asked = [question for question in stream.questions if question.family in SUPPORTED]
+    asked = [question for question in stream.questions if question.type in SUPPORTED]
     right = [session.ask(question.text, max_new_tokens=4).text.strip() == question.answer for question in asked]
     assert [mark.right for mark in outcome.marks] == right
-    assert [mark.family for mark in outcome.marks] == [question.family for question in asked]
+    assert [mark.type for mark in outcome.marks] == [question.type for question in asked]
     ages = [None if q.event_seconds is None else q.ask_seconds - q.event_seconds for q in asked]
     assert [mark.age for mark in outcome.marks] == ages
     assert outcome.full_cache_bytes == full
@@ -107,10 +108,10 @@ def test_a_budget_too_small_for_a_policy_is_told_too(minnow: Family, stream: Str
     assert "the minimum that works is" in outcome.refused
 
 
-def test_question_families_are_chosen(minnow: Family, stream: Stream) -> None:
+def test_question_types_are_chosen(minnow: Family, stream: Stream) -> None:
     cells = read_cells(["full"], [], "absolute")
     (outcome,) = watch(minnow, stream, cells, ("colour", "then"))
-    assert {mark.family for mark in outcome.marks} <= {"colour"}, "two-turn questions are not asked"
+    assert {mark.type for mark in outcome.marks} <= {"colour"}, "two-turn questions are not asked"
     assert np.isfinite(outcome.seconds_decoder)
 
 
@@ -131,7 +132,7 @@ def test_cells_that_share_blocks_give_what_they_give_alone(
     blocks, runs[:] = sum(count % 16 == 0 for count in runs), []
     alone = [outcome for cell in cells for outcome in watch(counting, stream, [cell], ["where", "now"])]
     for ours, own in zip(together, alone, strict=True):
-        mine, theirs = ours.to_dict(), own.to_dict()
+        mine, theirs = asdict(ours), asdict(own)
         assert {key: mine[key] for key in mine if "seconds" not in key} == {
             key: theirs[key] for key in theirs if "seconds" not in key
         }

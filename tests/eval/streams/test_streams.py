@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millpond.errors import SourceError
-from millpond.eval.streams import FAMILIES, FPS, LEVELS, SPLITS, generate
+from millpond.eval.streams import FPS, LEVELS, QUESTION_TYPES, SPLITS, generate
 from millpond.eval.streams.digits import digit_indices, digit_value
 from millpond.eval.streams.drawing import DIGIT, OBJECTS, Scene, Sight
 
@@ -60,32 +60,32 @@ def test_answers_agree_with_a_brute_force_reading_of_the_groups(seed: int, level
     kinds = {OBJECTS[s.kind] for sights in shown for s in sights}
     for question in stream.questions:
         last_word = question.text.rstrip("?").split()[-1]
-        if question.family == "appear":
+        if question.type == "appear":
             assert (question.answer == "yes") == (question.text.split()[2] in kinds)
-        if question.family == "first":
+        if question.type == "first":
             assert question.answer == next(OBJECTS[sights[0].kind] for sights in shown if sights)
-        if question.family == "now":
+        if question.type == "now":
             assert [OBJECTS[s.kind] for s in shown[-1]] == ([] if question.answer == "nothing" else [question.answer])
-        if question.family == "where":
+        if question.type == "where":
             cells = {s.cell for sights in shown for s in sights if OBJECTS[s.kind] == last_word}
             (cell,) = cells
             down, right = cell // 4 >= 2, cell % 4 >= 2
             assert question.answer == f"{'bottom' if down else 'top'}-{'right' if right else 'left'}"
-        if question.family == "digit":
+        if question.type == "digit":
             (image,) = {s.image for sights in shown for s in sights if s.kind == DIGIT}
             assert question.answer == str(digit_value(image))
 
 
-def test_every_family_is_asked_and_seconds_are_those_of_the_stream() -> None:
-    asked = {q.family: q for seed in range(30) for q in generate(seed, level="hard").questions}
-    assert set(asked) == set(FAMILIES)
+def test_every_type_is_asked_and_seconds_are_those_of_the_stream() -> None:
+    asked = {q.type: q for seed in range(30) for q in generate(seed, level="hard").questions}
+    assert set(asked) == set(QUESTION_TYPES)
     assert all(q.ask_seconds == 64.0 for q in asked.values())
     assert all(q.event_seconds is None or 0 <= q.event_seconds < 64 for q in asked.values())
     assert asked["then"].earlier is not None
 
 
 def test_yes_and_no_are_about_as_frequent() -> None:
-    answers = [q.answer for seed in range(300) for q in generate(seed).questions if q.family == "appear"]
+    answers = [q.answer for seed in range(300) for q in generate(seed).questions if q.type == "appear"]
     assert 0.4 < answers.count("yes") / len(answers) < 0.6
 
 

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
 
 from millpond import policies
+from millpond.config import Positions
 from millpond.errors import BudgetError
 from millpond.memory.budget import format_bytes, parse_bytes
-
-__all__ = ["LAST_FRAMES", "REFERENCES", "Cell", "read_budget", "read_cells"]
 
 LAST_FRAMES = "last-4-frames"
 """Not a policy: the model sees the last four frames before a question and nothing else, in a full cache."""
 REFERENCES = ("full", LAST_FRAMES, "uniform", "recent")
 """In every table: what forgetting nothing, remembering nothing and not looking at content are worth."""
-
-Positions = Literal["absolute", "contiguous"]
 
 
 @dataclass(frozen=True)
@@ -38,8 +34,8 @@ class Cell:
     @property
     def name(self) -> str:
         """Unique, readable, and what a resumed study recognises a finished trial by."""
-        again = f", {self.recent_frames} frames again" if self.recent_frames else ""
-        return f"{self.policy} @ {'-' if self.budget is None else self.budget} {self.positions}{again}"
+        recent = f", {self.recent_frames} recent frames" if self.recent_frames else ""
+        return f"{self.policy} @ {'-' if self.budget is None else self.budget} {self.positions}{recent}"
 
     @property
     def budget_name(self) -> str:
@@ -84,6 +80,6 @@ def read_cells(names: list[str], budgets: list[str], positions: Positions, recen
         if name != LAST_FRAMES and policies.read(name).capped:
             cells += [Cell(name, share, positions, recent_frames) for share in shares]
         else:
-            # The last frames by themselves are the reference without a memory: nothing to show once more.
+            # The last frames by themselves are the reference without a memory: no recent frames to show.
             cells.append(Cell(name, None, positions, 0 if name == LAST_FRAMES else recent_frames))
     return list(dict.fromkeys(cells))

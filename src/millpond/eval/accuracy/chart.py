@@ -8,8 +8,6 @@ from typing import Any
 
 from millpond.errors import MillpondError
 
-__all__ = ["draw"]
-
 
 def draw(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     """Write a PNG: all questions on the left, those about the past on the right, bars of 95 %.
@@ -27,8 +25,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     for axes, key, name in ((left, "all", "all questions"), (right, "past", "questions about the past")):
         capped: dict[str, list[dict[str, Any]]] = {}
         for row in shown:
-            again = f", {row['recent_frames']} frames again" if row["recent_frames"] else ""
-            label = f"{row['policy']}, {row['positions']}{again}"
+            recent = f", {row['recent_frames']} recent frames" if row["recent_frames"] else ""
+            label = f"{row['policy']}, {row['positions']}{recent}"
             if row["budget_bytes"] is None:
                 style = "-" if row["policy"] == "full" else "--"
                 axes.axhline(100 * row[key]["share"], color="grey", linestyle=style, linewidth=1, label=label)

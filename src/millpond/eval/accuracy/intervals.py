@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Accuracy", "clustered", "difference", "holm", "sign_flips", "wilson"]
-
 _Z = 1.959964
 
 
@@ -28,13 +26,9 @@ class Accuracy:
     high: float
 
 
-def wilson(right: int, asked: int) -> Accuracy:
-    """The score interval of Wilson (1927) at 95 %, for questions that are independent of each other."""
-    return _wilson(right, asked, asked)
-
-
-def _wilson(right: int, asked: int, effective: float) -> Accuracy:
-    """Wilson's interval of the share as if it came from `effective` independent questions."""
+def wilson(right: int, asked: int, effective: float | None = None) -> Accuracy:
+    """The score interval of Wilson (1927) at 95 %, as if the share came from `effective` independent questions: all, by default."""
+    effective = asked if effective is None else effective
     if asked == 0 or effective <= 0:
         return Accuracy(right, asked, round(right / max(asked, 1), 4), 0.0, 1.0)
     share, size = right / asked, effective
@@ -56,12 +50,12 @@ def clustered(streams: Sequence[tuple[int, int]]) -> Accuracy:
     counts = np.array([pair for pair in streams if pair[1]], dtype=np.float64).reshape(-1, 2)
     right, asked = (int(total) for total in counts.sum(axis=0))
     if len(counts) < 2:
-        return _wilson(right, asked, 0)
+        return wilson(right, asked, 0)
     share = right / asked
     between = _ratio_variance(counts[:, 0], counts[:, 1])
     alone = share * (1 - share) / asked
     effect = max(1.0, between / alone) if alone else 1.0
-    return _wilson(right, asked, asked / effect * (_Z / _student(len(counts) - 1)) ** 2)
+    return wilson(right, asked, asked / effect * (_Z / _student(len(counts) - 1)) ** 2)
 
 
 def difference(streams: Sequence[tuple[int, int]]) -> tuple[float, float, float]:
@@ -71,7 +65,7 @@ def difference(streams: Sequence[tuple[int, int]]) -> tuple[float, float, float]
         streams: (questions that only one of the two answered right less those that only the other did, asked) of each stream.
 
     Returns:
-        The difference, its least and its largest value; -1 to 1 for fewer than two streams.
+        The difference, its smallest and its largest value; -1 to 1 for fewer than two streams.
     """
     counts = np.array([pair for pair in streams if pair[1]], dtype=np.float64).reshape(-1, 2)
     if not len(counts):

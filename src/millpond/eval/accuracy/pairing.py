@@ -1,4 +1,4 @@
-"""Two cells on the same questions of the same streams: surer than two intervals side by side. Knows only outcomes."""
+"""Two cells on the same questions of the same streams: surer than two intervals side by side. Knows nothing about policies or models."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from millpond.eval.accuracy.intervals import difference, sign_flips
 from millpond.eval.accuracy.trial import Outcome
-
-__all__ = ["Paired", "paired"]
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,6 @@ from millpond.eval.accuracy.cell import Cell
 from millpond.eval.accuracy.trial import Outcome, watch
 from millpond.eval.streams import generate
 
-__all__ = ["Study", "run"]
-
 _SETTINGS, _OUTCOMES = "study.json", "outcomes.jsonl"
 
 
@@ -31,7 +29,7 @@ class Study:
         model: as `millpond.models.load` takes it.
         streams: how many, seeds 0 ... streams - 1.
         groups, level, split: as in `millpond.eval.streams.generate`.
-        questions: question families to ask.
+        questions: question types to ask.
     """
 
     model: str
@@ -82,7 +80,7 @@ def run(study: Study, cells: Sequence[Cell], folder: Path, *, processes: int = 2
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
                     for outcome in future.result():
-                        file.write(json.dumps(outcome.to_dict()) + "\n")
+                        file.write(json.dumps(asdict(outcome)) + "\n")
                         left -= 1
                 file.flush()
                 yield total - left, total

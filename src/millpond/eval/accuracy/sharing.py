@@ -1,6 +1,6 @@
 """What all cells of a stream have in common, run once: the vision tower, and the decoder until a session forgets its first token.
 
-Until then every policy under every budget holds the same memory. Knows families and ponds; nothing about policies or questions.
+Until then every policy under every budget holds the same memory. Knows model families and ponds; nothing about policies or questions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from millpond.cache import Pond
@@ -22,8 +21,6 @@ from millpond.models.base import Tokens
 if TYPE_CHECKING:
     from millpond.models.base import Family
     from millpond.models.query_recorder import See
-
-__all__ = ["SharedStream"]
 
 
 @dataclass(frozen=True)
@@ -66,14 +63,7 @@ class SharedStream:
             if times not in self._seen:
                 self._seen[times] = self._look(frames[first : first + size], list(times))
             parts.append(self._seen[times])
-        deep = zip(*(part.deepstack for part in parts), strict=True)
-        return Tokens(
-            embeds=torch.cat([part.embeds for part in parts]),
-            grid_position=torch.cat([part.grid_position for part in parts]),
-            time_us=torch.cat([part.time_us for part in parts]),
-            visual=torch.cat([part.visual for part in parts]),
-            deepstack=tuple(torch.cat(layer) for layer in deep),
-        )
+        return Tokens.join(parts)
 
     @contextmanager
     def _showing_queries(self, see: See, *, before: bool = False) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""From outcomes to figures: accuracy with intervals per cell, question family and age. Knows nothing about models or files."""
+"""From outcomes to figures: accuracy with intervals per cell, question type and age. Knows nothing about models or files."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from millpond.eval.accuracy.trial import Mark, Outcome
 from millpond.memory.budget import format_bytes
 from millpond.policies import DEFAULT_POLICY
 
-__all__ = ["AGES", "PAST_SECONDS", "markdown", "summarise"]
-
 AGES = (4.0, 16.0, 64.0, 256.0, 1024.0)
 """Upper bounds in seconds of the classes of age, from an event to its question; above the last there is one more."""
 PAST_SECONDS = 16.0
@@ -25,7 +23,7 @@ PAST_SECONDS = 16.0
 
 
 def summarise(cells: Sequence[Cell], outcomes: Iterable[Outcome], questions: Sequence[str]) -> list[dict[str, Any]]:
-    """One row per cell, in the order of `cells`: accuracy over all questions, per family, per age, and what it cost.
+    """One row per cell, in the order of `cells`: accuracy over all questions, per question type, per age, and what it cost.
 
     Intervals are clustered by stream (`millpond.eval.accuracy.intervals`). Seconds are medians over the streams. Where the default policy
     was measured under the same budget, `against_default` compares the two on the same questions; its `p_holm` is adjusted for all
@@ -63,7 +61,8 @@ def _row(cell: Cell, outcomes: list[Outcome], questions: Sequence[str]) -> dict[
     row |= {
         "all": _share(seen),
         "past": _share(seen, lambda mark: mark.age is not None and mark.age >= PAST_SECONDS),
-        "families": {name: _share(seen, lambda mark, name=name: mark.family == name) for name in questions},  # type: ignore[misc]
+        # Called so in every result that is stored.
+        "families": {name: _share(seen, lambda mark, name=name: mark.type == name) for name in questions},  # type: ignore[misc]
         "ages": {
             label: _share(seen, lambda mark, low=low, high=high: mark.age is not None and low <= mark.age < high)  # type: ignore[misc]
             for label, low, high in _age_classes()
@@ -92,7 +91,7 @@ def _age_classes() -> list[tuple[str, float, float]]:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Three tables: overall, by question family, by age. Per cent, with the 95 % interval where there is room."""
+    """Three tables: overall, by question type, by age. Per cent, with the 95 % interval where there is room."""
     shown = [row for row in rows if row["streams"]]
     parts = [_overall(rows)]
     for key, title in (("families", "By question"), ("ages", "By seconds from the event to the question")):
@@ -106,18 +105,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _overall(rows: Sequence[dict[str, Any]]) -> str:
-    head = [
-        "policy",
-        "budget",
-        "streams",
-        "all",
-        "95 %",
-        "past",
-        "95 %",
-        f"against {DEFAULT_POLICY}: won, lost",
-        "p (Holm)",
-    ]
-    head += ["peak", "scratch", "memory tokens", "compaction, s", "/ decoder"]
+    head = ["policy", "budget", "streams", "all", "95 %", "past", "95 %", f"against {DEFAULT_POLICY}: won, lost"]
+    head += ["p (Holm)", "peak", "scratch", "memory tokens", "compaction, s", "/ decoder"]
     lines = [_line(head), _line(["---"] * len(head))]
     for row in rows:
         if not row["streams"]:
@@ -136,7 +125,7 @@ def _overall(rows: Sequence[dict[str, Any]]) -> str:
 
 def _policy(row: dict[str, Any]) -> str:
     marks = [] if row["positions"] == "contiguous" else [row["positions"]]
-    marks += [f"{row['recent_frames']} frames again"] if row["recent_frames"] else []
+    marks += [f"{row['recent_frames']} recent frames"] if row["recent_frames"] else []
     return f"{row['policy']} ({', '.join(marks)})" if marks else row["policy"]
 
 

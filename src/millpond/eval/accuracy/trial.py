@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,14 +18,12 @@ from millpond.session import Session
 if TYPE_CHECKING:
     from millpond.models.base import Family
 
-__all__ = ["Mark", "Outcome", "watch"]
-
 
 @dataclass(frozen=True)
 class Mark:
-    """One answer: its question's family, seconds from the event to the question (None: it rests on no event), and whether it was right."""
+    """One answer: its question's type, seconds from the event to the question (None: it rests on no event), and whether it was right."""
 
-    family: str
+    type: str
     age: float | None
     right: bool
 
@@ -57,9 +55,6 @@ class Outcome:
     seconds_compaction: float = 0.0
     seconds_decoder: float = 0.0
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> Outcome:
         return cls(**{**row, "marks": [Mark(**mark) for mark in row["marks"]]})
@@ -69,7 +64,7 @@ def watch(family: Family, stream: Stream, cells: Iterable[Cell], questions: Sequ
     """Run the stream through each cell.
 
     Args:
-        questions: the question families to ask; two-turn questions are left out.
+        questions: the question types to ask; two-turn questions are left out.
     """
     frames = list(stream.frames())
     shared = SharedStream(family)
@@ -100,11 +95,11 @@ def _run(
         return Outcome(stream.seed, cell.name, refused=str(error))
     spared, marks = shared.spared, []
     for question in stream.questions:
-        if question.family not in questions or question.earlier is not None:
+        if question.type not in questions or question.earlier is not None:
             continue
         answer = session.ask(question.text, max_new_tokens=4)
         age = None if question.event_seconds is None else question.ask_seconds - question.event_seconds
-        marks.append(Mark(question.family, age, answer.text.strip().lower() == question.answer.lower()))
+        marks.append(Mark(question.type, age, answer.text.strip().lower() == question.answer.lower()))
     usage = session.usage
     return Outcome(
         seed=stream.seed,

@@ -14,8 +14,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FILE", "digit_indices", "digit_mask", "digit_value"]
-
 FILE = Path(__file__).with_name("digits.npz")
 
 

@@ -14,9 +14,8 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from millpond.errors import SourceError
 from millpond.eval.streams.digits import digit_mask
-
-__all__ = ["CELLS", "COLOURS", "DIGIT", "EDGE", "LEVELS", "OBJECTS", "Level", "Scene", "Sight", "level_named"]
 
 EDGE = 64
 CELLS = 16
@@ -73,8 +72,6 @@ def level_named(name: str) -> Level:
     Raises:
         SourceError: there is none.
     """
-    from millpond.errors import SourceError
-
     if name not in LEVELS:
         raise SourceError(f"no difficulty level is called {name!r}; there are: {', '.join(LEVELS)}")
     return LEVELS[name]

@@ -1,7 +1,7 @@
 """What happens in a stream: which object shows where, from which temporal group on and for how long.
 
 A group is two frames, one second. Every object keeps one colour through a stream, no two events begin or end together, and no two
-visible objects share a cell. Knows nothing about drawing or questions.
+visible objects share a cell. Draws nothing, and knows nothing about questions.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 
 from millpond.eval.streams.digits import digit_indices, digit_value
 from millpond.eval.streams.drawing import CELLS, COLOURS, DIGIT, OBJECTS, Level, Sight
-
-__all__ = ["Event", "label_grid", "plan"]
 
 _DIGIT_SHARE = 0.7
 _LONGEST = 4
@@ -67,8 +65,8 @@ def plan(rng: np.random.Generator, groups: int, level: Level, split: str) -> tup
     hours. Half of the streams gather their events in bursts.
     """
     minimum, most = level.events
-    room = max(2, groups // 2)
-    kinds = _kinds(rng, min(int(rng.integers(minimum, most + 1)), room, len(OBJECTS)))
+    most_events = max(2, groups // 2)
+    kinds = _kinds(rng, min(int(rng.integers(minimum, most + 1)), most_events, len(OBJECTS)))
     colours = _colours(rng, kinds)
     images = digit_indices(split)
     looks = [
@@ -77,7 +75,7 @@ def plan(rng: np.random.Generator, groups: int, level: Level, split: str) -> tup
     ]
     order = list(range(len(looks)))
     for index in range(len(looks)):
-        while len(order) < room and rng.random() < level.repeats:
+        while len(order) < most_events and rng.random() < level.repeats:
             order.insert(int(rng.integers(order.index(index) + 1, len(order) + 1)), index)
     # The same object twice in a row would be one appearance with a gap.
     order = [look for at, look in enumerate(order) if at == 0 or order[at - 1] != look]
@@ -144,7 +142,7 @@ def _walk(rng: np.random.Generator, length: int, taken: set[int], *, moves: bool
             for r, c in ((row + 1, col), (row - 1, col), (row, col + 1), (row, col - 1))
             if 0 <= r < 4 and 0 <= c < 4
         ]
-        near = [place for place in near if place not in taken]
+        near = [other for other in near if other not in taken]
         if moves and near:
             cell = int(rng.choice(near))
         cells.append(cell)

@@ -13,8 +13,6 @@ from millpond.eval.streams.digits import digit_value
 from millpond.eval.streams.drawing import DIGIT, OBJECTS
 from millpond.eval.streams.events import Event
 
-__all__ = ["FAMILIES", "Question", "ask", "questions_of"]
-
 _COUNTS = ("once", "twice", "3")
 
 
@@ -23,14 +21,14 @@ class Question:
     """One question about a stream.
 
     Attributes:
-        family: a key of FAMILIES.
+        type: a key of QUESTION_TYPES.
         text, answer: as asked, and the one right word.
         event_seconds: when the latest event that the answer rests on began; None where it rests on none.
         ask_seconds: when to ask: the end of the last frame.
         earlier: (question, answer) of the turn before, for questions that refer to it.
     """
 
-    family: str
+    type: str
     text: str
     answer: str
     event_seconds: float | None
@@ -145,7 +143,7 @@ def _then(events: Sequence[Event], groups: int) -> list[_Draft]:
     ]
 
 
-FAMILIES: dict[str, Callable[[Sequence[Event], int], list[_Draft]]] = {
+QUESTION_TYPES: dict[str, Callable[[Sequence[Event], int], list[_Draft]]] = {
     "colour": _colour,
     "object": _object,
     "where": _where,
@@ -160,21 +158,21 @@ FAMILIES: dict[str, Callable[[Sequence[Event], int], list[_Draft]]] = {
     "when": _when,
     "then": _then,
 }
-"""Every question family, by name; each function drafts all questions of its family that a time line has one answer to."""
+"""Every question type, by name; each function drafts all questions of its type that a time line has one answer to."""
 
 
 def ask(
-    rng: np.random.Generator, events: Sequence[Event], groups: int, family: str, seconds_a_group: float = 1.0
+    rng: np.random.Generator, events: Sequence[Event], groups: int, kind: str, seconds_a_group: float = 1.0
 ) -> Question | None:
-    """One question of that family, picked at random; None where the time line has none with a single answer."""
-    drafts = FAMILIES[family](events, groups)
+    """One question of the type `kind`, picked at random; None where the time line has none with a single answer."""
+    drafts = QUESTION_TYPES[kind](events, groups)
     if not drafts:
         return None
     draft = drafts[int(rng.integers(len(drafts)))]
     began = None if draft.event is None else draft.event.start * seconds_a_group
-    return Question(family, draft.text, draft.answer, began, groups * seconds_a_group, draft.earlier)
+    return Question(kind, draft.text, draft.answer, began, groups * seconds_a_group, draft.earlier)
 
 
 def questions_of(rng: np.random.Generator, events: Sequence[Event], groups: int) -> tuple[Question, ...]:
-    """One question of each family that has one."""
-    return tuple(question for family in FAMILIES if (question := ask(rng, events, groups, family)) is not None)
+    """One question of each type that has one."""
+    return tuple(question for kind in QUESTION_TYPES if (question := ask(rng, events, groups, kind)) is not None)

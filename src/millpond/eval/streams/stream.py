@@ -19,8 +19,6 @@ from millpond.eval.streams.drawing import DIGIT, Scene, level_named
 from millpond.eval.streams.events import Event, plan
 from millpond.eval.streams.questions import Question, questions_of
 
-__all__ = ["FPS", "SPLITS", "Stream", "generate"]
-
 FPS = 2.0
 """Frames per second; a temporal group is two frames, one second."""
 SPLITS = {"train": 0, "validation": 1, "test": 2}
@@ -35,7 +33,7 @@ class Stream:
     Attributes:
         seed, groups, level, split: what it was made from; the same four give the same stream.
         events: what happens, in order of start; `start` counts groups, which last one second.
-        questions: one of each family that has one with a single answer.
+        questions: one of each type that has one with a single answer.
     """
 
     seed: int

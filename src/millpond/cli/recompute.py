@@ -1,7 +1,4 @@
-"""`millpond recompute plan`: what a budget costs in forward evaluations, and the picture of what is stored when.
-
-Knows how to print a plan; nothing about how it is made.
-"""
+"""`millpond recompute plan`: what a budget costs in forward evaluations, and the picture of what is stored when."""
 
 from __future__ import annotations
 
@@ -11,11 +8,9 @@ from typing import Annotated
 
 import typer
 
-from millpond.errors import MillpondError
+from millpond.cli.options import JsonFlag
 from millpond.memory.budget import format_bytes, parse_bytes
 from millpond.recompute.plans import Plan, Strategy, plan
-
-__all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Backpropagation through time inside an activation budget.")
 
@@ -35,26 +30,22 @@ def plan_command(
     strategy: Annotated[Strategy, typer.Option(help="What to store.")] = "auto",
     width: Annotated[int, typer.Option(help="Columns of the drawing.", min=10)] = 96,
     png: Annotated[Path | None, typer.Option(help="Also draw the timeline into this file (needs matplotlib).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Plan backpropagation through LENGTH steps: forward evaluations, peak bytes, and what is stored when.
 
     Measure the two sizes on a real step with `millpond.recompute.measure`.
     """
-    try:
-        made = plan(
-            length=length,
-            budget=budget,
-            slots=slots,
-            hidden_bytes=parse_bytes(hidden_bytes),
-            internal_bytes=parse_bytes(internal_bytes),
-            strategy=strategy,
-        )
-        if png is not None:
-            made.timeline.save_png(png, title=_headline(made))
-    except MillpondError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+    made = plan(
+        length=length,
+        budget=budget,
+        slots=slots,
+        hidden_bytes=parse_bytes(hidden_bytes),
+        internal_bytes=parse_bytes(internal_bytes),
+        strategy=strategy,
+    )
+    if png is not None:
+        made.timeline.save_png(png, title=_headline(made))
     typer.echo(json.dumps(made.to_dict()) if as_json else describe(made, width))
 
 
@@ -75,5 +66,5 @@ def describe(made: Plan, width: int = 96) -> str:
 
 
 def _headline(made: Plan) -> str:
-    room = f"{made.slots} slots" if made.budget_bytes is None else format_bytes(made.budget_bytes)
-    return f"{made.length} steps inside {room}, storing {made.strategy} states"
+    memory = f"{made.slots} slots" if made.budget_bytes is None else format_bytes(made.budget_bytes)
+    return f"{made.length} steps inside {memory}, storing {made.strategy} states"
