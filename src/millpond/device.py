@@ -21,7 +21,7 @@ from millpond.precision.device_budget import DeviceSplit, Workspace, split_devic
 from millpond.precision.folder import is_quantized
 from millpond.stream.runner import Runner
 
-__all__ = ["DEFAULT_FRAME", "DevicePlan", "default_budget", "least_budget", "load_within", "plan_device"]
+__all__ = ["DEFAULT_FRAME", "DevicePlan", "default_budget", "load_within", "minimum_budget", "plan_device"]
 
 DEFAULT_FRAME = (480, 640)
 """Height and width of a frame where nobody says."""
@@ -62,7 +62,7 @@ def plan_device(
     if folder is not None and is_quantized(folder):
         weights = weight_bytes(Path(folder))
     lightest = weights if isinstance(weights, int) else min(weights.values())
-    minimum = least_budget(family, grid, config)
+    minimum = minimum_budget(family, grid, config)
     # A larger stream runs in larger blocks, which take more workspace: the workspace is planned for a stream of at most so many
     # bytes, for a few such limits, and the one that leaves the stream most is taken.
     ratio = max(1.0, (memory - lightest) / minimum)
@@ -135,7 +135,7 @@ def load_within(
     return family, None if split is None else split.kv
 
 
-def least_budget(family: Family, grid: Grid, config: SessionConfig) -> int:
+def minimum_budget(family: Family, grid: Grid, config: SessionConfig) -> int:
     """The minimum budget in bytes with which a stream of such frames works."""
     minimum = 1
     for _ in range(2):  # for the prompt alone, then for frames
@@ -164,7 +164,7 @@ def default_budget(
         BudgetError: not even the minimum that works would be free.
     """
     grid = family.grid(*frame)
-    minimum = least_budget(family, grid, config)
+    minimum = minimum_budget(family, grid, config)
     check_memory(minimum, family.device)
     there = available_memory(family.device)
     most = max(minimum, there // 2 if there is not None else minimum * 1024)

@@ -206,7 +206,7 @@ class Session:
             turn: Turn | None = None
             try:
                 with self._changing():
-                    self._runner.settle()
+                    self._runner.finish_roll_back()
                     self._runner.check_model()
                     turn = Turn(self._runner, self._ingest, remember=remember)
                     pieces = turn.run(question, max_new_tokens)
@@ -290,7 +290,7 @@ class Session:
     def _exclusive(self) -> Iterator[None]:
         """Nobody else's turn, and nobody reads meanwhile."""
         with self._turn.held(), self._changing():
-            self._runner.settle()
+            self._runner.finish_roll_back()
             yield
 
     @contextmanager

@@ -34,7 +34,7 @@ WIDTH, ROWS, COLS, STEP = 8, 2, 2, 4
 ROPE = Rope(1.0 / (10_000 ** (torch.arange(0, WIDTH, 2).float() / WIDTH)), torch.tensor([0, 0, 1, 2]), limit=600)
 WATCHED = {
     *map(str, Path(cache.__file__).parent.rglob("*.py")),
-    *files_of("millpond.memory.resumable", "millpond.policies.merging", "millpond.policies.matching"),
+    *files_of("millpond.memory.resumable", "millpond.policies.scoring.merging", "millpond.policies.scoring.matching"),
 }
 FAULTS = (RuntimeError, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError)
 
@@ -150,8 +150,8 @@ def state(one: Scene) -> list[Any]:
         out += [layer.length, layer.capacity, {tensor.shape[1] for tensor in layer.tensors()}]
         tensors += [tensor[:, : layer.length] for tensor in layer.tensors()]
         if isinstance(layer, MixedPrecisionLayer):
-            out += [layer.quantized_store.groups, layer.quantized_store.capacity]
-            tensors += [tensor[:, : layer.quantized_store.groups] for tensor in layer.quantized_store.tensors()]
+            out += [layer.store.groups, layer.store.capacity]
+            tensors += [tensor[:, : layer.store.groups] for tensor in layer.store.tensors()]
     if pond.host is not None:
         host = pond.host
         out += [host.ring, host.span, host._moved.tolist()]

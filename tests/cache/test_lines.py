@@ -94,7 +94,7 @@ def test_an_account_holds_what_its_lines_grant_and_no_more() -> None:
     ledger.hold("scratch", 100)
     with pytest.raises(BudgetError, match="over the budget of 100"):
         ledger.hold("scratch", 101)
-    ledger.settle(None, [*LINES, Line("undo", 0, 7, "")])
+    ledger.adopt(None, [*LINES, Line("undo", 0, 7, "")])
     with pytest.raises(BudgetError, match="grants it 49"):
         ledger.hold("scratch", 50)
     ledger.hold("undo", 7)

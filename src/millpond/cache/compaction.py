@@ -21,7 +21,7 @@ from millpond.errors import BudgetError, PolicyError
 from millpond.memory.resumable import Mask, Move
 from millpond.policies.allocators.base import apportion
 from millpond.policies.base import View
-from millpond.policies.scoring.matching import carried_scores_of
+from millpond.policies.scoring.matching import match_scores
 
 __all__ = ["choose_groups", "choose_tokens"]
 
@@ -102,7 +102,7 @@ def _hand_on(at: CompactionState, index: int, carried_scores: Tensor) -> Tensor:
         for layer in (at.storage.layers[index], at.storage.layers[index - 1])
         for tensor in (layer.time_us, layer.grid_position)
     ]
-    return carried_scores_of(carried_scores, *tokens)
+    return match_scores(carried_scores, *tokens)
 
 
 def _grant(at: CompactionState, slots: int, protected: Protected) -> list[int]:

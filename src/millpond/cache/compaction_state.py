@@ -1,4 +1,4 @@
-"""What a compaction sees of the pond, and all that it sees: where the tokens lie, what chooses among them, and the books."""
+"""What a compaction sees of the pond, and all that it sees: where the tokens lie, what chooses among them, and the ledger."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class CompactionState:
 
     Attributes:
         storage, plan, policy, ledger, recent, queries, host, rope: as in `millpond.cache.pond.Pond`.
-        settle: sets the pond's own books behind the pass, given what is recent then. Can be repeated.
+        count_pass: sets the pond's own counts after the pass, given what is recent then; can be repeated.
     """
 
     storage: Storage
@@ -34,7 +34,7 @@ class CompactionState:
     queries: ProxyQueries
     host: HostCache | None
     rope: Rope | None
-    settle: Callable[[RecentWindow], None]
+    count_pass: Callable[[RecentWindow], None]
 
     @property
     def tokens(self) -> int:

@@ -355,7 +355,7 @@ class Pond(Transactional, Cache):
 
     def _adopt(self, plan: Plan) -> None:
         self.plan = plan
-        self.ledger.settle(plan.budget if self.policy.capped else None, plan.lines)
+        self.ledger.adopt(plan.budget if self.policy.capped else None, plan.lines)
 
     # --- state --------------------------------------------------------------------------------------------------
 

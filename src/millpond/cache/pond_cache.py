@@ -102,7 +102,7 @@ class PondCache(Pond):
         self._seen += count
         self._newest = count
 
-    def _settle(self) -> None:
+    def _compact_if_full(self) -> None:
         """Compact between forwards, when every layer has the same length and less than `headroom` is free."""
         if self.policy.capped and self.free < self.headroom and self.layers[-1].length == self.length:
             self._newest = 0
@@ -140,11 +140,11 @@ class PondCache(Pond):
         self._newest -= count
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        self._settle()
+        self._compact_if_full()
         return self.quantized_tokens + self.length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        self._settle()
+        self._compact_if_full()
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         return sizes
 

@@ -10,7 +10,7 @@ from millpond.cache.host import HostCacheState
 from millpond.cache.plan import Plan
 from millpond.cache.proxy_queries import QueriesState
 from millpond.cache.recent import RecentWindow
-from millpond.cache.storage.state import StorageState
+from millpond.cache.storage.base import StorageState
 
 __all__ = ["Mark", "PondState"]
 

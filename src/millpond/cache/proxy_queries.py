@@ -5,15 +5,15 @@ Knows nothing about who asks; `millpond.stream.runner` decides whose queries com
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from millpond import ops
-from millpond.cache.storage.layer import PondLayer, turning
+from millpond.cache.storage.layer import PondLayer, rerotation
 from millpond.memory.geometry import Geometry
+from millpond.memory.resumable import Step
 from millpond.positions import Rope
 
 __all__ = ["ProxyQueries", "QueriesState", "accumulate_attention"]
@@ -58,10 +58,10 @@ class ProxyQueries:
         kept.copy_(latest.transpose(0, 1).view_as(kept))
         rope.rotate_(kept, positions[:, -latest.shape[0] :].T)
 
-    def turning(self, rope: Rope, by: Tensor, chunk: int) -> list[Callable[[], None]]:
+    def rerotation(self, rope: Rope, by: Tensor, chunk: int) -> list[Step]:
         """The steps that turn all queries by `by` positions, int64 [axes], `chunk` at a time. See `Steps`."""
         every = [self.layer(index).view(-1, self._geometry.head_dim) for index in range(len(self.counts))]
-        return [turning(rows, rope, by.expand(len(rows), -1), chunk) for rows in every]
+        return [rerotation(rows, rope, by.expand(len(rows), -1), chunk) for rows in every]
 
     def state(self) -> QueriesState:
         """What is noted now."""
@@ -95,4 +95,4 @@ def accumulate_attention(
             rope.rotate_(piece, positions[:, first:last].T)
             rows = piece.reshape(-1, piece.shape[2])
             ops.add_attention(rows, keys[head, :0], keys[head], accumulated_attention[head], chunk, own.repeat(group))
-    layer.credit(accumulated_attention)
+    layer.write_back(accumulated_attention)

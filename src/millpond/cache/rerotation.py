@@ -15,7 +15,7 @@ from torch import Tensor
 
 from millpond.cache.pond import Pond
 from millpond.cache.storage.layer import PondLayer
-from millpond.memory.resumable import Lazy, Steps
+from millpond.memory.resumable import Step, Steps
 from millpond.positions import Clock, Rope
 from millpond.positions.gaps import measure
 
@@ -123,20 +123,20 @@ class _Reanchoring:
         if clock.base is not None:
             by[1:] = -spatial
         heads = [(layer, head) for layer in pond.layers for head in range(layer.positions.shape[0])]
-        rest = pond.queries.turning(rope, by, pond.plan.chunk)
+        rest = pond.queries.rerotation(rope, by, pond.plan.chunk)
         if pond.host is not None:
             rest.append(partial(pond.host.move, pond.host.moved(spatial, temporal)))
         rest.append(partial(vars(clock).update, vars(end)))
-        self._steps = Steps([*(Lazy(partial(self._turning, *each)).run for each in heads), *rest])
+        self._steps = Steps([*(Steps(partial(self._rerotation, *each)).run for each in heads), *rest])
 
     def run(self) -> None:
         with self._pond.ledger.borrow("scratch", self._pond.plan.scratch_bytes):
             self._steps.run()
 
-    def _turning(self, layer: PondLayer, head: int) -> list[Callable[[], None]]:
+    def _rerotation(self, layer: PondLayer, head: int) -> list[Step]:
         by = self._shifts(layer, head).neg_()
-        turning: list[Callable[[], None]] = layer.turning(head, self._rope, by, self._pond.plan.chunk)
-        return turning
+        steps: list[Step] = layer.rerotation(head, self._rope, by, self._pond.plan.chunk)
+        return steps
 
 
 def rope_axes(layer: PondLayer) -> int:

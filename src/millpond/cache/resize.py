@@ -64,7 +64,7 @@ class Resizing:
     """To the new plan, which is `reachable`; or, once the machine has refused memory, back to the old one. A `Move`.
 
     Args:
-        settle: what is left to do when the storage is that of a plan.
+        adopt: what is left to do when the storage is that of a plan.
 
     Attributes:
         refused: why it went back.
@@ -77,7 +77,7 @@ class Resizing:
         old: Plan,
         new: Plan,
         limit: int | None,
-        settle: Callable[[Plan], None],
+        adopt: Callable[[Plan], None],
     ) -> None:
         self.refused: BudgetError | None = None
         slabs = _slabs(storage, new, _longest(storage))
@@ -85,12 +85,12 @@ class Resizing:
         around = storage.relocation(old, new, bool(slabs))
         # A step like the others: a move that is complete must not cap anything again.
         capped = partial(ledger.move, limit)
-        self._pack = Steps([capped, *around.pack])
-        self._forth = Steps([*around.clear, exchange.forth, *around.forth, partial(settle, new)])
-        self._back = Steps([capped, *around.clear, exchange.back, *around.back, partial(settle, old)])
+        self._before = Steps([capped, *around.before])
+        self._forth = Steps([*around.clear, exchange.forth, *around.forth, partial(adopt, new)])
+        self._back = Steps([capped, *around.clear, exchange.back, *around.back, partial(adopt, old)])
 
     def run(self) -> None:
-        self._pack.run()
+        self._before.run()
         if self.refused is None:
             try:
                 self._forth.run()

@@ -115,7 +115,7 @@ def nearest(host: HostCache, index: int, query: Tensor, most: int, chunk: int) -
     device = query.device
     best = torch.empty(0, device=device)
     numbers = torch.empty(0, dtype=torch.int64, device=device)
-    for first, sums, sizes in host.sums(index, max(1, chunk // query.shape[0])):
+    for first, sums, sizes in host.key_sums(index, max(1, chunk // query.shape[0])):
         scores = (sums.to(device) @ query[:, :, None])[:, :, 0].sum(dim=0) / sizes.to(device)
         best = torch.cat([best, scores])
         numbers = torch.cat([numbers, torch.arange(first, first + len(scores), device=device)])

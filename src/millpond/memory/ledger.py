@@ -44,7 +44,7 @@ class Ledger:
         self._cap(limit)
         self._moving = True
 
-    def settle(self, limit: int | None, lines: Iterable[Line]) -> None:
+    def adopt(self, limit: int | None, lines: Iterable[Line]) -> None:
         """From here on a plan's lines are in force, under `limit`."""
         self._granted = _granted(lines)
         self._accounts = dict.fromkeys(self._granted, 0) | self._accounts

@@ -58,20 +58,20 @@ def move_rows(keep: Tensor, tensors: Sequence[Tensor], chunk: int, progress: Pro
     chunks = -(-kept // chunk)
     each = chunks * len(keep)
 
-    def grid_position(index: int) -> tuple[Tensor, int, int]:
+    def piece(index: int) -> tuple[Tensor, int, int]:
         """The tensor's head [n, ...] that a piece lies in, the head's number and the piece's first row."""
         head, at = divmod(index % each, chunks)
         return tensors[index // each][head], head, at * chunk
 
     def make(index: int) -> tuple[Tensor | None]:
-        rows, head, first = grid_position(index)
+        rows, head, first = piece(index)
         part = keep[head, first : first + chunk]
         if int(part[-1]) == first + len(part) - 1:  # the head is unmoved up to here: keep[j] == j
             return (None,)
         return (rows.index_select(0, part),)
 
     def write(index: int, moved: Tensor | None) -> None:
-        rows, _, first = grid_position(index)
+        rows, _, first = piece(index)
         if moved is not None:
             rows[first : first + len(moved)] = moved
 

@@ -17,7 +17,7 @@ _C_DEQUANTIZE = CFunction("dequantization.cpp", "dequantize", "ppnnnnnnp", by_dt
 def dequantize(
     codes: Tensor, scales: Tensor, bits: int, by_channel: bool, out: Tensor, step: int | None = None
 ) -> None:
-    """Read packed keys or values: code * step + minimum.
+    """Read quantized keys or values: code * step + minimum.
 
     Args:
         codes: uint8 [m, G, R], m groups of G tokens, each token's codes packed into R bytes.
@@ -58,7 +58,7 @@ def code_word(bits: int) -> tuple[int, int]:
 
 
 def unpack_codes(packed: Tensor, bits: int, head_dim: int) -> Tensor:
-    """Codes of `bits` bits, uint8 [..., R] with the first code in a word's lowest bits, as float32 [..., width]."""
+    """Codes of `bits` bits, uint8 [..., R] with the first code in a word's lowest bits, as float32 [..., head_dim]."""
     values, size = code_word(bits)
     if size == 1:
         words = packed
@@ -67,7 +67,7 @@ def unpack_codes(packed: Tensor, bits: int, head_dim: int) -> Tensor:
         for byte in range(1, size):
             words.bitwise_or_(packed[..., byte::size].to(torch.int32) << (8 * byte))
     floats = torch.empty(*packed.shape[:-1], head_dim, device=packed.device)
-    for grid_position in range(values):
-        part = floats[..., grid_position::values]
-        part.copy_((words[..., : part.shape[-1]] >> (bits * grid_position)) & (2**bits - 1))
+    for index in range(values):
+        part = floats[..., index::values]
+        part.copy_((words[..., : part.shape[-1]] >> (bits * index)) & (2**bits - 1))
     return floats

@@ -137,11 +137,11 @@ def _redundancy_of_head(
     """Of one head; `span` places at a time."""
     visual = grid_position[:, 0] >= 0
     latest = (recent & visual).nonzero()[:, 0]
-    height, head_dim = (grid_position.index_select(0, latest).amax(dim=0) + 1).tolist() if len(latest) else (0, 0)
-    outside = ~visual | (grid_position[:, 0] >= height) | (grid_position[:, 1] >= head_dim)
-    index = (grid_position[:, 0].to(torch.int32) * head_dim).add_(grid_position[:, 1]).masked_fill_(outside, -1)
+    height, width = (grid_position.index_select(0, latest).amax(dim=0) + 1).tolist() if len(latest) else (0, 0)
+    outside = ~visual | (grid_position[:, 0] >= height) | (grid_position[:, 1] >= width)
+    index = (grid_position[:, 0].to(torch.int32) * width).add_(grid_position[:, 1]).masked_fill_(outside, -1)
     out.zero_()
-    for base in range(0, height * head_dim, span):
+    for base in range(0, height * width, span):
         table, seen = _mean_unit_keys(keys, latest, index, base, span, chunk)
         for first in range(0, len(keys), chunk):
             at = index[first : first + chunk] - base

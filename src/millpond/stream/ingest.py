@@ -115,7 +115,7 @@ class Ingest:
             if isinstance(opened, frames.Source) and opened is not source:
                 opened.close()
             with turn():
-                self.book()
+                self.update_ledger()
                 self.at = replace(self.at, dropped=self.at.dropped + getattr(opened, "dropped", 0) - dropped)
                 self._digest(partial=False)
                 self._ensure_capacity_for_waiting()
@@ -188,7 +188,7 @@ class Ingest:
                 if len(self.at.waiting) >= count:
                     # A block that the model could not take is dropped, not tried for ever.
                     self.at = replace(self.at.without(count), dropped=self.at.dropped + count)
-                    self.book()
+                    self.update_ledger()
                 raise
 
     def _reopen(self, time_us: int) -> None:
@@ -262,7 +262,7 @@ class Ingest:
         self._recent_frames.keep(self.at.waiting)
         self.at = replace(self.at.without(len(self.at.waiting)), video_open=False)
 
-    def book(self) -> None:
+    def update_ledger(self) -> None:
         """Write down what the waiting frames and those for recent frames take."""
         # The frames of a block go from one account to the other, so the one that shrinks comes first.
         sizes = {
@@ -278,14 +278,14 @@ class Ingest:
         return IngestState(self.at, self._recent_frames.groups)
 
     def restore(self, state: IngestState) -> None:
-        """Go on where a `state` stood; can be repeated. What that takes is for `book` to write down."""
+        """Go on where a `state` stood; can be repeated. What that takes is for `update_ledger` to write down."""
         self._recent_frames.groups, self.at = state.recent, state.at
 
     def fork(self, runner: Runner) -> Ingest:
         """The same for a copy of the runner."""
         other = Ingest(runner)
         other.restore(self.state())
-        other.book()
+        other.update_ledger()
         return other
 
     def usage(self) -> dict[str, Any]:

@@ -240,7 +240,7 @@ class Runner:
         self.pond.truncate(mark)
         self.clock = clock
 
-    def settle(self) -> None:
+    def finish_roll_back(self) -> None:
         """Put back a step whose taking back was interrupted."""
         if self.open_step is not None:
             self.open_step.roll_back()

@@ -27,7 +27,7 @@ class Waiting(Protocol):
     def restore(self, state: Any) -> None:
         """Go back to a state; can be repeated."""
 
-    def book(self) -> None:
+    def update_ledger(self) -> None:
         """Write down in the ledger what it holds now."""
 
 
@@ -50,13 +50,13 @@ class Step:
         try:
             self._mark = runner.mark(queries=queries, accumulated_attention=accumulated_attention)
         except BaseException:
-            self._let_go()
+            self._close()
             raise
 
     def commit(self) -> None:
         """The step is in: from here on nothing takes it back."""
         self._mark = None
-        self._let_go()
+        self._close()
 
     def roll_back(self) -> None:
         """Put everything back, unless the step is in already. Whatever interrupts this, it can be called again."""
@@ -64,9 +64,9 @@ class Step:
             self._runner.rewind(self._mark)
             self._ingest.restore(self._standing)
             self._mark = None
-        self._let_go()
+        self._close()
 
-    def _let_go(self) -> None:
+    def _close(self) -> None:
         self._runner.pond.release()
-        self._ingest.book()
+        self._ingest.update_ledger()
         self._runner.open_step = None

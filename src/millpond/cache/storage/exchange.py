@@ -1,13 +1,14 @@
 """Tensors of a pond's storage that are replaced by larger or smaller ones, one at a time, without ever passing the cap.
 
-A tensor is replaced by allocating its successor beside it where the cap has room for both. Where it has not, its live rows wait in
-the unused tails of the other tensors while it is freed first. Knows bytes; not what they mean.
+A tensor is replaced by allocating its successor beside it where both fit under the cap. Where they do not, its live rows wait in the
+unused tails of the other tensors while it is freed first. Knows bytes; not what they mean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -149,20 +150,14 @@ class Exchange:
 
     def _park(self, slab: Slab) -> list[list[Tensor]]:
         """Copy a slab's live rows into the tails of the others; for each head the spans where they lie, in order."""
-        headroom = iter(
-            [
-                tail
-                for other in self._slabs
-                if other is not slab
-                for tail in other.spans(other.live, other.get().shape[1])
-            ]
-        )
-        tail, parked = next(headroom), []
+        others = [other for other in self._slabs if other is not slab]
+        tails = chain.from_iterable(other.spans(other.live, other.get().shape[1]) for other in others)
+        tail, parked = next(tails), []
         for rows in slab.spans(0, slab.live):
             spans, first = [], 0
             while first < len(rows):
                 if not len(tail):
-                    tail = next(headroom)  # there is one more: `feasible` made sure
+                    tail = next(tails)  # there is one more: `feasible` made sure
                     continue
                 span = tail[: len(rows) - first]
                 span.copy_(rows[first : first + len(span)])

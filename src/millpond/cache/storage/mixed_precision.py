@@ -22,11 +22,11 @@ __all__ = ["MixedPrecisionStorage"]
 
 
 class MixedPrecisionStorage(Storage):
-    """Tokens that would be forgotten are packed instead (MiKV, Yang et al., 2024), and forgotten later.
+    """Tokens that would be forgotten are quantized instead (MiKV, Yang et al., 2024), and forgotten later.
 
-    A layer keeps two kinds of tokens: prompt, latest frames and the important ones as they are, and behind them packed ones in
-    groups. A group is written once and lives or dies as a whole, so nothing is quantized twice and nothing drifts from pass to pass.
-    Attention reads packed and full tokens side by side in one buffer that all layers share.
+    A layer keeps two kinds of tokens: prompt, latest frames and the important ones as they are, and beside them quantized ones
+    in groups. A group is written once and lives or dies as a whole, so nothing is quantized twice and nothing drifts from pass to pass.
+    Attention reads quantized and full tokens side by side in one buffer that all layers share.
 
     Attributes:
         buffer: that buffer.
@@ -37,19 +37,17 @@ class MixedPrecisionStorage(Storage):
     ) -> None:
         self.tier = tier
         self.buffer = DequantizationBuffer(geometry, plan, tier, device, ledger)
-        groups = self.groups_of(plan)
-        self._tiered = [
-            MixedPrecisionLayer(geometry, plan.slots, groups, self.buffer, device) for _ in range(geometry.layers)
-        ]
+        sizes = plan.slots, self.groups_of(plan)
+        self._tiered = [MixedPrecisionLayer(geometry, *sizes, self.buffer, device) for _ in range(geometry.layers)]
         super().__init__(geometry, self._tiered, ledger)
 
     @property
     def quantized_tokens(self) -> int:
-        return self._tiered[0].quantized_store.tokens
+        return self._tiered[0].store.tokens
 
     @property
     def quantized_groups(self) -> int:
-        return self._tiered[0].quantized_store.groups
+        return self._tiered[0].store.groups
 
     def groups_of(self, plan: Plan) -> int:
         return plan.quantized_tokens // self.tier.quantizer.group
@@ -64,32 +62,32 @@ class MixedPrecisionStorage(Storage):
 
     def targets(self, plan: Plan, tokens: int, slots: int) -> list[int]:
         most = tokens - plan.quantized_tokens
-        return [most, slots] if slots < most else [slots]  # no more at once than there is room for
+        return [most, slots] if slots < most else [slots]  # no more at once than fit
 
     def whole(self, tokens: int, slots: int) -> int:
         group = self.tier.quantizer.group
         slots = tokens - -(-(tokens - slots) // group) * group
         if slots < 1:
-            raise BudgetError(f"tokens are packed {group} at a time, which leaves none of {tokens} in full")
+            raise BudgetError(f"tokens are quantized {group} at a time, which leaves none of {tokens} in full")
         return slots
 
     def groups_beside(self, leave: int) -> int:
-        quantized_store = self._tiered[0].quantized_store
-        return quantized_store.capacity - leave // quantized_store.quantizer.group
+        store = self._tiered[0].store
+        return store.capacity - leave // store.quantizer.group
 
     def surviving(self, index: int, view: View, start: int, groups: int, choose: Choose) -> Tensor | None:
         layer = self._tiered[index]
-        return None if layer.quantized_store.groups <= groups else surviving_groups(layer, view, start, groups, choose)
+        return None if layer.store.groups <= groups else surviving_groups(layer, view, start, groups, choose)
 
     def compaction(self, index: int, keep: Tensor, stay: Tensor | None, start: int, chunk: int) -> list[Step]:
         return self._tiered[index].quantization_steps(keep, stay, start, chunk)
 
     def dropping(self, index: int, stay: Tensor) -> list[Step]:
-        return self._tiered[index].quantized_store.dropping(stay)
+        return self._tiered[index].store.dropping(stay)
 
     def relocation(self, old: Plan, new: Plan, exchanged: bool) -> Relocation:
         allocate = self.buffer.allocate
         return Relocation(clear=[self.buffer.clear], forth=[partial(allocate, new)], back=[partial(allocate, old)])
 
     def unchanged(self, old: Plan, new: Plan) -> Plan | None:
-        return None  # the plans differ in what is packed, too
+        return None  # the plans differ in what is quantized, too

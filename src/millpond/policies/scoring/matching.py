@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["carried_scores_of", "matching_scratch", "order_keys"]
+__all__ = ["match_scores", "matching_scratch", "order_keys"]
 
 
-def carried_scores_of(
+def match_scores(
     scores: Tensor, time_us: Tensor, grid_position: Tensor, to_time_us: Tensor, to_place: Tensor
 ) -> Tensor:
     """What one layer's scores say of another layer's tokens: float32 [H, m], NaN where that layer does not hold the token.
@@ -39,7 +39,7 @@ def carried_scores_of(
 
 
 def matching_scratch(tokens: int) -> int:
-    """The most bytes that `carried_scores_of` allocates for layers of at most `tokens` tokens, beside its result."""
+    """The most bytes that `match_scores` allocates for layers of at most `tokens` tokens, beside its result."""
     return 72 * tokens + 64
 
 
