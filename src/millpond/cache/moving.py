@@ -1,6 +1,6 @@
-"""What follows a compaction's choice: layers merge, hand over, pack and move what was chosen, and the books are set, as one `Move`.
+"""What follows a compaction's choice, as one `Move`: layers merge, offload, quantize and move what was chosen, and the pass is counted.
 
-Nothing here asks what to keep, and nothing fails for good but by want of memory: interrupted anywhere, a pass goes on where it
+Nothing here asks what to keep, and nothing fails for good but for lack of memory: interrupted anywhere, a pass goes on where it
 stopped.
 """
 
@@ -30,7 +30,7 @@ class Chosen:
 
     Attributes:
         keep: of the full tokens behind the prompt; None for all. stay: of the quantized groups; None for all.
-        carry: what the policy left in `View.carried_scores`, for its `merge`.
+        carried_scores: what the policy left in `View.carried_scores`, for its `merge`.
     """
 
     keep: Mask | None
@@ -88,10 +88,8 @@ class Compaction(_Pass):
             layer, keep = layers[0], next(one.keep for one in chosen if one is not None and one.keep is not None)
             leave = self._leave(layer, keep.indices()[0])
             self._arrivals = at.host.arrange(layer.time_us[0].index_select(0, leave), at.plan.group_tokens)
-            grid_position, positions = (
-                tensor[0].index_select(0, leave) for tensor in (layer.grid_position, layer.positions)
-            )
-            steps.insert(0, partial(at.host.register, self._arrivals, grid_position, positions))
+            metadata = (tensor[0].index_select(0, leave) for tensor in (layer.grid_position, layer.positions))
+            steps.insert(0, partial(at.host.register, self._arrivals, *metadata))
         lengths = [
             layer.length if one is None or one.keep is None else at.plan.prompt_tokens + one.keep.kept
             for layer, one in zip(layers, chosen, strict=True)

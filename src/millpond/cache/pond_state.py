@@ -39,17 +39,10 @@ class Mark:
 
     Attributes:
         length: live slots of the first layer. recent: as in the pond.
-        queries, sums: copies of what a forward changes in place; None and empty where it does not.
+        queries, accumulated_attention: copies of what a forward changes in place; None and empty where it does not.
     """
 
     length: int
     recent: RecentWindow
     queries: QueriesState | None
     accumulated_attention: tuple[Tensor, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the copies."""
-        return sum(copy.nbytes for copy in self.accumulated_attention) + (
-            0 if self.queries is None else self.queries.rows.nbytes
-        )

@@ -81,16 +81,15 @@ class Transactional:
         """Finish a move that was interrupted, if one was; everything that reads or changes the memory begins with it.
 
         Raises:
-            MillpondError: it cannot be finished, for want of memory most likely. The next call tries again.
+            MillpondError: it cannot be finished, for lack of memory most likely. The next call tries again.
         """
         if self._move is None:
             return
         try:
             self._move.run()
         except Exception as error:
-            raise MillpondError(
-                f"the memory cannot be used: it was interrupted while it moved, and going on fails ({error}); every call tries again"
-            ) from error
+            what = f"it was interrupted while it moved, and going on fails ({error}); every call tries again"
+            raise MillpondError(f"the memory cannot be used: {what}") from error
         self._move = None
 
 

@@ -1,7 +1,4 @@
-"""The latest frames once more: their pixels are kept after they have run, and a question is shown them again in full.
-
-Owns those pixels. Knows nothing about the question, or about what the memory has kept of these frames.
-"""
+"""Recent frames: their pixels are kept after they have run, and a question is shown them in full."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ class RecentFrames:
     """The pixels of the latest frames that have run through the model, in the groups in which they ran.
 
     Args:
-        flow: says how many (`recent_frames`, rounded up to whole groups).
+        runner: says how many (`recent_frames`, rounded up to whole groups).
 
     Attributes:
         groups: replaced as a whole, never changed, so that who keeps it can put it back.
@@ -45,7 +42,7 @@ class RecentFrames:
         self.groups = ()
 
     def blocks(self, waiting: int) -> list[list[Shot]]:
-        """What a question is shown again when `waiting` of the latest frames have not run: blocks to encode, oldest first.
+        """What a question is shown when `waiting` of the latest frames have not run: blocks to encode, oldest first.
 
         A block holds frames of one size, no more than run at once while watching, in the groups in which they ran: one that was cut
         short, by a change of size or by a turn, ends its block.

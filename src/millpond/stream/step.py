@@ -2,8 +2,8 @@
 
 A step remembers what the stream was when it began, and puts it back when anything is raised before it is committed, a
 KeyboardInterrupt or the end of a generator included. Memory is not copied for that: what a step appends lies behind what was there,
-and is forgotten by its length. Only what a forward changes in place is copied: the queries of a
-proxy text and the sums of attention. The latest frames' queries, where a policy looks at those, stay what each layer saw last.
+and is forgotten by its length. Only what a forward changes in place is copied: the queries of a proxy text and
+accumulated attention. The latest frames' queries, where a policy looks at those, stay what each layer saw last.
 
 Moves of the memory (compaction, re-anchoring, another size) stand outside of steps and are whole by themselves.
 """
@@ -19,7 +19,7 @@ __all__ = ["Step", "Waiting"]
 
 
 class Waiting(Protocol):
-    """What stands in front of a flow and goes back with it: a `millpond.stream.ingest.Ingest`."""
+    """What stands in front of a runner and goes back with it: a `millpond.stream.ingest.Ingest`."""
 
     def state(self) -> Any:
         """What it goes on with; never changed afterwards."""
@@ -28,7 +28,7 @@ class Waiting(Protocol):
         """Go back to a state; can be repeated."""
 
     def update_ledger(self) -> None:
-        """Write down in the ledger what it holds now."""
+        """Enter in the ledger what it holds now."""
 
 
 class Step:
@@ -36,8 +36,8 @@ class Step:
     session's next call goes on with it.
 
     Args:
-        flow: the stream. intake: what waits in front of it.
-        queries, sums: whether the step's forwards note queries, or add to the sums of attention; what there was is copied then.
+        runner: the stream. ingest: what waits in front of it.
+        queries, accumulated_attention: whether the step's forwards note queries, or accumulate attention; what there was is copied then.
     """
 
     def __init__(
