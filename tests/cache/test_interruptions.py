@@ -158,7 +158,7 @@ def state(one: Scene) -> list[Any]:
         # What has left may be written over at any time.
         rows = [number % host._rows for number in range(host.ring.first, host.ring.end)]
         slots = [slot % host._slots for slot in range(host.ring.next - host.tokens, host.ring.next)]
-        tensors += [host._table[rows], host._sums[:, :, rows], host._positions[slots], host._place[slots]]
+        tensors += [host._table[rows], host._key_sums[:, :, rows], host._positions[slots], host._grid_positions[slots]]
         tensors += [host._keys[:, :, slots], host._values[:, :, slots]]
     return [*out, [tensor.clone() for tensor in tensors]]
 

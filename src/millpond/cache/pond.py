@@ -115,11 +115,6 @@ class Pond(Transactional, Cache):
         """Bytes allocated by all layers, metadata included."""
         return self.storage.nbytes
 
-    @property
-    def live_bytes(self) -> int:
-        """Bytes that the live tokens take."""
-        return self.storage.live_bytes
-
     # --- growing ------------------------------------------------------------------------------------------------
 
     def ensure_capacity(self, tokens: int) -> None:
@@ -311,7 +306,7 @@ class Pond(Transactional, Cache):
         self.finish()
         return {
             "budget_bytes": self.plan.budget,
-            "live_bytes": self.live_bytes,
+            "live_bytes": self.storage.live_bytes,
             "allocated_bytes": self.ledger.held,
             "peak_bytes": self.ledger.peak,
             "timestamps_kept": self.timestamps(),

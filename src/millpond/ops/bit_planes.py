@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from millpond.ops.c_functions import CFunction
+from millpond.ops.c_functions import CFunction, contiguous
 from millpond.ops.dispatch import DECLINED, Declined, operation
 
 __all__ = ["nested_labels", "nested_product", "nested_rows", "rows_in_turn"]
@@ -53,7 +53,7 @@ def _nested_rows(
     planes: Tensor, table: Tensor, bits: int, columns: int, first: int, last: int, out: Tensor
 ) -> Declined | None:
     run = _C_ROWS.of()
-    if run is None or not (_readable(planes, table, bits) and out.is_cpu and out.is_contiguous()):
+    if run is None or not (_readable(planes, table, bits) and contiguous(out)):
         return DECLINED
     stored = planes.data_ptr(), planes.shape[1], planes.shape[2], table.data_ptr(), bits
     run(*stored, first, last, columns, out.data_ptr())
@@ -88,9 +88,12 @@ def nested_product(planes: Tensor, table: Tensor, bits: int, columns: int, x: Te
 def _nested_product(planes: Tensor, table: Tensor, bits: int, columns: int, x: Tensor) -> Tensor | Declined:
     run = _C_PRODUCT.of()
     vectors, rows = len(x), len(planes)
-    if run is None or vectors > _FEW or not _readable(planes, table, bits):
-        return DECLINED
-    if x.dtype != torch.float32 or not (x.is_cpu and x.is_contiguous()):
+    if (
+        run is None
+        or vectors > _FEW
+        or not (_readable(planes, table, bits) and contiguous(x))
+        or x.dtype != torch.float32
+    ):
         return DECLINED
     out = torch.empty(vectors, rows, dtype=torch.float32)
     stored = planes.data_ptr(), planes.shape[1], planes.shape[2], table.data_ptr(), bits
@@ -114,8 +117,7 @@ def _nested_product_on_cuda(planes: Tensor, table: Tensor, bits: int, columns: i
 
 def _readable(planes: Tensor, table: Tensor, bits: int) -> bool:
     """Whether the compiled loops read planes and table as they lie."""
-    whole = planes.is_cpu and planes.is_contiguous() and table.is_cpu and table.is_contiguous()
-    return whole and table.dtype == torch.float16 and bits in _COMPILED_WIDTHS
+    return contiguous(planes, table) and table.dtype == torch.float16 and bits in _COMPILED_WIDTHS
 
 
 def _rows_of_product(

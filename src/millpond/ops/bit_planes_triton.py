@@ -1,4 +1,4 @@
-"""The packed product on CUDA, in Triton: labels from the bit planes, numbers from the row's table, and their dot with x, in one kernel.
+"""The product with bit planes on CUDA, in Triton: labels from the bit planes, numbers from the row's table, and their dot with x, in one kernel.
 
 The same contract as `millpond.ops.bit_planes.nested_product`. Imports Triton at once, so import it only where there is one. It has been run in
 Triton's interpreter only: how fast it is on a GPU is not known.

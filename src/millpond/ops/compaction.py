@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from millpond.memory.resumable import Progress
-from millpond.ops.c_functions import CFunction
+from millpond.ops.c_functions import CFunction, contiguous
 from millpond.ops.dispatch import DECLINED, Declined, operation
 
 __all__ = ["check_selection", "move_rows"]
@@ -34,7 +34,7 @@ def check_selection(keep: Tensor, protected: Tensor) -> int:
 @check_selection.kernel("cpu")
 def _check_selection(keep: Tensor, protected: Tensor) -> int | Declined:
     run = _C_CHECK.of()
-    if run is None or not (protected.is_cpu and keep.is_contiguous() and protected.is_contiguous()):
+    if run is None or not contiguous(keep, protected):
         return DECLINED
     heads, slots = keep.shape
     found: int = run(keep.data_ptr(), protected.data_ptr(), heads, protected.shape[1], slots)

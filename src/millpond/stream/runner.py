@@ -33,7 +33,7 @@ from millpond.policies.base import SEPARATOR
 from millpond.policies.composition import SEPARATORS, check
 from millpond.positions import Clock
 from millpond.stream.consumers import FramesAsPixels
-from millpond.stream.state import OpenStep, RunnerMark, RunnerState
+from millpond.stream.state import RunnerMark, RunnerState
 
 __all__ = ["Runner", "dated", "grid_positions"]
 
@@ -69,7 +69,7 @@ class Runner:
         self.grid: Grid | None = None
         self.tokens = self.reanchorings = 0
         self.seconds = dict.fromkeys(("source", "vision", "decoder", "compaction", "answers", "total"), 0.0)
-        self.open_step: OpenStep | None = None
+        self.roll_back_open_step: Callable[[], None] | None = None
         self._budget = config.budget
         self._host_budget, self._host_path = config.host_budget, config.host_path
         self._opening = family.opening(config.system)
@@ -240,8 +240,8 @@ class Runner:
 
     def finish_roll_back(self) -> None:
         """Put back a step whose taking back was interrupted."""
-        if self.open_step is not None:
-            self.open_step.roll_back()
+        if self.roll_back_open_step is not None:
+            self.roll_back_open_step()
 
     # --- the budget ---------------------------------------------------------------------------------------------
 

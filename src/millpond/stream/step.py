@@ -32,7 +32,7 @@ class Waiting(Protocol):
 
 
 class Step:
-    """Begun when made; then `commit`, or `roll_back`. Until then it is the runner's `open_step`: where rolling back is interrupted too, the
+    """Begun when made; then `commit`, or `roll_back`. Until then it is the runner's `roll_back_open_step`: where rolling back is interrupted too, the
     session's next call goes on with it.
 
     Args:
@@ -46,7 +46,7 @@ class Step:
         self._runner, self._ingest = runner, ingest
         self._mark: RunnerMark | None = None  # until the step is in, or has been taken back
         self._standing = ingest.state()
-        runner.open_step = self
+        runner.roll_back_open_step = self.roll_back
         try:
             self._mark = runner.mark(queries=queries, accumulated_attention=accumulated_attention)
         except BaseException:
@@ -69,4 +69,4 @@ class Step:
     def _close(self) -> None:
         self._runner.pond.release()
         self._ingest.update_ledger()
-        self._runner.open_step = None
+        self._runner.roll_back_open_step = None
