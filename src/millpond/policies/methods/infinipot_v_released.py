@@ -14,7 +14,7 @@ from millpond.policies.base import Needs, Policy, Shape, View
 
 __all__ = ["InfiniPotVReleased"]
 
-# torch adds the columns of a matrix up in an order that depends on a column's place among groups of four vector registers (64
+# torch adds the columns of a matrix up in an order that depends on a column's position among groups of four vector registers (64
 # floats at the most), and in another one where the matrix is narrower than a register (16 floats at the most). Pieces that are
 # cut at multiples of the first and never narrower than the second give the same bits as the whole.
 _GROUP, _REGISTER = 64, 16
@@ -28,7 +28,7 @@ class InfiniPotVReleased(Policy):
     """What the authors' program keeps, for comparison with published numbers.
 
     It differs from the paper (and from `infinipot-v`) from the second pass on: the survivors of each head are laid out as
-    (frame, place) again although they no longer lie on a grid. Pooling, when on, goes by quarter of the layers and counts the
+    (frame, grid position) again although they no longer lie on a grid. Pooling, when on, goes by quarter of the layers and counts the
     padding. Its crashes are PolicyErrors here.
 
     In float32 on a CPU even ties fall as they do there, because every sum is taken in the same order, although no r x f x p x D product
