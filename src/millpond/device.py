@@ -108,24 +108,18 @@ def load_within(
         model: as in `millpond.Session.from_pretrained`. frame, config: as in `plan_device`.
         target_bits, load: the arguments of `millpond.models.load`; not for a loaded model.
     """
-
     if device_memory is not None:
         hold_nothing()
-
-    def planned(family: Family, folder: str | Path | None) -> DeviceSplit | None:
-        return None if device_memory is None else plan_device(family, folder, device_memory, frame, config).split
-
     if isinstance(model, tuple):
         family = models.adapt(*model)
-        split = planned(family, None)
-    elif device_memory is None:
-        family, split = models.load(model, target_bits=target_bits, **load), None
-    else:
-        # Planned before any weight is read.
-        bare = models.load(model, dtype=load["dtype"], max_pixels=load["max_pixels"], weights=False)
-        split = planned(bare, model)
-        family = models.load(model, width=None if split is None else split.width, target_bits=target_bits, **load)
-    return family, None if split is None else split.kv
+        kv = None if device_memory is None else plan_device(family, None, device_memory, frame, config).split.kv
+        return family, kv
+    if device_memory is None:
+        return models.load(model, target_bits=target_bits, **load), None
+    # Planned before any weight is read.
+    bare = models.load(model, dtype=load["dtype"], max_pixels=load["max_pixels"], weights=False)
+    split = plan_device(bare, model, device_memory, frame, config).split
+    return models.load(model, width=split.width, target_bits=target_bits, **load), split.kv
 
 
 def minimum_budget(family: Family, grid: Grid, config: SessionConfig) -> int:

@@ -141,7 +141,7 @@ def state(one: Scene) -> list[Any]:
     out += [
         pond.compactions,
         pond.evicted,
-        pond.nbytes,
+        pond.storage.nbytes,
         pond.ledger.account("storage"),
         pond.ledger.account("dequantization buffer"),
     ]

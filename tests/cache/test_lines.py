@@ -131,7 +131,7 @@ def test_the_lines_cover_what_a_stream_holds(
         granted[line.account] = granted.get(line.account, 0) + line.bytes
     assert all(size <= granted[name] for name, size in most.items())
     assert {name for name, size in granted.items() if size} == {name for name, size in most.items() if size}
-    assert most["storage"] == granted["storage"] == session._runner.pond.nbytes
+    assert most["storage"] == granted["storage"] == session._runner.pond.storage.nbytes
 
 
 def test_the_page_on_memory_has_a_row_for_every_line() -> None:

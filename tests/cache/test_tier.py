@@ -265,9 +265,7 @@ def test_fork_is_a_copy_and_both_go_on_alone() -> None:
         stream.frame()
     assert same(state(other), before)
     assert mine.isdisjoint(
-        t.untyped_storage().data_ptr()
-        for copy in other.layers
-        for t in (*copy.tensors(), *copy.store.tensors())
+        t.untyped_storage().data_ptr() for copy in other.layers for t in (*copy.tensors(), *copy.store.tensors())
     )
     assert other.storage.buffer is not stream.pond.storage.buffer
 
@@ -283,7 +281,7 @@ def test_resize_keeps_what_it_can_and_both_caps(factor: float) -> None:
     pond.resize(plan)
     assert pond.ledger.limit == budget
     assert pond.ledger.held <= budget
-    assert pond.ledger.account("storage") == pond.nbytes
+    assert pond.ledger.account("storage") == pond.storage.nbytes
     assert pond.ledger.account("dequantization buffer") == plan.dequantization_bytes
     assert pond.quantized_tokens <= plan.quantized_tokens
     assert stream.worst() <= 0.03
@@ -345,7 +343,7 @@ def test_the_plans_bytes_are_those_allocated(bits: int, axes: int, accumulated_a
     policy = MiKV(bits=bits, base="h2o" if accumulated_attention else Scattered(), group=8)
     plan = make_plan(400_000, geometry, policy, prompt_tokens=5, group_tokens=12)
     pond = Pond(geometry, plan, policy, CPU)
-    assert pond.nbytes == plan.slots * plan.bytes_per_token + plan.quantized_bytes
+    assert pond.storage.nbytes == plan.slots * plan.bytes_per_token + plan.quantized_bytes
     assert pond.storage.buffer.keys.nbytes + pond.storage.buffer.values.nbytes == plan.dequantization_bytes
     assert plan.total_bytes <= 400_000
     assert plan.quantized_tokens % 8 == 0

@@ -103,11 +103,7 @@ def test_asking_leaves_the_memory_bit_identical_and_forks_agree() -> None:
     def snapshot(session: Session) -> list[torch.Tensor]:
         pond = session._runner.pond
         full = [t[:, : layer.length].clone() for layer in pond.layers for t in layer.tensors()]
-        return full + [
-            t[:, : layer.store.groups].clone()
-            for layer in pond.layers
-            for t in layer.store.tensors()
-        ]
+        return full + [t[:, : layer.store.groups].clone() for layer in pond.layers for t in layer.store.tensors()]
 
     before = snapshot(session)
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(twin), strict=True))

@@ -184,15 +184,11 @@ class Plan:
         """The same plan on other storage, of `slots` slots: the memory takes the difference, but is never less than a group."""
         memory = max(self.group_tokens, self.memory_tokens + slots - self.slots)
         tokens = {"memory": memory, "headroom": slots - self.prompt_tokens - self.reserve_tokens - memory}
-        return replace(
-            self,
-            lines=tuple(
-                replace(line, slots=tokens[line.name], bytes=tokens[line.name] * self.bytes_per_token)
-                if line.name in tokens
-                else line
-                for line in self.lines
-            ),
-        )
+        lines = list(self.lines)
+        for at, line in enumerate(lines):
+            if line.name in tokens:
+                lines[at] = replace(line, slots=tokens[line.name], bytes=tokens[line.name] * self.bytes_per_token)
+        return replace(self, lines=tuple(lines))
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, for `--json`."""
@@ -231,14 +227,8 @@ def split_budget(
         BudgetError: too small; names the minimum that works. Or a consumer's line cannot be.
     """
     geometry = replace(geometry, accumulated_attention=policy.needs.accumulated_attention)
-    start = Split(
-        policy=policy,
-        slots=0,
-        prompt_tokens=prompt_tokens,
-        group_tokens=group_tokens,
-        frames_per_group=frames_per_group,
-        proxy_tokens=proxy_tokens if policy.needs.proxy == "prompt" else 0,
-    )
+    proxy_tokens = proxy_tokens if policy.needs.proxy == "prompt" else 0
+    start = Split(policy, 0, prompt_tokens, group_tokens, frames_per_group, proxy_tokens)
     claimants: list[Consumer] = [partial(_turn, reserve_tokens), *reserve]
 
     def claimed(split: Split) -> Split:
@@ -259,16 +249,8 @@ def split_budget(
         shares, lines = split(slots)
         if sum(line.slots for line in lines) != slots:
             raise BudgetError(f"the lines take {sum(line.slots for line in lines)} slots of {slots}")
-        return Plan(
-            budget=budget,
-            bytes_per_token=geometry.bytes_per_token,
-            lines=lines,
-            group_tokens=group_tokens,
-            frames_per_group=frames_per_group,
-            block_groups=shares.block_groups,
-            chunk=shares.chunk,
-            quantized_tokens=shares.quantized_tokens,
-        )
+        block = group_tokens, frames_per_group, shares.block_groups, shares.chunk
+        return Plan(budget, geometry.bytes_per_token, lines, *block, shares.quantized_tokens)
 
     fewest = claimed(start).reserve_tokens
     if not policy.capped:

@@ -81,11 +81,6 @@ class Pond(Transactional, Cache):
         return self.storage.length
 
     @property
-    def capacity(self) -> int:
-        """Slots allocated, on average over the layers."""
-        return self.plan.slots
-
-    @property
     def free(self) -> int:
         """Slots not in use, in the layer that has fewest."""
         return self.storage.free
@@ -110,11 +105,6 @@ class Pond(Transactional, Cache):
         """Those of them that are stored in few bits."""
         return self.storage.quantized_tokens
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated by all layers, metadata included."""
-        return self.storage.nbytes
-
     # --- growing ------------------------------------------------------------------------------------------------
 
     def ensure_capacity(self, tokens: int) -> None:
@@ -127,7 +117,7 @@ class Pond(Transactional, Cache):
         if overrun <= 0:
             return
         if not self.policy.capped:
-            self.resize(self.plan.with_slots(self.capacity + max(overrun, self.capacity // 2)))
+            self.resize(self.plan.with_slots(self.plan.slots + max(overrun, self.plan.slots // 2)))
             return
         slots = min(self.plan.memory_tokens, self.full_precision_tokens - overrun)
         if slots < 1:
@@ -157,7 +147,7 @@ class Pond(Transactional, Cache):
     def _refuse(self, what: str, slots: int) -> None:
         # An estimate from above: a plan with that many more slots in its reserve.
         plan = self.plan
-        minimum = (plan.budget or 0) + max(1, slots + plan.reserve_tokens - self.capacity) * plan.bytes_per_token
+        minimum = (plan.budget or 0) + max(1, slots + plan.reserve_tokens - self.plan.slots) * plan.bytes_per_token
         raise BudgetError(
             f"{what} does not fit into the budget of {plan.budget} bytes: about {minimum} would do", minimum=minimum
         )

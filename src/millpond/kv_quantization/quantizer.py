@@ -49,8 +49,6 @@ class KVQuantizer:
         if self.group < 1:
             raise PolicyError(f"a group needs at least one member, not {self.group}")
 
-    # --- sizes --------------------------------------------------------------------------------------------------
-
     def row_bytes(self, head_dim: int) -> int:
         """Bytes of the codes of one key or value vector of `head_dim` components."""
         values, size = code_word(self.bits)
@@ -78,8 +76,6 @@ class KVQuantizer:
         bounds = max(-(-tokens // self.group) * head_dim, tokens) * (4 * 4 + 2 * 2 + 2)
         return tokens * (2 * 4 * padded + 3 * padded + words) + bounds
 
-    # --- keys: per channel --------------------------------------------------------------------------------------
-
     def new_keys(
         self, shape: tuple[int, ...], groups: int, head_dim: int, device: torch.device
     ) -> tuple[Tensor, Tensor]:
@@ -102,8 +98,6 @@ class KVQuantizer:
     def dequantize_keys(self, codes: Tensor, scales: Tensor, out: Tensor, step: int | None = None) -> None:
         """Read m groups of keys back into `out`, [m * G, D], `step` tokens at a time; the arguments of `quantize_keys`."""
         ops.dequantize(codes, scales, self.bits, True, out, step)
-
-    # --- values: per token --------------------------------------------------------------------------------------
 
     def new_values(
         self, shape: tuple[int, ...], groups: int, head_dim: int, device: torch.device
@@ -130,8 +124,6 @@ class KVQuantizer:
     def dequantize_values(self, codes: Tensor, scales: Tensor, out: Tensor, step: int | None = None) -> None:
         """Read values back into `out`, [m * G, D], `step` tokens at a time; the arguments of `quantize_values`."""
         ops.dequantize(codes, scales, self.bits, False, out, step)
-
-    # --- codes --------------------------------------------------------------------------------------------------
 
     def _bounds(self, floats: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         """float16 step and minimum of each group."""

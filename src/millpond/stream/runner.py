@@ -285,7 +285,7 @@ class Runner:
             return
         plan = self.plan_for(grid)
         if self._pond is not None and not self.policy.capped:
-            plan = plan.with_slots(max(plan.slots, self._pond.capacity))
+            plan = plan.with_slots(max(plan.slots, self._pond.plan.slots))
         self._move(plan, self._budget, grid)
 
     def resize(self, budget: str | int, make_fit: Callable[[Plan], None]) -> None:

@@ -206,4 +206,4 @@ def _slab(arena: Arena, kind: str, slots: int, live: int) -> Slab:
     def put(tensor: Tensor) -> None:
         arena.replace(kind, tensor[0])
 
-    return Slab.like(lambda: arena.flat(kind)[None], put, rows, slots * heads, live * heads)
+    return Slab(lambda: arena.flat(kind)[None], put, rows, slots * heads, live * heads)

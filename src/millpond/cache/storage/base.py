@@ -70,8 +70,6 @@ class Storage:
         self.geometry, self.layers, self.ledger = geometry, list(layers), ledger
         self.ahead = [0] * geometry.layers
 
-    # --- how much -----------------------------------------------------------------------------------------------
-
     @property
     def length(self) -> int:
         """Live slots of the first layer."""
@@ -121,8 +119,6 @@ class Storage:
         """Bytes of a buffer that holds nothing between forwards, and is given back while tensors are exchanged."""
         return 0
 
-    # --- append, truncate ---------------------------------------------------------------------------------------
-
     def write_metadata(self, time_us: Tensor, grid_position: Tensor, positions: Tensor) -> None:
         """Write the metadata of the n tokens that every layer appends next: int64 [n], int16 [n, 2], int [n, axes]."""
         ops.write_metadata(time_us, grid_position, positions, [layer.metadata() for layer in self.layers])
@@ -151,8 +147,6 @@ class Storage:
         for layer in self.layers:
             layer.reset()
         self.ahead = [0] * len(self.layers)
-
-    # --- compact ------------------------------------------------------------------------------------------------
 
     def targets(self, plan: Plan, tokens: int, slots: int) -> list[int]:
         """To how many tokens in full each of the passes compacts that take `tokens` to `slots`."""
@@ -198,8 +192,6 @@ class Storage:
     def _set_ahead(self, ahead: list[int]) -> None:
         self.ahead = ahead
 
-    # --- resize -------------------------------------------------------------------------------------------------
-
     def resized(self, plan: Plan, length: int) -> list[Slab]:
         """Every tensor, as it becomes as large as a plan says, with at most `length` live slots on average over the layers."""
         groups = self.groups_of(plan)
@@ -212,8 +204,6 @@ class Storage:
     def unchanged(self, old: Plan, new: Plan) -> Plan | None:
         """A plan of more slots on the storage of the old one; None: that cannot be."""
         return new.with_slots(old.slots)
-
-    # --- state --------------------------------------------------------------------------------------------------
 
     def accumulated(self, length: int) -> list[Tensor]:
         """Views of the attention summed up by all tokens in front of slot `length` of the first layer, quantized ones included."""

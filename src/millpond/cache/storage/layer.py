@@ -103,8 +103,6 @@ class PondLayer(CacheLayerMixin):
         """Bytes allocated, not the bytes of live tokens."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors())
 
-    # --- what transformers calls --------------------------------------------------------------------------------
-
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the storage exists from the start."""
 
@@ -149,8 +147,6 @@ class PondLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise ModelError("a pond cache holds one stream: beam search is not possible")
-
-    # --- what the pond calls ------------------------------------------------------------------------------------
 
     def metadata(self) -> LayerMetadata:
         """What `millpond.ops.write_metadata` writes into, behind the live slots."""

@@ -71,9 +71,8 @@ class InfiniPotVReleased(Policy):
             recent = int((frames + 1) * self.query_ratio)
             if recent and frames * block - round((1 - self.tar_ratio) * frames * block) >= recent * block:
                 return frames * block
-        raise PolicyError(
-            f"{self.name}: with tar_ratio {self.tar_ratio} and query_ratio {self.query_ratio} no memory works"
-        )
+        ratios = f"tar_ratio {self.tar_ratio} and query_ratio {self.query_ratio}"
+        raise PolicyError(f"{self.name}: with {ratios} no memory works")
 
     def recent(self, frames: int) -> int:
         return int(frames * self.query_ratio)
@@ -81,23 +80,20 @@ class InfiniPotVReleased(Policy):
     def keep(self, view: View, slots: int) -> Tensor:
         frame = view.block
         if view.tokens % frame or slots % frame:
-            raise PolicyError(
-                f"{self.name} needs whole frames: {view.tokens} tokens and {slots} slots, {frame} tokens a frame"
-            )
+            given = f"{view.tokens} tokens and {slots} slots, {frame} tokens a frame"
+            raise PolicyError(f"{self.name} needs whole frames: {given}")
         if bool((view.grid_position[:, :, 0] < 0).any()):
             raise PolicyError(f"{self.name} knows frames only: no remembered turns, no separators")
         latest = int(view.tokens // frame * self.query_ratio)
         if latest < 1:
-            raise PolicyError(
-                f"{self.name}: {self.query_ratio} of {view.tokens // frame} frames is less than one; raise the budget"
-            )
+            share = f"{self.query_ratio} of {view.tokens // frame} frames"
+            raise PolicyError(f"{self.name}: {share} is less than one; raise the budget")
         # In this order, which is the released one: with other ratios than a half the rounding depends on it.
         by_redundancy = slots - round((1 - self.tar_ratio) * (slots // frame) * frame)
         recent = latest * frame
         if by_redundancy < recent:
-            raise PolicyError(
-                f"{self.name}: {by_redundancy} slots for TaR cannot hold the {latest} recent frames of {frame} tokens"
-            )
+            frames = f"the {latest} recent frames of {frame} tokens"
+            raise PolicyError(f"{self.name}: {by_redundancy} slots for TaR cannot hold {frames}")
         kernel, axes = self._pooling(view)
         keep = torch.empty(view.heads, slots, dtype=torch.int64, device=view.keys.device)
         for head in range(view.heads):
