@@ -19,11 +19,11 @@ from millpond.cache.plan import Plan
 from millpond.errors import SourceError
 from millpond.frames import Frame
 from millpond.models.base import Grid, Tokens
-from millpond.stream.recent_frames import RecentFrames, Shot
+from millpond.stream.recent_frames import Groups, Shot, blocks_of, with_block
 from millpond.stream.runner import Runner, dated
 from millpond.stream.step import Step
 
-__all__ = ["Ingest", "IngestState", "Standing"]
+__all__ = ["Ingest", "Standing"]
 
 # Beyond these a stream's microseconds leave 64 bits, or its positions (up to 25 a second) 32; the clock could never go back.
 _FARTHEST_SECONDS = 10**11
@@ -35,13 +35,15 @@ class Standing:
     """How far the frames of a stream have come. Replaced as a whole, so that a frame is in or is not.
 
     Attributes:
-        waiting: (time_us, prepared frame) of those whose block is not full. grid: of these; None without any.
+        waiting: those whose block is not full. grid: of these; None without any.
+        recent: those that have run and are kept as pixels.
         video_open: the last token in memory leaves a video open: where the next frame goes.
         last_us: time of the latest frame; None before the first. interval_us: since the one before it.
         frames, dropped, skipped, reduced: raw frames taken in, lost, left out and thinned, as in `millpond.Usage`.
     """
 
     waiting: tuple[Shot, ...] = ()
+    recent: Groups = ()
     grid: Grid | None = None
     video_open: bool = True  # the opening ends where the first frame goes
     last_us: int | None = None
@@ -57,18 +59,6 @@ class Standing:
         return replace(self, waiting=left, grid=self.grid if left else None)
 
 
-@dataclass(frozen=True)
-class IngestState:
-    """What a copy of an `Ingest` is made from.
-
-    Attributes:
-        at: how far the frames have come. recent: the groups of the recent frames.
-    """
-
-    at: Standing
-    recent: tuple[tuple[Shot, ...], ...]
-
-
 class Ingest:
     """The frames of one stream, until they have run.
 
@@ -78,7 +68,6 @@ class Ingest:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._recent_frames = RecentFrames(runner)
         self.at = Standing()
 
     def feed(self, source: Frame | Iterable[Any], turn: Callable[[], AbstractContextManager[None]]) -> int:
@@ -193,8 +182,8 @@ class Ingest:
         step = Step(runner, self)
         try:
             runner.put(tokens, text=True)
-            self._recent_frames.clear()  # a video's time begins with its first frame: none of those before could stand in it
-            self.at = replace(self.at, video_open=True)
+            # A video's time begins with its first frame: none of those before could stand in it.
+            self.at = replace(self.at, video_open=True, recent=())
             step.commit()
         except BaseException:
             step.roll_back()
@@ -210,18 +199,22 @@ class Ingest:
         try:
             runner.put(tokens, text=False, admitted=admitted)
             runner.admission_state = seen
-            at = self.at.without(len(block))
+            at = replace(self.at.without(len(block)), recent=self._recent_with(block))
             for index, verdict in enumerate(verdicts):
                 skipped, reduced = (
                     min(size, len(block) - index * size) * (verdict == of) for of in ("drop", "reduced")
                 )
                 at = replace(at, skipped=at.skipped + skipped, reduced=at.reduced + reduced)
             self.at = at
-            self._recent_frames.keep(block)
             step.commit()
         except BaseException:
             step.roll_back()
             raise
+
+    def _recent_with(self, block: Sequence[Shot]) -> Groups:
+        """The recent frames when a block has run."""
+        size = self._runner.family.frames_per_group
+        return with_block(self.at.recent, block, size, -(-self._runner.recent_frames // size))
 
     def encode(self, shots: Sequence[Shot]) -> Tokens:
         """Frames as the decoder takes them; all of one size."""
@@ -242,30 +235,33 @@ class Ingest:
             The ids that reopen the video, where that is needed; and blocks of frames to `encode`: the recent ones, and last the waiting
             ones, which may be none.
         """
-        blocks: list[Sequence[Shot]] = [*self._recent_frames.blocks(len(self.at.waiting)), self.at.waiting]
-        reopening = self._runner.family.reopening() if any(blocks) and not self.at.video_open else []
+        runner, size, waiting = self._runner, self._runner.family.frames_per_group, self.at.waiting
+        count = -(-max(0, runner.recent_frames - len(waiting)) // size)
+        recent = blocks_of(self.at.recent, count, size, runner.pond.plan.block_groups)
+        blocks: list[Sequence[Shot]] = [*recent, waiting]
+        reopening = runner.family.reopening() if any(blocks) and not self.at.video_open else []
         return reopening, blocks
 
     def close_video(self) -> None:
         """A turn that is remembered ends the video, with the frames that it was shown."""
-        self._recent_frames.keep(self.at.waiting)
-        self.at = replace(self.at.without(len(self.at.waiting)), video_open=False)
+        left = self.at.without(len(self.at.waiting))
+        self.at = replace(left, recent=self._recent_with(self.at.waiting), video_open=False)
 
     def update_ledger(self) -> None:
         """Enter in the ledger what the waiting frames and the recent ones take."""
         # The frames of a block go from one account to the other, so the one that shrinks comes first.
-        recent = sum(map(_nbytes, self._recent_frames.groups))
+        recent = sum(map(_nbytes, self.at.recent))
         ledger, sizes = self._runner.pond.ledger, {"waiting frames": _nbytes(self.at.waiting), "recent pixels": recent}
         for name in sorted(sizes, key=lambda name: sizes[name] - ledger.account(name)):
             ledger.hold(name, sizes[name])
 
-    def state(self) -> IngestState:
+    def state(self) -> Standing:
         """Everything that frames on their way in go on with."""
-        return IngestState(self.at, self._recent_frames.groups)
+        return self.at
 
-    def restore(self, state: IngestState) -> None:
+    def restore(self, state: Standing) -> None:
         """Go on where a `state` stood; can be repeated. What that takes is for `update_ledger` to enter."""
-        self._recent_frames.groups, self.at = state.recent, state.at
+        self.at = state
 
     def fork(self, runner: Runner) -> Ingest:
         """The same for a copy of the runner."""

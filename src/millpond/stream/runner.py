@@ -46,6 +46,7 @@ class Runner:
         config: without a budget only for a policy that has no cap, without a host budget where nothing is retrieved, or only planned.
 
     Attributes:
+        config: as given, with the budget that is in force.
         clock: where the next token stands.
         admission_state: what the admission remembers of the stream; replaced, never changed.
         grid: the largest frame size planned for; None before the first frame.
@@ -59,7 +60,7 @@ class Runner:
 
     def __init__(self, family: Family, config: SessionConfig) -> None:
         self.family = family
-        self._config = config
+        self.config = config
         self.policy = config.policy
         self.recent_frames = config.recent_frames
         self.admission = config.admission
@@ -70,8 +71,6 @@ class Runner:
         self.tokens = self.reanchorings = 0
         self.seconds = dict.fromkeys(("source", "vision", "decoder", "compaction", "answers", "total"), 0.0)
         self.roll_back_open_step: Callable[[], None] | None = None
-        self._budget = config.budget
-        self._host_budget, self._host_path = config.host_budget, config.host_path
         self._opening = family.opening(config.system)
         self._proxy_tokens = len(family.question("", after_video=True)) if self.policy.needs.proxy == "prompt" else 0
         self.plan_for(None)  # refuse now what can never work
@@ -99,8 +98,8 @@ class Runner:
         pond = Pond(self.family.geometry, plan, self.policy, self.family.device)
         pond.rope = self.family.rope
         pond.ledger.hold("admission", plan.state_bytes)
-        if self._host_budget is not None:
-            pond.host = HostCache(self.family.geometry, self.family.rope, self._host_budget, self._host_path)
+        if (budget := self.config.host_budget) is not None:
+            pond.host = HostCache(self.family.geometry, self.family.rope, budget, self.config.host_path)
         return pond
 
     def check_model(self) -> None:
@@ -246,11 +245,6 @@ class Runner:
     # --- the budget ---------------------------------------------------------------------------------------------
 
     @property
-    def config(self) -> SessionConfig:
-        """As given, with the budget that is in force."""
-        return replace(self._config, budget=self._budget)
-
-    @property
     def plan(self) -> Plan:
         """How the budget is split now: for the largest frames so far, or for text alone before the first."""
         return self.plan_for(None) if self._pond is None else self._pond.plan
@@ -259,19 +253,19 @@ class Runner:
         """How the budget, or another one, would be split for frames of that size; None: for text alone."""
         if grid is not None and grid.tokens != grid.rows * grid.cols:
             check(self.policy, SEPARATORS)
-        if grid is not None and self._host_budget is not None:
-            HostCache.check(self.family.geometry, self._host_budget, grid.tokens)
+        if grid is not None and self.config.host_budget is not None:
+            HostCache.check(self.family.geometry, self.config.host_budget, grid.tokens)
         what = "this model's prompt and one turn" if grid is None else f"frames of {grid.width} x {grid.height}"
         frame_bytes = 0 if grid is None else grid.height * grid.width * 3
         pixels = FramesAsPixels(frame_bytes, self.recent_frames, len(self.family.reopening()))
         return make_plan(
-            self._budget if budget is None else budget,
+            self.config.budget if budget is None else budget,
             self.family.geometry,
             self.policy,
             prompt_tokens=len(self._opening),
             group_tokens=1 if grid is None else grid.tokens,
             frames_per_group=self.family.frames_per_group,
-            reserve_tokens=self._config.reserve_tokens,
+            reserve_tokens=self.config.reserve_tokens,
             proxy_tokens=self._proxy_tokens,
             reserve=[pixels.slots],
             beside=[pixels.waiting, pixels.pixels, *admission_consumers(self.admission, self.family.hidden)],
@@ -286,7 +280,7 @@ class Runner:
         plan = self.plan_for(grid)
         if self._pond is not None and not self.policy.capped:
             plan = plan.with_slots(max(plan.slots, self._pond.plan.slots))
-        self._move(plan, self._budget, grid)
+        self._move(plan, self.config.budget, grid)
 
     def resize(self, budget: str | int, make_fit: Callable[[Plan], None]) -> None:
         """Change the budget; a smaller one compacts at once. See `millpond.Session.resize`.
@@ -305,10 +299,10 @@ class Runner:
 
     def _move(self, plan: Plan, budget: int | None, grid: Grid | None) -> None:
         """Move the memory to another plan, and remember what it was made for."""
-        pond, before = self._pond, (self._budget, self.grid)
+        pond, before = self._pond, (self.config, self.grid)
         old = None if pond is None else pond.plan
         try:
-            self._budget, self.grid = budget, grid
+            self.config, self.grid = replace(self.config, budget=budget), grid
             if pond is not None:
                 with self.timed("compaction"):
                     self.ask_proxy()
@@ -316,7 +310,7 @@ class Runner:
         except BaseException:
             # A move is whole by itself: it has been made, or it has not begun, or it will be finished before anything else.
             if pond is None or (pond.plan is old and not pond.moving):
-                self._budget, self.grid = before
+                self.config, self.grid = before
             raise
 
     # --- state --------------------------------------------------------------------------------------------------
@@ -338,20 +332,20 @@ class Runner:
     def state(self) -> RunnerState:
         """Everything that the stream goes on with."""
         clock, seconds = replace(self.clock), dict(self.seconds)
-        stream = self._budget, self.grid, clock, self.tokens, self.reanchorings, seconds, self.admission_state
+        stream = self.config.budget, self.grid, clock, self.tokens, self.reanchorings, seconds, self.admission_state
         return RunnerState(*stream, self.pond.state())
 
     def restore(self, state: RunnerState) -> None:
         """Go on, with a memory of its own, where the `state` of a runner with the same settings stood."""
         pond = self._allocate(state.pond.plan)
         pond.restore(state.pond)
-        self._pond, self._budget, self.grid = pond, state.budget, state.grid
+        self._pond, self.config, self.grid = pond, replace(self.config, budget=state.budget), state.grid
         self.clock, self.tokens, self.reanchorings = replace(state.clock), state.tokens, state.reanchorings
         self.seconds, self.admission_state = dict(state.seconds), state.admission
 
     def fork(self) -> Runner:
         """A second runner on a copy of the memory."""
-        other = Runner(self.family, replace(self._config, budget=self._budget))
+        other = Runner(self.family, self.config)
         other.restore(self.state())
         return other
 
