@@ -161,7 +161,7 @@ def measure(dtype: torch.dtype, repetitions: int) -> dict[str, object]:
         "pass_over_copy": round(ours / milliseconds["copy"], 2),
         "released_over_pass": round(milliseconds["released"] / ours, 1),
         "scratch_bytes": scratch,
-        "scratch_share_of_cache": {name: round(size / pond.nbytes, 5) for name, size in scratch.items()},
+        "scratch_share_of_cache": {name: round(size / pond.storage.nbytes, 5) for name, size in scratch.items()},
     }
 
 

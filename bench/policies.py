@@ -71,7 +71,7 @@ def measure(names: list[str], dtype: torch.dtype, repetitions: int) -> dict[str,
             "milliseconds_a_pass": round(pass_seconds * 1e3, 1),
             "pass_over_copy": round(pass_seconds / copy, 2),
             "scratch_bytes": peak,
-            "scratch_share_of_cache": round(peak / pond.nbytes, 5),
+            "scratch_share_of_cache": round(peak / pond.storage.nbytes, 5),
         }
     return {"copy_milliseconds": round(copy * 1e3, 1), "policies": rows}
 

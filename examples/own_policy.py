@@ -6,23 +6,33 @@ A package registers such a class under the entry point group `millpond.policies`
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 import millpond
 from millpond import minnow
 from millpond.eval import streams
-from millpond.policies import Policy, View, keep_top
+from millpond.policies import Scorer, View
+from millpond.policies.base import Shape
 
 
 @dataclass(frozen=True)
-class Loudest(Policy):
+class Loudest(Scorer):
     """Keep the tokens whose values are longest, in each head by itself."""
 
     name: ClassVar[str] = "loudest"
     source: ClassVar[str] = "this example"
 
-    def keep(self, view: View, slots: int) -> Tensor:
-        return keep_top(view.values.norm(dim=-1).float(), view.protected, slots)
+    def score(self, view: View) -> Tensor:
+        scores = torch.empty(view.heads, view.tokens, device=view.values.device)
+        for values, row in zip(view.values, scores, strict=True):
+            for part, out in zip(values.split(view.chunk), row.split(view.chunk), strict=True):
+                out.copy_(part.float().norm(dim=-1))
+        return scores
+
+    def scratch(self, shape: Shape) -> int:
+        # The choice among the scores, and a chunk of values in float32 with its norms; all of it counts against the cap.
+        return super().scratch(shape) + 4 * shape.chunk * (shape.head_dim + 1)
 
 
 def main(seconds: int = 96) -> None:

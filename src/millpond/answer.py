@@ -24,7 +24,7 @@ class Usage:
         frames_seen, frames_dropped: raw frames taken in; dropped by a live source, or because a fault ended their block.
         frames_skipped, frames_reduced: of those taken in, which the admission left out, and which it thinned.
         timestamps_kept: distinct frame times that some head of some layer still remembers.
-        memory_tokens: tokens remembered per head, packed ones included, the prompt not counted.
+        memory_tokens: tokens remembered per head, quantized ones included, the prompt not counted.
         stream_tokens: tokens that went by, the prompt included.
         evicted_tokens: tokens per head that were forgotten, or left for host memory.
         compactions, reanchorings: passes so far.
@@ -32,7 +32,7 @@ class Usage:
         seconds_source, seconds_vision, seconds_decoder, seconds_compaction, seconds_answers, seconds_total: wall time spent
             waiting for frames, in resizing and the vision tower, in the decoder on frames, in selection and compaction (and
             re-anchoring), on questions, and in all.
-        host_budget_bytes, host_bytes: cap of host memory and what is allocated of it; None and 0 where nothing is recalled.
+        host_budget_bytes, host_bytes: cap of host memory and what is allocated of it; None and 0 where nothing is retrieved.
         host_frames, host_frames_forgotten: frame groups there now, and those that left it because it was full.
         host_bytes_in, host_bytes_out: moved to host memory and from it so far.
         seconds_host: spent on that, within compaction and questions.
@@ -105,7 +105,7 @@ class LayerMemory:
     Attributes:
         seconds: float64 [H, n], stream time of the token's frame group, or of the turn for text.
         row, column: int16 [H, n] on the frame's merged grid; -1 for text, -2 for a frame's separators and timestamps.
-        packed: how many of the n tokens are stored in few bits; they come first, in the order in which they were packed.
+        quantized: how many of the n tokens are stored in few bits; they come first, in the order in which they were quantized.
     """
 
     seconds: np.ndarray

@@ -1,6 +1,6 @@
 """A session's arguments, in one place: what each means, its default, and what goes with what.
 
-Knows names and numbers; nothing about models, and loads neither torch nor a policy before one is made.
+Loads neither torch nor a policy before a config is made.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class SessionConfig:
             every frame in whole. Frames still waiting for their group are shown to a question whole, whatever it is.
         recent_frames: that many of the latest frames, in whole groups, are kept as pixels, encoded again for each question, and
             shown to it in full behind the memory. 0: none.
-        host_budget: bytes of host memory for what leaves the device, beside `budget`: for a policy that recalls frames from there
+        host_budget: bytes of host memory for what leaves the device, beside `budget`: for a policy that retrieves frames from there
             ("rekv"), which needs it. When it is full, the oldest frames are forgotten.
         host_path: a folder; host memory is then a mapped file in it, without a name, gone with the session.
 
@@ -80,7 +80,7 @@ class SessionConfig:
             raise MillpondError(f"recent_frames must be a whole number, at least 0, not {self.recent_frames!r}")
 
     def _read(self, name: str, read: Any, written: type) -> None:
-        """Put what a value means in the place of how it was written."""
+        """Replace how a value was written by what it means."""
         value = getattr(self, name)
         if value is not None and isinstance(value, written):
             object.__setattr__(self, name, read(value))

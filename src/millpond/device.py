@@ -5,6 +5,7 @@ Joins a family, `millpond.stream.runner`'s plan of a stream and `millpond.precis
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from millpond.precision.device_budget import DeviceSplit, Workspace, split_devic
 from millpond.precision.folder import is_quantized
 from millpond.stream.runner import Runner
 
-__all__ = ["DEFAULT_FRAME", "DevicePlan", "default_budget", "least_budget", "load_within", "plan_device"]
+__all__ = ["DEFAULT_FRAME", "DevicePlan", "default_budget", "load_within", "minimum_budget", "plan_device"]
 
 DEFAULT_FRAME = (480, 640)
 """Height and width of a frame where nobody says."""
@@ -53,7 +54,7 @@ def plan_device(
         config: of the stream; its budget counts for nothing here.
 
     Raises:
-        BudgetError: not even the least of everything fits; names it, or the policy has no cap.
+        BudgetError: not even the minimum of everything fits; names it, or the policy has no cap.
     """
     if not config.policy.capped:
         raise BudgetError(f"the policy {config.policy.name!r} has no cap: no device memory would be enough")
@@ -62,42 +63,34 @@ def plan_device(
     if folder is not None and is_quantized(folder):
         weights = weight_bytes(Path(folder))
     lightest = weights if isinstance(weights, int) else min(weights.values())
-    minimum = least_budget(family, grid, config)
+    minimum = minimum_budget(family, grid, config)
+    patch = family.model.config.vision_config.patch_size
+
+    def limited(limit: int) -> DeviceSplit:
+        """The split with a stream of at most `limit` bytes."""
+        plan = _plan(family, grid, config, limit)
+        frames = plan.block_groups * plan.frames_per_group
+        workspace = Workspace.of(
+            family.model.config,
+            family.geometry,
+            block_tokens=max(plan.block_tokens, plan.turn_tokens, plan.prompt_tokens),
+            patches=frames * (grid.height // patch) * (grid.width // patch),
+        )
+        workspace = replace(workspace, fixed=workspace.fixed + _HEAP)
+        split = split_device(memory, weights, family.geometry, workspace, kv_minimum=minimum)
+        kv = min(split.kv, limit)
+        return replace(split, kv=kv, workspace=memory - split.weights - kv, slots=kv // family.geometry.bytes_per_token)
+
     # A larger stream runs in larger blocks, which take more workspace: the workspace is planned for a stream of at most so many
     # bytes, for a few such limits, and the one that leaves the stream most is taken.
     ratio = max(1.0, (memory - lightest) / minimum)
-    split = _limited(family, grid, minimum, weights, memory, minimum, config)
+    split = limited(minimum)
     for step in range(1, _LIMITS + 1):
         try:
-            other = _limited(family, grid, int(minimum * ratio ** (step / _LIMITS)), weights, memory, minimum, config)
-        except BudgetError:  # blocks of that size have no room beside the rest
+            split = max(split, limited(int(minimum * ratio ** (step / _LIMITS))), key=lambda one: one.kv)
+        except BudgetError:  # blocks of that size do not fit beside the rest
             break
-        split = max(split, other, key=lambda one: one.kv)
     return DevicePlan(split, _plan(family, grid, config, split.kv))
-
-
-def _limited(
-    family: Family,
-    grid: Grid,
-    limit: int,
-    weights: int | dict[int, int],
-    memory: int,
-    minimum: int,
-    config: SessionConfig,
-) -> DeviceSplit:
-    """The split with a stream of at most `limit` bytes."""
-    plan = _plan(family, grid, config, limit)
-    patch = family.model.config.vision_config.patch_size
-    workspace = Workspace.of(
-        family.model.config,
-        family.geometry,
-        block_tokens=max(plan.block_tokens, plan.turn_tokens, plan.prompt_tokens),
-        patches=plan.block_groups * plan.frames_per_group * (grid.height // patch) * (grid.width // patch),
-    )
-    workspace = replace(workspace, fixed=workspace.fixed + _HEAP)
-    split = split_device(memory, weights, family.geometry, workspace, kv_minimum=minimum)
-    kv = min(split.kv, limit)
-    return replace(split, kv=kv, workspace=memory - split.weights - kv, slots=kv // family.geometry.bytes_per_token)
 
 
 def load_within(
@@ -115,27 +108,21 @@ def load_within(
         model: as in `millpond.Session.from_pretrained`. frame, config: as in `plan_device`.
         target_bits, load: the arguments of `millpond.models.load`; not for a loaded model.
     """
-
     if device_memory is not None:
         hold_nothing()
-
-    def planned(family: Family, folder: str | Path | None) -> DeviceSplit | None:
-        return None if device_memory is None else plan_device(family, folder, device_memory, frame, config).split
-
     if isinstance(model, tuple):
         family = models.adapt(*model)
-        split = planned(family, None)
-    elif device_memory is None:
-        family, split = models.load(model, target_bits=target_bits, **load), None
-    else:
-        # Planned before any weight is read.
-        bare = models.load(model, dtype=load["dtype"], max_pixels=load["max_pixels"], weights=False)
-        split = planned(bare, model)
-        family = models.load(model, bits=None if split is None else split.bits, target_bits=target_bits, **load)
-    return family, None if split is None else split.kv
+        kv = None if device_memory is None else plan_device(family, None, device_memory, frame, config).split.kv
+        return family, kv
+    if device_memory is None:
+        return models.load(model, target_bits=target_bits, **load), None
+    # Planned before any weight is read.
+    bare = models.load(model, dtype=load["dtype"], max_pixels=load["max_pixels"], weights=False)
+    split = plan_device(bare, model, device_memory, frame, config).split
+    return models.load(model, bits=split.bits, target_bits=target_bits, **load), split.kv
 
 
-def least_budget(family: Family, grid: Grid, config: SessionConfig) -> int:
+def minimum_budget(family: Family, grid: Grid, config: SessionConfig) -> int:
     """The minimum budget in bytes with which a stream of such frames works."""
     minimum = 1
     for _ in range(2):  # for the prompt alone, then for frames
@@ -164,7 +151,7 @@ def default_budget(
         BudgetError: not even the minimum that works would be free.
     """
     grid = family.grid(*frame)
-    minimum = least_budget(family, grid, config)
+    minimum = minimum_budget(family, grid, config)
     check_memory(minimum, family.device)
     there = available_memory(family.device)
     most = max(minimum, there // 2 if there is not None else minimum * 1024)
@@ -175,10 +162,7 @@ def default_budget(
     low, high = -(-minimum // _STEP), max(1, most // _STEP)  # the answer lies in (low, high], or is one of the ends
     if low >= high or not suits(high * _STEP):
         return max(minimum, min(most, high * _STEP))
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if suits(middle * _STEP) else (middle + 1, high)
-    return low * _STEP
+    return bisect_left(range(high), True, low, key=lambda steps: suits(steps * _STEP)) * _STEP
 
 
 def _plan(family: Family, grid: Grid, config: SessionConfig, budget: int) -> Plan:

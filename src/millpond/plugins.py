@@ -1,4 +1,4 @@
-"""Named classes from any package, by entry point, and those of them that are parameterised. Knows nothing about what they do."""
+"""Named classes from any package, by entry point, and those of them that are parameterised."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A session: one endless stream, one memory, questions at any moment.
 
-The only place that sees all rooms: frames go through a family's vision tower into the pond, a policy keeps the pond under
-its cap, and a question runs behind the memory and is rolled back, so that asking leaves the stream bit-identical.
+Frames go through a family's vision tower into the pond, a policy keeps the pond under its cap, and a question runs behind the
+memory and is rolled back, so that asking leaves the stream bit-identical.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Session:
     Args:
         family: an adapted model (`millpond.models.load` or `adapt`), shared freely between sessions.
         config: a `millpond.SessionConfig`, which says what a session's arguments are.
-        arguments: its fields by name, in its place or over it: `Session(family, budget="64MiB", policy="keydiff")`.
+        given: its fields by name, in its place or over it: `Session(family, budget="64MiB", policy="keydiff")`.
 
     Raises:
         BudgetError: the budget cannot even hold the prompt and one turn; names the minimum that works. Or it is more than the memory that
@@ -49,10 +49,8 @@ class Session:
         MillpondError: as for a `SessionConfig`.
     """
 
-    def __init__(
-        self, family: Family, config: SessionConfig | None = None, **arguments: Unpack[SessionArguments]
-    ) -> None:
-        config = configured(config, **arguments)
+    def __init__(self, family: Family, config: SessionConfig | None = None, **given: Unpack[SessionArguments]) -> None:
+        config = configured(config, **given)
         check(config.policy, *([NO_HOST_MEMORY] if config.host_budget is None else []))
         self._runner = Runner(family, config)
         if config.budget is not None:
@@ -206,7 +204,7 @@ class Session:
             turn: Turn | None = None
             try:
                 with self._changing():
-                    self._runner.settle()
+                    self._runner.finish_roll_back()
                     self._runner.check_model()
                     turn = Turn(self._runner, self._ingest, remember=remember)
                     pieces = turn.run(question, max_new_tokens)
@@ -272,7 +270,7 @@ class Session:
             return Usage(**self._runner.usage(), **self._ingest.usage())
 
     def memory(self) -> tuple[LayerMemory, ...]:
-        """What is remembered: time and place of every kept token, per layer and head; while an answer is streamed, its turn's too."""
+        """What is remembered: time and grid position of every kept token, per layer and head; while an answer is streamed, its turn's too."""
         with self._changing():
             return self._runner.memory()
 
@@ -290,7 +288,7 @@ class Session:
     def _exclusive(self) -> Iterator[None]:
         """Nobody else's turn, and nobody reads meanwhile."""
         with self._turn.held(), self._changing():
-            self._runner.settle()
+            self._runner.finish_roll_back()
             yield
 
     @contextmanager

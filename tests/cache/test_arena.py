@@ -54,7 +54,7 @@ def test_any_cut_after_any_cut(seed: int, chunk: int) -> None:
         Steps(arena.cutting(wanted, lengths, chunk)).run()
         assert arena.capacities == wanted
         assert same(layers, before)
-    Steps([*arena.packing(chunk), *arena.unpacking(capacities(), chunk)]).run()
+    Steps([*arena.gathering(chunk), *arena.scattering(capacities(), chunk)]).run()
     assert same(layers, before)
     assert (arena.nbytes, arena.flat("keys").data_ptr()) == (size, storage)
     assert size == slots * GEOMETRY.bytes_per_token // 4

@@ -147,7 +147,7 @@ def state(one: Scene) -> list[Any]:
     out += [
         pond.compactions,
         pond.evicted,
-        pond.nbytes,
+        pond.storage.nbytes,
         pond.ledger.account("storage"),
         pond.ledger.account("dequantization buffer"),
     ]
@@ -156,15 +156,15 @@ def state(one: Scene) -> list[Any]:
         out += [layer.length, layer.capacity, {tensor.shape[1] for tensor in layer.tensors()}]
         tensors += [tensor[:, : layer.length] for tensor in layer.tensors()]
         if isinstance(layer, MixedPrecisionLayer):
-            out += [layer.quantized_store.groups, layer.quantized_store.capacity]
-            tensors += [tensor[:, : layer.quantized_store.groups] for tensor in layer.quantized_store.tensors()]
+            out += [layer.store.groups, layer.store.capacity]
+            tensors += [tensor[:, : layer.store.groups] for tensor in layer.store.tensors()]
     if pond.host is not None:
         host = pond.host
         out += [host.ring, host.span, host._moved.tolist()]
         # What has left may be written over at any time.
         rows = [number % host._rows for number in range(host.ring.first, host.ring.end)]
         slots = [slot % host._slots for slot in range(host.ring.next - host.tokens, host.ring.next)]
-        tensors += [host._table[rows], host._sums[:, :, rows], host._positions[slots], host._place[slots]]
+        tensors += [host._table[rows], host._key_sums[:, :, rows], host._positions[slots], host._grid_positions[slots]]
         tensors += [host._keys[:, :, slots], host._values[:, :, slots]]
     return [*out, [tensor.clone() for tensor in tensors]]
 

@@ -94,7 +94,7 @@ def test_an_account_holds_what_its_lines_grant_and_no_more() -> None:
     ledger.hold("scratch", 100)
     with pytest.raises(BudgetError, match="over the budget of 100"):
         ledger.hold("scratch", 101)
-    ledger.settle(None, [*LINES, Line("undo", 0, 7, "")])
+    ledger.adopt(None, [*LINES, Line("undo", 0, 7, "")])
     with pytest.raises(BudgetError, match="grants it 49"):
         ledger.hold("scratch", 50)
     ledger.hold("undo", 7)
@@ -131,7 +131,7 @@ def test_the_lines_cover_what_a_stream_holds(
         granted[line.account] = granted.get(line.account, 0) + line.bytes
     assert all(size <= granted[name] for name, size in most.items())
     assert {name for name, size in granted.items() if size} == {name for name, size in most.items() if size}
-    assert most["storage"] == granted["storage"] == session._runner.pond.nbytes
+    assert most["storage"] == granted["storage"] == session._runner.pond.storage.nbytes
 
 
 def test_the_page_on_memory_has_a_row_for_every_line() -> None:

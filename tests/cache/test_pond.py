@@ -281,7 +281,7 @@ def test_resize_keeps_the_books_the_cap_and_the_bytes(budgets: list[int], frames
         target.resize(plan)
         assert target.ledger.peak <= max(old, plan.budget)
         assert target.ledger.limit == plan.budget
-        assert target.nbytes == target.ledger.account("storage") <= plan.budget
+        assert target.storage.nbytes == target.ledger.account("storage") <= plan.budget
         assert target.free >= target.plan.reserve_tokens
         kept = stream.check()
         assert all(serials[:3] == [0, 1, 2] for heads in kept for serials in heads)

@@ -73,7 +73,7 @@ def test_storage_changes_at_any_time(
             patch.setattr(torch, "zeros", watched)
             pond.resize(plan)
         assert all(size <= limit for size in held)
-        assert pond.nbytes == pond.ledger.account("storage")
+        assert pond.storage.nbytes == pond.ledger.account("storage")
         assert pond.ledger.held <= pond.ledger.limit == plan.budget
         for _ in range(frames):
             time += 1
@@ -89,10 +89,10 @@ def test_memory_that_the_machine_does_not_have_is_one_line(kind: str) -> None:
     stream.add(3, 0, prompt=True)
     for time in range(1, 12):
         stream.add(6, time)
-    before, plan, books = stream.check(), pond.plan, (pond.ledger.held, pond.ledger.limit, pond.nbytes)
+    before, plan, books = stream.check(), pond.plan, (pond.ledger.held, pond.ledger.limit, pond.storage.nbytes)
     with pytest.raises(BudgetError, match="smaller budget"):
         pond.resize(plan_for(policy, geometry, 6, 1 << 50))
-    assert (pond.plan, pond.ledger.held, pond.ledger.limit, pond.nbytes) == (plan, *books)
+    assert (pond.plan, pond.ledger.held, pond.ledger.limit, pond.storage.nbytes) == (plan, *books)
     assert stream.check() == before
     with pytest.raises(BudgetError, match="smaller budget"):
         Pond(geometry, plan_for(policy, geometry, 6, 1 << 50), policy, torch.device("cpu"))

@@ -51,7 +51,7 @@ class TieredStream(Stream):
         worst = super().worst()
         values, raw = self.values()
         for layer in self.pond.layers:
-            quantized_store = layer.quantized_store
+            quantized_store = layer.store
             for head in range(2):
                 got = torch.empty(2, quantized_store.tokens, 16)
                 quantized_store.read(head, 0, quantized_store.tokens, got[0], got[1])
@@ -70,7 +70,7 @@ def state(pond: Pond) -> list[Tensor]:
     out = []
     for layer in pond.layers:
         out += [tensor[:, : layer.length].clone() for tensor in layer.tensors()]
-        out += [tensor[:, : layer.quantized_store.groups].clone() for tensor in layer.quantized_store.tensors()]
+        out += [tensor[:, : layer.store.groups].clone() for tensor in layer.store.tensors()]
     return out
 
 
@@ -91,7 +91,7 @@ def test_a_token_is_in_full_then_packed_then_gone_and_every_number_is_its_own() 
             for head in range(2):
                 full, quantized = (
                     layer.positions[head, : layer.length, :],
-                    layer.quantized_store.live("positions")[head],
+                    layer.store.live("positions")[head],
                 )
                 both = [tuple(row) for row in torch.cat([full, quantized]).tolist()]
                 assert len(set(both)) == len(both), "a token is in one tier only"
@@ -112,7 +112,7 @@ def test_a_group_is_written_once() -> None:
     for _ in range(60):
         stream.frame()
         for index, layer in enumerate(stream.pond.layers):
-            quantized_store = layer.quantized_store
+            quantized_store = layer.store
             for head in range(2):
                 for group in range(quantized_store.groups):
                     name = index, head, tuple(quantized_store.positions[head, group].flatten().tolist())
@@ -145,9 +145,9 @@ def test_transformers_sees_packed_tokens_in_front_of_full_ones() -> None:
         assert torch.equal(values[:, :, quantized:-2], layer.values[:, :, :length])
         for head in range(2):
             expected = torch.empty(quantized, 16)
-            layer.quantized_store.read(head, 0, quantized, expected, None)
+            layer.store.read(head, 0, quantized, expected, None)
             assert torch.equal(keys[0, head, :quantized], expected)
-            layer.quantized_store.read(head, 0, quantized, None, expected)
+            layer.store.read(head, 0, quantized, None, expected)
             assert torch.equal(values[0, head, :quantized], expected)
 
 
@@ -213,7 +213,7 @@ def test_the_groups_with_the_most_chosen_tokens_stay() -> None:
     stream = tiered(base=Spy(seen=(views,)), layers=1)
     for _ in range(60):
         stream.frame()
-    quantized_store = stream.pond.layers[0].quantized_store
+    quantized_store = stream.pond.layers[0].store
     for head in range(2):
         oldest = int(quantized_store.positions[head, : quantized_store.groups, :, 0].min())
         newest = int(stream.pond.layers[0].positions[head, : stream.pond.length, 0].max())
@@ -259,15 +259,13 @@ def test_fork_is_a_copy_and_both_go_on_alone() -> None:
     mine = {
         t.untyped_storage().data_ptr()
         for layer in stream.pond.layers
-        for t in (*layer.tensors(), *layer.quantized_store.tensors())
+        for t in (*layer.tensors(), *layer.store.tensors())
     }
     for _ in range(10):
         stream.frame()
     assert same(state(other), before)
     assert mine.isdisjoint(
-        t.untyped_storage().data_ptr()
-        for copy in other.layers
-        for t in (*copy.tensors(), *copy.quantized_store.tensors())
+        t.untyped_storage().data_ptr() for copy in other.layers for t in (*copy.tensors(), *copy.store.tensors())
     )
     assert other.storage.buffer is not stream.pond.storage.buffer
 
@@ -283,7 +281,7 @@ def test_resize_keeps_what_it_can_and_both_caps(factor: float) -> None:
     pond.resize(plan)
     assert pond.ledger.limit == budget
     assert pond.ledger.held <= budget
-    assert pond.ledger.account("storage") == pond.nbytes
+    assert pond.ledger.account("storage") == pond.storage.nbytes
     assert pond.ledger.account("dequantization buffer") == plan.dequantization_bytes
     assert pond.quantized_tokens <= plan.quantized_tokens
     assert stream.worst() <= 0.03
@@ -328,7 +326,7 @@ def test_a_policy_that_fails_leaves_both_tiers_whole(layer: int, quantized: bool
         stream.pond.compact(stream.pond.full_precision_tokens - 1)
     if layer == 0:
         assert same(before, state(stream.pond))
-    lengths = {(each.length, each.quantized_store.groups) for each in stream.pond.layers}
+    lengths = {(each.length, each.store.groups) for each in stream.pond.layers}
     assert len(lengths) == 1
     assert stream.worst() <= 0.03
     armed.clear()
@@ -345,7 +343,7 @@ def test_the_plans_bytes_are_those_allocated(bits: int, axes: int, accumulated_a
     policy = MiKV(bits=bits, base="h2o" if accumulated_attention else Scattered(), group=8)
     plan = make_plan(400_000, geometry, policy, prompt_tokens=5, group_tokens=12)
     pond = Pond(geometry, plan, policy, CPU)
-    assert pond.nbytes == plan.slots * plan.bytes_per_token + plan.quantized_bytes
+    assert pond.storage.nbytes == plan.slots * plan.bytes_per_token + plan.quantized_bytes
     assert pond.storage.buffer.keys.nbytes + pond.storage.buffer.values.nbytes == plan.dequantization_bytes
     assert plan.total_bytes <= 400_000
     assert plan.quantized_tokens % 8 == 0

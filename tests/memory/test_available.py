@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from millpond import BudgetError, Session, SessionConfig, models
 from millpond.cli import app
-from millpond.device import default_budget, least_budget
+from millpond.device import default_budget, minimum_budget
 from millpond.memory import available
 from millpond.memory.available import available_memory, check_memory
 from tests.models.tiny import tiny
@@ -84,6 +84,6 @@ def test_the_default_budget_suits_the_model_and_the_machine(monkeypatch: pytest.
     monkeypatch.setattr("millpond.device.available_memory", lambda device: 2 << 20)
     assert default_budget(family, config, frame, fps=2000) == 1 << 20
     monkeypatch.setattr("millpond.device.available_memory", lambda device: 1000)
-    assert default_budget(family, config, frame) == least_budget(family, family.grid(*frame), config)
+    assert default_budget(family, config, frame) == minimum_budget(family, family.grid(*frame), config)
     found = json.loads(CliRunner().invoke(app, ["plan", "--size", "64x64", "--json"]).stdout)
     assert found["budget"] > 0

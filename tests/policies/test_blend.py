@@ -18,7 +18,7 @@ from millpond.ops import dispatch
 from millpond.policies.base import SEPARATOR, TEXT, Needs, Policy, View
 from millpond.policies.methods.hermes import HERMES
 from millpond.policies.methods.mikv import MiKV
-from millpond.policies.scoring.matching import carried_scores_of, matching_scratch
+from millpond.policies.scoring.matching import match_scores, matching_scratch
 from tests.cache.test_pond import Breaks
 from tests.policies.test_attention import chosen_by_hermes, hermes_score
 from tests.policies.views import rope
@@ -227,7 +227,7 @@ def test_packed_tokens_are_chosen_without_the_full_ones_scores() -> None:
         ask(pond)
     first = pond.layers[0]
     assert isinstance(first, MixedPrecisionLayer)
-    assert first.quantized_store.groups == first.quantized_store.capacity
+    assert first.store.groups == first.store.capacity
     notes.clear()
     full = pond.full_precision_tokens
     pond.compact(full - 16)
@@ -259,7 +259,7 @@ def test_scores_go_to_the_same_token(times: list[int], cols: int, shares: tuple[
 
     (time_us, grid_position), (to_time_us, to_place) = held(shares[0]), held(shares[1])
     scores = torch.rand(time_us.shape, generator=random)
-    out = carried_scores_of(scores, time_us, grid_position, to_time_us, to_place)
+    out = match_scores(scores, time_us, grid_position, to_time_us, to_place)
     assert out.shape == to_time_us.shape
     for head in range(2):
         rows = zip(time_us[head].tolist(), grid_position[head].tolist(), scores[head].tolist(), strict=True)
@@ -273,7 +273,7 @@ def test_scratch_of_matching_is_bounded(count: int) -> None:
     time_us = torch.arange(count).repeat(3, 1)
     grid_position = torch.zeros(3, count, 2, dtype=torch.int16)
     scores = torch.rand(3, count)
-    peak = transient_peak(lambda: carried_scores_of(scores, time_us, grid_position, time_us, grid_position))
+    peak = transient_peak(lambda: match_scores(scores, time_us, grid_position, time_us, grid_position))
     assert 4 * 3 * count < peak <= matching_scratch(count) + 4 * 3 * count
 
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from millpond import BudgetError, Session, SessionConfig, minnow, models, precision
 from millpond.cli import app
-from millpond.device import least_budget, plan_device
+from millpond.device import minimum_budget, plan_device
 from millpond.errors import ModelError, PrecisionError
 from millpond.eval.streams import generate
 from millpond.precision.loading import stored_bytes
@@ -83,7 +83,7 @@ def test_a_plain_model_takes_its_own_weights_and_the_least_is_named() -> None:
     minimum = caught.value.minimum
     assert minimum is not None
     session = Session.from_pretrained("minnow", device_memory=minimum, **SIZE)
-    assert session.plan_for(64, 64).budget == least_budget(family, family.grid(64, 64), SessionConfig())
+    assert session.plan_for(64, 64).budget == minimum_budget(family, family.grid(64, 64), SessionConfig())
     with pytest.raises(BudgetError, match=f"the minimum that works is {minimum} bytes"):
         Session.from_pretrained("minnow", device_memory=minimum - 1, **SIZE)
     loaded_family = models.load("minnow")

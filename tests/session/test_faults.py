@@ -54,8 +54,7 @@ def memory_of(session: Session) -> list[object]:
         parts += [live[:, : layer.length].numpy().tobytes() for live in layer.tensors()]
         if isinstance(layer, MixedPrecisionLayer):
             parts += [
-                layer.quantized_store.live(name).numpy().tobytes()
-                for name in ("time_us", "positions", "accumulated_attention")
+                layer.store.live(name).numpy().tobytes() for name in ("time_us", "positions", "accumulated_attention")
             ]
     return parts
 

@@ -180,7 +180,7 @@ def test_no_phase_passes_the_budget(name: str, policy: str, monkeypatch: pytest.
         session.resize(size)
         session.feed(list(moving(40, start=session.usage.stream_seconds + 1)))
         assert held_bytes(session) <= session.usage.allocated_bytes <= size
-        assert pond.nbytes == 3 * pond.plan.slots * family.geometry.bytes_per_token // 3
+        assert pond.storage.nbytes == 3 * pond.plan.slots * family.geometry.bytes_per_token // 3
     session.ask(QUESTION, max_new_tokens=3)
     kept = session.memory()
     assert len({layer.seconds.shape[1] for layer in kept}) > 1

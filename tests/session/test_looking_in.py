@@ -161,7 +161,7 @@ def test_what_a_block_could_have_to_put_back_is_counted(
 
     def measured(step: Step) -> None:
         ledger = session._runner.pond.ledger
-        copies.append(marks[0].nbytes)
+        copies.append(sum(copy.nbytes for copy in marks[0].accumulated_attention))
         assert copies[-1] <= ledger.account("undo") == session.plan.undo_bytes
         assert held_bytes(session) <= ledger.held <= session.plan.budget
         commit(step)

@@ -103,11 +103,7 @@ def test_asking_leaves_the_memory_bit_identical_and_forks_agree() -> None:
     def snapshot(session: Session) -> list[torch.Tensor]:
         pond = session._runner.pond
         full = [t[:, : layer.length].clone() for layer in pond.layers for t in layer.tensors()]
-        return full + [
-            t[:, : layer.quantized_store.groups].clone()
-            for layer in pond.layers
-            for t in layer.quantized_store.tensors()
-        ]
+        return full + [t[:, : layer.store.groups].clone() for layer in pond.layers for t in layer.store.tensors()]
 
     before = snapshot(session)
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(twin), strict=True))
@@ -184,19 +180,19 @@ def test_sums_of_packed_tokens_go_on_growing() -> None:
     session.feed(list(moving(60)))
     layer = session._runner.pond.layers[0]
     session._runner.pond.compact(session._runner.pond.full_precision_tokens - 1)
-    live = layer.quantized_store.groups
+    live = layer.store.groups
     held = {
         tuple(row.flatten().tolist()): s
         for row, s in zip(
-            layer.quantized_store.positions[0, :live],
-            layer.quantized_store.accumulated_attention[0, :live].clone(),
+            layer.store.positions[0, :live],
+            layer.store.accumulated_attention[0, :live].clone(),
             strict=True,
         )
     }
     session.feed(list(moving(4, start=31)))
     grown = 0
     for row, accumulated_attention in zip(
-        layer.quantized_store.positions[0, :live], layer.quantized_store.accumulated_attention[0, :live], strict=True
+        layer.store.positions[0, :live], layer.store.accumulated_attention[0, :live], strict=True
     ):
         earlier = held.get(tuple(row.flatten().tolist()))
         if earlier is not None:

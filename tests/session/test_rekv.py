@@ -421,6 +421,6 @@ def test_the_order_in_which_layers_are_asked_changes_no_bit_of_host_memory() -> 
     assert hosts[0] is not None
     assert hosts[1] is not None
     assert hosts[0].frames > 5
-    for name in ("_table", "_positions", "_keys", "_values", "_sums", "_place"):
+    for name in ("_table", "_positions", "_keys", "_values", "_key_sums", "_grid_positions"):
         assert torch.equal(getattr(hosts[0], name), getattr(hosts[1], name))
     assert state(down) == state(up)

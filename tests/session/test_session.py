@@ -42,7 +42,7 @@ def state(session: Session) -> list[bytes]:
         for t in layer.tensors()
     ]
     parts.append(repr((session._runner.clock, pond.length, pond.recent, pond.compactions)).encode())
-    parts += [frame.tobytes() for _, frame in session._ingest.waiting]
+    parts += [frame.tobytes() for _, frame in session._ingest.at.waiting]
     return parts
 
 

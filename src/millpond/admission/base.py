@@ -1,4 +1,4 @@
-"""The contract of an admission: how much of each frame group goes to the decoder. Knows features, not tokens or caches.
+"""The contract of an admission: how much of each frame group goes to the decoder.
 
 An admission stands before any policy: what it turns away never takes a slot, and never costs a forward of the decoder.
 """
@@ -51,7 +51,7 @@ def admission_consumers(admission: Admission | None, hidden: int) -> tuple[Consu
     """What an admission takes of the budget: its state, and the one before it, until a block is in.
 
     Args:
-        admission: None where every frame is let in. hidden: width of the features.
+        admission: None where every frame is let in. hidden: components of the features.
     """
     size = 0 if admission is None else admission.state_bytes(hidden)
 

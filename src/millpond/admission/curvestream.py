@@ -39,7 +39,7 @@ class CurveStream(Admission):
     Clear above mean + k * sigma, dropped below mean - k * sigma, reduced between. Mean and sigma are those of c before t,
     updated online over the whole stream.
 
-    Choices where what was read is silent: a group equal to the one before it has c = 0 (nothing turned); the first four
+    Choices where what was read is silent: a group equal to the one before it has c = 0 (no bend); the first four
     groups are clear (two curvatures make the first sigma), and so is one whose feature is not finite; both bounds are strict,
     so that a stream of even curvature is reduced, never lost.
 

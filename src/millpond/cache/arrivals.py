@@ -11,12 +11,12 @@ __all__ = ["Arrival", "Arrivals", "Ring"]
 
 @dataclass(frozen=True)
 class Ring:
-    """Which frames and tokens a host tier holds. Replaced as a whole.
+    """Which frames and tokens a host cache holds. Replaced as a whole.
 
     Attributes:
         first, end: frames held are numbered `first`, ..., `end` - 1, by their order in the stream.
         next: tokens that ever came in: the next one's slot, before the ring's modulo.
-        forgotten: frames that left because the tier was full. bytes_in: moved from the device.
+        forgotten: frames that left because it was full. bytes_in: moved from the device.
     """
 
     first: int = 0
@@ -47,10 +47,10 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Arrivals:
-    """What a pass brings, and where it goes: worked out by `HostCache.arrange`, written by `ensure_capacity` and `storing`.
+    """What a pass brings, and where it goes: worked out by `HostCache.arrange`, written by `register` and `offloading`.
 
     Attributes:
-        ring: the tier's afterwards.
+        ring: the host cache's afterwards.
         frames: in stream order.
     """
 

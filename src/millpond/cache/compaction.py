@@ -1,7 +1,6 @@
 """What a compaction keeps: asks the policy for every layer and holds it to its contract, before anything moves in any of them.
 
-What fails here leaves the memory untouched; moving is the matter of `millpond.cache.moving`. Sees of the pond what
-`CompactionState` says.
+What fails here leaves the memory untouched; moving is the matter of `millpond.cache.moving`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from millpond.errors import BudgetError, PolicyError
 from millpond.memory.resumable import Mask, Move
 from millpond.policies.allocators.base import apportion
 from millpond.policies.base import View
-from millpond.policies.scoring.matching import carried_scores_of
+from millpond.policies.scoring.matching import match_scores
 
 __all__ = ["choose_groups", "choose_tokens"]
 
@@ -61,7 +60,7 @@ def choose_groups(at: CompactionState, groups: int) -> Move | None:
 
 
 def _select(at: CompactionState, granted: Sequence[int], protected: Protected) -> list[Chosen | None]:
-    """Ask the policy for every layer, the order of `deepest_first` included; None for a layer that keeps all it has."""
+    """Ask the policy for every layer, from the deepest up where it needs deeper scores; None for a layer that keeps all it has."""
     lead: Tensor | None = None  # what the first layer kept, where all must keep the same
     deeper_scores: Tensor | None = None  # what the policy left at the layer before, for the tokens of the one to come
     layers, storage, start = at.storage.layers, at.storage, at.plan.prompt_tokens
@@ -81,20 +80,20 @@ def _select(at: CompactionState, granted: Sequence[int], protected: Protected) -
         _check_alike(at, keep, lead)
         if at.host is not None and lead is None:
             lead = keep[0].clone()
-        carried_scores = view.carried_scores if index else None
+        carried = view.carried_scores if index else None
         chosen[index] = Chosen(
             Mask(keep, view.tokens),
             None if stay is None else Mask(stay, storage.quantized_groups),
             view.carried_scores if at.policy.needs.merging else None,
         )
         del view, keep, stay
-        if carried_scores is not None:
-            deeper_scores = _hand_on(at, index, carried_scores)
-            del carried_scores
+        if carried is not None:
+            deeper_scores = _for_the_next(at, index, carried)
+            del carried
     return chosen
 
 
-def _hand_on(at: CompactionState, index: int, carried_scores: Tensor) -> Tensor:
+def _for_the_next(at: CompactionState, index: int, carried: Tensor) -> Tensor:
     """What a layer that has not moved yet leaves, float32 [H, n], for the tokens of the next shallower one: float32 [H, m]."""
     start = at.plan.prompt_tokens
     tokens = [
@@ -102,7 +101,7 @@ def _hand_on(at: CompactionState, index: int, carried_scores: Tensor) -> Tensor:
         for layer in (at.storage.layers[index], at.storage.layers[index - 1])
         for tensor in (layer.time_us, layer.grid_position)
     ]
-    return carried_scores_of(carried_scores, *tokens)
+    return match_scores(carried, *tokens)
 
 
 def _grant(at: CompactionState, slots: int, protected: Protected) -> list[int]:
@@ -120,28 +119,22 @@ def _grant(at: CompactionState, slots: int, protected: Protected) -> list[int]:
 
 
 def _keep(at: CompactionState, view: View, slots: int) -> Tensor:
-    """What the policy keeps, held to its contract."""
-    keep = at.policy.keep(view, slots)
-    _check(at.policy.name, keep, view, slots)
-    return keep
-
-
-def _check(name: str, keep: Tensor, view: View, slots: int) -> None:
-    """Hold a policy to its contract before a byte moves."""
+    """What the policy keeps, held to its contract before a byte moves."""
+    keep, name = at.policy.keep(view, slots), at.policy.name
     if keep.shape != (view.heads, slots) or keep.dtype != torch.int64:
-        raise PolicyError(
-            f"policy {name!r} returned {tuple(keep.shape)} {keep.dtype}, not ({view.heads}, {slots}) int64"
-        )
+        got = f"{tuple(keep.shape)} {keep.dtype}"
+        raise PolicyError(f"policy {name!r} returned {got}, not ({view.heads}, {slots}) int64")
     fault = ops.check_selection(keep, view.protected)
     if fault == 1:
         raise PolicyError(f"policy {name!r} must return ascending token indices below {view.tokens}")
     if fault == 2:
         raise PolicyError(f"policy {name!r} dropped a protected token")
+    return keep
 
 
 def _check_alike(at: CompactionState, keep: Tensor, lead: Tensor | None) -> None:
     """Where frames leave whole, every head and layer must keep the same tokens: those of the first, int64 [S]."""
     if at.host is not None and not bool((keep == (keep[0] if lead is None else lead)).all()):
         raise PolicyError(
-            f"policy {at.policy.name!r} recalls frames: it must keep the same tokens in every head and layer"
+            f"policy {at.policy.name!r} retrieves frames: it must keep the same tokens in every head and layer"
         )

@@ -1,4 +1,4 @@
-"""What a compaction sees of the pond, and all that it sees: where the tokens lie, what chooses among them, and the books."""
+"""What a compaction sees of the pond, and all that it sees: where the tokens lie, what chooses among them, and the ledger."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class CompactionState:
 
     Attributes:
         storage, plan, policy, ledger, recent, queries, host, rope: as in `millpond.cache.pond.Pond`.
-        settle: sets the pond's own books behind the pass, given what is recent then. Can be repeated.
+        count_pass: sets the pond's own counts after the pass, given what is recent then; can be repeated.
     """
 
     storage: Storage
@@ -34,7 +34,7 @@ class CompactionState:
     queries: ProxyQueries
     host: HostCache | None
     rope: Rope | None
-    settle: Callable[[RecentWindow], None]
+    count_pass: Callable[[RecentWindow], None]
 
     @property
     def tokens(self) -> int:
@@ -48,9 +48,8 @@ class CompactionState:
     def view(self, index: int, protected: Protected) -> View:
         """One layer's memory as the policy is shown it."""
         layer, start = self.storage.layers[index], self.plan.prompt_tokens
-        keys, values, time_us, grid_position, positions, *accumulated_attention = (
-            tensor.narrow(1, start, layer.length - start) for tensor in layer.tensors()
-        )
+        live = (tensor.narrow(1, start, layer.length - start) for tensor in layer.tensors())
+        keys, values, time_us, grid_position, positions, *attention = live
         return View(
             keys,
             values,
@@ -63,7 +62,7 @@ class CompactionState:
             self.plan.chunk,
             queries=self.queries.layer(index) if self.policy.needs.proxy else None,
             prompt_keys=layer.keys[0, :, :start] if self.policy.needs.proxy else None,
-            accumulated_attention=accumulated_attention[0] if accumulated_attention else None,
+            accumulated_attention=attention[0] if attention else None,
             positions=positions if self.policy.needs.positions else None,
             rope=self.rope if self.policy.needs.positions else None,
         )

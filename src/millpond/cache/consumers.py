@@ -17,32 +17,32 @@ from millpond.policies.base import Policy
 
 __all__ = ["BESIDE", "RESERVE", "make_plan"]
 
-# What a question recalls gets at most half of what lies behind the prompt; the window gets the rest.
-_RECALL_SHARE = 2
+# What a question retrieves gets at most half of what lies behind the prompt; the window gets the rest.
+_RETRIEVED_SHARE = 2
 
 
 def retrieved_frames(geometry: Geometry, split: Split) -> Line:
-    """Slots for what a question recalls from host memory; see `millpond.cache.retrieval`."""
+    """Slots for what a question retrieves from host memory; see `millpond.cache.retrieval`."""
     groups = 0
     if split.policy.needs.retrieved_frames:
-        groups = max(1, min(split.policy.needs.retrieved_frames, split.left // _RECALL_SHARE // split.group_tokens))
+        groups = max(1, min(split.policy.needs.retrieved_frames, split.left // _RETRIEVED_SHARE // split.group_tokens))
     frames = groups * split.frames_per_group
     purpose = f"{frames} frames that a question brings back from host memory"
     return slot_line(geometry, "retrieved frames", groups * split.group_tokens, purpose)
 
 
 def quantized_store(geometry: Geometry, split: Split) -> Line:
-    """Tokens that are remembered in few bits, metadata included; see `millpond.cache.quantized_store`."""
+    """Tokens that are remembered in few bits, metadata included; see `millpond.cache.storage.quantized_store`."""
     tier = split.policy.needs.quantized_tier
     size = tier.quantized_bytes(geometry, split.quantized_tokens) if tier else 0
     return Line("quantized store", 0, size, f"{split.quantized_tokens} tokens remembered in few bits", STORAGE)
 
 
 def dequantization_buffer(geometry: Geometry, split: Split) -> Line:
-    """One layer's keys and values, unpacked; see `millpond.kv_quantization.tier`."""
+    """One layer's keys and values, dequantized; see `millpond.kv_quantization.tier`."""
     tier = split.policy.needs.quantized_tier
     size = tier.dequantization_bytes(geometry, split.slots + split.quantized_tokens) if tier else 0
-    return Line("dequantization buffer", 0, size, "where one layer is unpacked")
+    return Line("dequantization buffer", 0, size, "where one layer is dequantized")
 
 
 def queries(geometry: Geometry, split: Split) -> Line:
@@ -52,14 +52,10 @@ def queries(geometry: Geometry, split: Split) -> Line:
 
 
 def undo(geometry: Geometry, split: Split) -> Line:
-    """Copies of what a block or turn changes in place, until it is in: a proxy text's queries and the sums of attention."""
-    accumulated_attention = (split.slots + split.quantized_tokens) * geometry.accumulated_attention_bytes
-    return Line(
-        "undo",
-        0,
-        split.proxy_tokens * geometry.query_bytes + accumulated_attention,
-        "what a block could have to put back",
-    )
+    """Copies of what a block or turn changes in place, until it is in: a proxy text's queries and accumulated attention."""
+    attention = (split.slots + split.quantized_tokens) * geometry.accumulated_attention_bytes
+    size = split.proxy_tokens * geometry.query_bytes + attention
+    return Line("undo", 0, size, "what a block could have to put back")
 
 
 RESERVE: tuple[Consumer, ...] = (retrieved_frames,)

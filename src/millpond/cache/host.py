@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from millpond.cache.storage.layer import PondLayer
 from millpond.errors import BudgetError
 from millpond.memory.budget import format_bytes
 from millpond.memory.geometry import Geometry
-from millpond.memory.resumable import Pieces
+from millpond.memory.resumable import Pieces, Step
 from millpond.positions import Rope
 
 __all__ = ["HostCache", "HostCacheState"]
@@ -35,7 +35,7 @@ _TIME, _START, _COUNT = range(3)
 
 @dataclass(frozen=True, eq=False)
 class HostCacheState:
-    """What a host tier holds.
+    """What a host cache holds.
 
     Attributes:
         size: frames and tokens that there is storage for. ring, span, bytes_out, seconds: as in `HostCache`.
@@ -60,7 +60,7 @@ class HostCache:
         rope: takes the rotation out of keys.
         budget: bytes of everything held here.
         folder: where a file without a name holds the storage, mapped into memory; None for plain memory. The file is gone with
-            the tier.
+            the cache.
 
     Attributes:
         ring: which frames and tokens are held.
@@ -69,7 +69,7 @@ class HostCache:
         span: most positions that a frame took on the first axis, from its first token to its last.
 
     Raises:
-        BudgetError: when the first frame comes: the folder has no room.
+        BudgetError: when the first frame comes: the folder has no space.
     """
 
     def __init__(self, geometry: Geometry, rope: Rope, budget: int, folder: str | Path | None = None) -> None:
@@ -85,7 +85,7 @@ class HostCache:
 
     @staticmethod
     def token_bytes(geometry: Geometry) -> int:
-        """Bytes of one token: keys and values, positions (int64) and place."""
+        """Bytes of one token: keys and values, positions (int64) and grid position."""
         return geometry.kv_bytes_per_token + 8 * geometry.axes + 4
 
     @staticmethod
@@ -130,8 +130,8 @@ class HostCache:
             ("_positions", torch.int64, (slots, geometry.axes)),
             ("_keys", geometry.dtype, vectors),
             ("_values", geometry.dtype, vectors),
-            ("_sums", torch.float32, (geometry.layers, geometry.kv_heads, rows, geometry.head_dim)),
-            ("_place", torch.int16, (slots, 2)),
+            ("_key_sums", torch.float32, (geometry.layers, geometry.kv_heads, rows, geometry.head_dim)),
+            ("_grid_positions", torch.int16, (slots, 2)),
         )
         sizes = [torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape in parts]
         self._rows, self._slots = rows, slots
@@ -144,25 +144,21 @@ class HostCache:
     _positions: Tensor
     _keys: Tensor
     _values: Tensor
-    _sums: Tensor
-    _place: Tensor
+    _key_sums: Tensor
+    _grid_positions: Tensor
 
     def _storage(self, size: int) -> np.ndarray:
         if self.folder is None:
             return zeros((size,), torch.uint8, torch.device("cpu")).numpy()
+        reserve = getattr(os, "posix_fallocate", None)  # a full disk says so now, not in the middle of the stream
         try:
             with tempfile.TemporaryFile(dir=self.folder) as file:
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(
-                        file.fileno(), 0, size
-                    )  # a full disk says so now, not in the middle of the stream
-                return np.memmap(
-                    file, dtype=np.uint8, mode="r+" if hasattr(os, "posix_fallocate") else "w+", shape=size
-                )
+                if reserve is not None:
+                    reserve(file.fileno(), 0, size)
+                return np.memmap(file, dtype=np.uint8, mode="w+" if reserve is None else "r+", shape=size)
         except OSError as error:
-            raise BudgetError(
-                f"no file of {format_bytes(size)} for host memory in {str(self.folder)!r}: {error}"
-            ) from error
+            what = f"no file of {format_bytes(size)} for host memory in {str(self.folder)!r}"
+            raise BudgetError(f"{what}: {error}") from error
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -176,15 +172,15 @@ class HostCache:
     # --- in -----------------------------------------------------------------------------------------------------
 
     def arrange(self, time_us: Tensor, group_tokens: int) -> Arrivals:
-        """Find room for the frame tokens that leave, in stream order; nothing that is held changes.
+        """Find space for the frame tokens that leave, in stream order; nothing that is held changes.
 
-        A frame may leave in parts, one behind the other. What is larger than the whole tier is forgotten at once.
+        A frame may leave in parts, one behind the other. What is larger than the whole cache is forgotten at once.
 
         Args:
             time_us: int64 [m], on any device. group_tokens: of a frame, by which the storage is cut when it is first needed.
 
         Raises:
-            BudgetError: when the first frame comes: the folder or the machine has no room.
+            BudgetError: when the first frame comes: the folder or the machine has no space.
         """
         if self._buffer is None:
             each, beside = self.token_bytes(self.geometry), self.frame_bytes(self.geometry)
@@ -193,7 +189,7 @@ class HostCache:
         times, counts = (part.tolist() for part in time_us.unique_consecutive(return_counts=True))
         latest = self._table[(self.ring.end - 1) % self._rows].tolist() if self.frames else None
         goes_on = latest is not None and times[:1] == latest[_TIME : _TIME + 1]
-        # From the newest back: what is older than what fits has no place.
+        # From the newest back: what is older than what fits is left out.
         taken = tokens = 0
         for at in reversed(range(len(times))):
             tokens += counts[at] + (latest[_COUNT] if latest is not None and goes_on and at == 0 else 0)
@@ -221,20 +217,20 @@ class HostCache:
         after = Ring(oldest, end, behind, ring.forgotten + skipped + oldest - ring.first, bytes_in)
         return Arrivals(after, tuple(arrivals))
 
-    def ensure_capacity(self, arrivals: Arrivals, grid_position: Tensor, positions: Tensor) -> None:
-        """Write down which frame tokens come, before `storing` takes each layer's; can be repeated until then.
+    def register(self, arrivals: Arrivals, grid_position: Tensor, positions: Tensor) -> None:
+        """Write down which frame tokens come, before `offloading` takes each layer's; can be repeated until then.
 
         Args:
-            place: int16 [m, 2]. positions: int [m, axes]. Of the tokens that were arranged, on any device.
+            grid_position: int16 [m, 2]. positions: int [m, axes]. Of the tokens that were arranged, on any device.
         """
         for frame in arrivals.frames:
             self._table[frame.row] = frame.line
             if frame.new:
-                self._sums[:, :, frame.row] = 0
+                self._key_sums[:, :, frame.row] = 0
             for slot, begin, many in self._stretches(frame.slot, frame.count, frame.count):
                 known = slice(frame.first + begin, frame.first + begin + many)
                 self._positions[slot : slot + many] = positions[known].cpu() + self._moved
-                self._place[slot : slot + many] = grid_position[known].cpu()
+                self._grid_positions[slot : slot + many] = grid_position[known].cpu()
         self.ring = arrivals.ring
         for number in range(max(self.ring.first, self.ring.end - len(arrivals.frames)), self.ring.end):
             low, high = self.extent(number)
@@ -252,32 +248,30 @@ class HostCache:
             yield at, done, many
             done += many
 
-    def storing(
-        self, arrivals: Arrivals, index: int, layer: PondLayer, leave: Tensor, at_most: int
-    ) -> Callable[[], None]:
-        """The step that copies what was admitted out of one layer, rotation taken out, before the pond moves over it. See `Steps`.
+    def offloading(self, arrivals: Arrivals, index: int, layer: PondLayer, leave: Tensor, at_most: int) -> Step:
+        """The step that copies what was registered out of one layer, rotation taken out, before the pond moves over it. See `Steps`.
 
         Args:
             leave: int64 [m], slots of the leaving tokens. at_most: tokens of all heads copied at a time.
         """
-        pieces = [
-            (frame, *stretch)
-            for frame in arrivals.frames
-            for stretch in self._stretches(frame.slot, frame.count, at_most)
-        ]
+        pieces = [(one, *part) for one in arrivals.frames for part in self._stretches(one.slot, one.count, at_most)]
 
         def make(number: int) -> tuple[Tensor, Tensor, Tensor]:
             frame, slot, begin, many = pieces[number]
             part = leave[frame.first + begin :][:many]
             keys = layer.keys[0].index_select(1, part).to(torch.float32)
             self.rope.rotate_(keys, (self._moved - self._positions[slot : slot + many]).to(keys.device))
-            return keys, self._sums[index, :, frame.row] + keys.sum(dim=1).cpu(), layer.values[0].index_select(1, part)
+            return (
+                keys,
+                self._key_sums[index, :, frame.row] + keys.sum(dim=1).cpu(),
+                layer.values[0].index_select(1, part),
+            )
 
         def write(number: int, keys: Tensor, sums: Tensor, values: Tensor) -> None:
             frame, slot, _, many = pieces[number]
             self._keys[index, :, slot : slot + many].copy_(keys)
             self._values[index, :, slot : slot + many].copy_(values)
-            self._sums[index, :, frame.row] = sums
+            self._key_sums[index, :, frame.row] = sums
 
         progress = Pieces()
 
@@ -305,7 +299,7 @@ class HostCache:
 
     # --- out ----------------------------------------------------------------------------------------------------
 
-    def sums(self, index: int, at_most: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def key_sums(self, index: int, at_most: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """One layer's sums of keys, float32 [H, n, D], and the frames' tokens, int64 [n], views of at most so many frames at a time.
 
         Each with the first frame's number.
@@ -315,7 +309,7 @@ class HostCache:
             row = number % self._rows
             count = min(at_most, self.ring.end - number, self._rows - row)
             part = slice(row, row + count)
-            yield number, self._sums[index, :, part], self._table[part, _COUNT]
+            yield number, self._key_sums[index, :, part], self._table[part, _COUNT]
             number += count
         self.bytes_out += self.frames * self.geometry.kv_heads * self.geometry.head_dim * 4
 
@@ -338,17 +332,13 @@ class HostCache:
 
         Yields:
             keys [H, n, D] without rotation and values [H, n, D], views; positions int64 [n, axes] as the stream counts now;
-            place int16 [n, 2].
+            grid positions int16 [n, 2].
         """
         start = int(self._table[number % self._rows, _START])
         for slot, _, many in self._stretches(start, count, at_most):
             part = slice(slot, slot + many)
-            yield (
-                self._keys[index, :, part],
-                self._values[index, :, part],
-                self._positions[part] - self._moved,
-                self._place[part],
-            )
+            moved = self._positions[part] - self._moved
+            yield self._keys[index, :, part], self._values[index, :, part], moved, self._grid_positions[part]
         self.bytes_out += count * self._moving
 
     def usage(self) -> dict[str, Any]:
@@ -365,13 +355,11 @@ class HostCache:
 
     def state(self) -> HostCacheState:
         """What is held."""
-        size = self._rows, self._slots
-        return HostCacheState(
-            size, self.ring, self.span, self.bytes_out, self.seconds, self._moved, self._written(self.ring)
-        )
+        counts = self.ring, self.span, self.bytes_out, self.seconds
+        return HostCacheState((self._rows, self._slots), *counts, self._moved, self._written(self.ring))
 
     def restore(self, state: HostCacheState) -> None:
-        """Copy what the `state` of a tier with the same geometry says; in a file of its own where this one is in a file."""
+        """Copy what the `state` of a host cache with the same geometry says; in a file of its own where this one is in a file."""
         if state.tensors:
             self._allocate(*state.size)
         for name, mine in self._written(state.ring).items():
@@ -389,7 +377,7 @@ class HostCache:
             "keys": self._keys[:, :, :slots],
             "values": self._values[:, :, :slots],
             "positions": self._positions[:slots],
-            "grid_position": self._place[:slots],
-            "sums": self._sums[:, :, :rows],
+            "grid_position": self._grid_positions[:slots],
+            "sums": self._key_sums[:, :, :rows],
             "table": self._table[:rows],
         }

@@ -1,6 +1,6 @@
-"""What follows a compaction's choice: layers merge, hand over, pack and move what was chosen, and the books are set, as one `Move`.
+"""What follows a compaction's choice, as one `Move`: layers merge, offload, quantize and move what was chosen, and the pass is counted.
 
-Nothing here asks what to keep, and nothing fails for good but by want of memory: interrupted anywhere, a pass goes on where it
+Nothing here asks what to keep, and nothing fails for good but for lack of memory: interrupted anywhere, a pass goes on where it
 stopped.
 """
 
@@ -18,7 +18,7 @@ from millpond.cache.arrivals import Arrivals
 from millpond.cache.compaction_state import CompactionState
 from millpond.cache.recent import Protected
 from millpond.cache.storage.layer import PondLayer
-from millpond.memory.resumable import Lazy, Mask, Move, Steps
+from millpond.memory.resumable import Mask, Move, Step, Steps
 from millpond.policies.base import TEXT, Policy, View
 
 __all__ = ["Chosen", "Compaction", "Forgetting"]
@@ -30,7 +30,7 @@ class Chosen:
 
     Attributes:
         keep: of the full tokens behind the prompt; None for all. stay: of the quantized groups; None for all.
-        carry: what the policy left in `View.carried_scores`, for its `merge`.
+        carried_scores: what the policy left in `View.carried_scores`, for its `merge`.
     """
 
     keep: Mask | None
@@ -50,11 +50,11 @@ class _Pass(ABC):
             self._steps.run()
 
     @abstractmethod
-    def _layer(self, index: int, chosen: Chosen) -> list[Callable[[], None]]:
+    def _layer(self, index: int, chosen: Chosen) -> list[Step]:
         """A layer's steps, worked out when the layers before it are done."""
 
-    def _layers(self, chosen: Sequence[Chosen | None]) -> list[Callable[[], None]]:
-        return [Lazy(partial(self._layer, index, one)).run for index, one in enumerate(chosen) if one is not None]
+    def _layers(self, chosen: Sequence[Chosen | None]) -> list[Step]:
+        return [Steps(partial(self._layer, index, one)).run for index, one in enumerate(chosen) if one is not None]
 
 
 class Forgetting(_Pass):
@@ -62,9 +62,9 @@ class Forgetting(_Pass):
 
     def __init__(self, at: CompactionState, chosen: Sequence[Chosen | None]) -> None:
         super().__init__(at)
-        self._steps = Steps([*self._layers(chosen), partial(at.settle, at.recent)])
+        self._steps = Steps([*self._layers(chosen), partial(at.count_pass, at.recent)])
 
-    def _layer(self, index: int, chosen: Chosen) -> list[Callable[[], None]]:
+    def _layer(self, index: int, chosen: Chosen) -> list[Step]:
         assert chosen.stay is not None
         return self._at.storage.dropping(index, chosen.stay.indices())
 
@@ -88,27 +88,25 @@ class Compaction(_Pass):
             layer, keep = layers[0], next(one.keep for one in chosen if one is not None and one.keep is not None)
             leave = self._leave(layer, keep.indices()[0])
             self._arrivals = at.host.arrange(layer.time_us[0].index_select(0, leave), at.plan.group_tokens)
-            grid_position, positions = (
-                tensor[0].index_select(0, leave) for tensor in (layer.grid_position, layer.positions)
-            )
-            steps.insert(0, partial(at.host.ensure_capacity, self._arrivals, grid_position, positions))
+            metadata = (tensor[0].index_select(0, leave) for tensor in (layer.grid_position, layer.positions))
+            steps.insert(0, partial(at.host.register, self._arrivals, *metadata))
         lengths = [
             layer.length if one is None or one.keep is None else at.plan.prompt_tokens + one.keep.kept
             for layer, one in zip(layers, chosen, strict=True)
         ]
-        steps += at.storage.settling(lengths, free, at.plan.chunk)
-        self._steps = Steps([*steps, partial(at.settle, at.recent.compacted(protected))])
+        steps += at.storage.finishing(lengths, free, at.plan.chunk)
+        self._steps = Steps([*steps, partial(at.count_pass, at.recent.compacted(protected))])
 
-    def _layer(self, index: int, chosen: Chosen) -> list[Callable[[], None]]:
+    def _layer(self, index: int, chosen: Chosen) -> list[Step]:
         at, layer = self._at, self._at.storage.layers[index]
         assert chosen.keep is not None
         keep, start, chunk = chosen.keep.indices(), at.plan.prompt_tokens, at.plan.chunk
-        steps: list[Callable[[], None]] = []
+        steps: list[Step] = []
         if at.policy.needs.merging:
             steps.append(_Merging(at.policy, partial(self._view, index, chosen), keep, self._faults).run)
         if at.host is not None and self._arrivals is not None:
             at_most = max(1, chunk // len(keep))
-            steps.append(at.host.storing(self._arrivals, index, layer, self._leave(layer, keep[0]), at_most))
+            steps.append(at.host.offloading(self._arrivals, index, layer, self._leave(layer, keep[0]), at_most))
         stay = None if chosen.stay is None else chosen.stay.indices()
         return [*steps, *at.storage.compaction(index, keep, stay, start, chunk)]
 

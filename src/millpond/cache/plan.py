@@ -3,12 +3,12 @@
     slots = prompt + reserve (turn, recent frames, retrieved frames, ...) + headroom + memory |C|
     bytes = the sum of the lines  <=  budget
 
-Arithmetic only; nothing is allocated here, and of the consumers only those of the slots that every cache has are known: the others are
-functions that give a line each.
+Arithmetic only; nothing is allocated here. Consumers beside those that every cache has are functions that give a line each.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -82,7 +82,7 @@ Consumer = Callable[[Geometry, Split], Line]
 
 
 class _Total:
-    """A number that is read off a plan's lines: the slots or bytes of those called so, or booked under such an account."""
+    """A number that is read off a plan's lines: the slots or bytes of those called so, or under such an account."""
 
     def __init__(self, what: str, name: str) -> None:
         self._what, self._name = what, name
@@ -101,7 +101,7 @@ class Plan:
         budget: the cap in bytes; None for the uncapped reference, whose storage grows.
         bytes_per_token: keys, values and metadata of one token over all layers.
         lines: what every consumer may take. All other numbers of slots and bytes are read off them: those in tokens are slots,
-            `headroom_tokens` the headroom, `retrieved_tokens` what a question recalls, `quantized_bytes` the quantized store, `dequantization_bytes` the
+            `headroom_tokens` the headroom, `retrieved_tokens` what a question retrieves, `quantized_bytes` the quantized store, `dequantization_bytes` the
             dequantization buffer, `state_bytes` an admission's, `recent_bytes` the latest frames' pixels.
         group_tokens, frames_per_group: size of one frame group.
         block_groups: frame groups that run through the model at once.
@@ -158,7 +158,7 @@ class Plan:
 
     @property
     def reserve_tokens(self) -> int:
-        """Slots kept free for a question, its answer, what it recalls and what it is shown again."""
+        """Slots kept free for a question, its answer, what it retrieves and the recent frames."""
         return self.slots - self.prompt_tokens - self.memory_tokens - self.headroom_tokens
 
     @property
@@ -168,7 +168,7 @@ class Plan:
 
     @property
     def retrieved_frames(self) -> int:
-        """Frame groups that a question recalls from host memory."""
+        """Frame groups that a question retrieves from host memory."""
         return self.retrieved_tokens // self.group_tokens
 
     @property
@@ -184,15 +184,11 @@ class Plan:
         """The same plan on other storage, of `slots` slots: the memory takes the difference, but is never less than a group."""
         memory = max(self.group_tokens, self.memory_tokens + slots - self.slots)
         tokens = {"memory": memory, "headroom": slots - self.prompt_tokens - self.reserve_tokens - memory}
-        return replace(
-            self,
-            lines=tuple(
-                replace(line, slots=tokens[line.name], bytes=tokens[line.name] * self.bytes_per_token)
-                if line.name in tokens
-                else line
-                for line in self.lines
-            ),
-        )
+        lines = list(self.lines)
+        for at, line in enumerate(lines):
+            if line.name in tokens:
+                lines[at] = replace(line, slots=tokens[line.name], bytes=tokens[line.name] * self.bytes_per_token)
+        return replace(self, lines=tuple(lines))
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, for `--json`."""
@@ -231,14 +227,8 @@ def split_budget(
         BudgetError: too small; names the minimum that works. Or a consumer's line cannot be.
     """
     geometry = replace(geometry, accumulated_attention=policy.needs.accumulated_attention)
-    start = Split(
-        policy=policy,
-        slots=0,
-        prompt_tokens=prompt_tokens,
-        group_tokens=group_tokens,
-        frames_per_group=frames_per_group,
-        proxy_tokens=proxy_tokens if policy.needs.proxy == "prompt" else 0,
-    )
+    proxy_tokens = proxy_tokens if policy.needs.proxy == "prompt" else 0
+    start = Split(policy, 0, prompt_tokens, group_tokens, frames_per_group, proxy_tokens)
     claimants: list[Consumer] = [partial(_turn, reserve_tokens), *reserve]
 
     def claimed(split: Split) -> Split:
@@ -259,16 +249,8 @@ def split_budget(
         shares, lines = split(slots)
         if sum(line.slots for line in lines) != slots:
             raise BudgetError(f"the lines take {sum(line.slots for line in lines)} slots of {slots}")
-        return Plan(
-            budget=budget,
-            bytes_per_token=geometry.bytes_per_token,
-            lines=lines,
-            group_tokens=group_tokens,
-            frames_per_group=frames_per_group,
-            block_groups=shares.block_groups,
-            chunk=shares.chunk,
-            quantized_tokens=shares.quantized_tokens,
-        )
+        block = group_tokens, frames_per_group, shares.block_groups, shares.chunk
+        return Plan(budget, geometry.bytes_per_token, lines, *block, shares.quantized_tokens)
 
     fewest = claimed(start).reserve_tokens
     if not policy.capped:
@@ -278,10 +260,9 @@ def split_budget(
         raise BudgetError(f"the policy {policy.name!r} needs a budget; only 'full' runs without one")
     # The minimum that works: one group remembered, one coming in, and the reserve.
     fewest += prompt_tokens + 2 * group_tokens
-    # Tokens are packed by whole groups, so up to a group less one leave beside those that must.
-    remembered = policy.minimum_memory(group_tokens) + (
-        policy.needs.quantized_tier.quantizer.group - 1 if policy.needs.quantized_tier else 0
-    )
+    tier, remembered = policy.needs.quantized_tier, policy.minimum_memory(group_tokens)
+    # Tokens are quantized by whole groups, so up to a group less one leave beside those that must.
+    remembered += tier.quantizer.group - 1 if tier else 0
     fewest = _first(lambda slots: split(slots)[0].left >= remembered, fewest)
     minimum = total(fewest)
     if budget < minimum:
@@ -331,15 +312,8 @@ def _memory(geometry: Geometry, split: Split) -> Line:
 
 
 def _first(holds: Callable[[int], bool], start: int) -> int:
-    """The least integer >= start for which a monotone condition holds."""
+    """The first integer >= start for which a monotone condition holds."""
     step = 1
     while not holds(start + step - 1):
         step *= 2
-    low, high = start, start + step - 1
-    while low < high:
-        middle = (low + high) // 2
-        if holds(middle):
-            high = middle
-        else:
-            low = middle + 1
-    return low
+    return bisect_left(range(start + step - 1), True, start, key=holds)

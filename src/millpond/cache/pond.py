@@ -1,6 +1,6 @@
 """The pond: all layers of one stream's memory, under one cap.
 
-Appending needs room that `ensure_capacity` makes *before* a block runs; a policy chooses what survives, the pond moves the bytes.
+Appending needs slots that `ensure_capacity` frees *before* a block runs; a policy chooses what survives, the pond moves the bytes.
 Every allocation goes through the ledger. The pond never sees frames, questions or tokenizers.
 """
 
@@ -43,14 +43,14 @@ class Pond(Transactional, Cache):
         plan: the split budget.
         policy: chooses what survives a compaction.
         device: of the storage.
-        ledger: the books; made from the plan's budget when not given.
 
     Attributes:
+        ledger: who holds how many bytes of the cap.
         storage: where the tokens lie, of the kind that the policy needs.
         queries: what the policy's proxy asked last.
         recent: what of the stream's newest part can still be protected.
         host: where frames go that are not kept; None where they are forgotten.
-        rope: of the model, shown to a policy that turns keys; a session's flow sets it.
+        rope: of the model, shown to a policy that rerotates keys; a session's runner sets it.
         compactions: passes so far.
         evicted: tokens forgotten so far (per head; all heads forget equally many).
     """
@@ -58,14 +58,12 @@ class Pond(Transactional, Cache):
     copies = True
     """What a forward gives it is copied into its own storage, so a decoder may run in inference mode."""
 
-    def __init__(
-        self, geometry: Geometry, plan: Plan, policy: Policy, device: torch.device, ledger: Ledger | None = None
-    ) -> None:
+    def __init__(self, geometry: Geometry, plan: Plan, policy: Policy, device: torch.device) -> None:
         self.geometry = geometry = replace(geometry, accumulated_attention=policy.needs.accumulated_attention)
         self.plan = plan
         self.policy = policy
         self.device = device
-        self.ledger = ledger if ledger is not None else Ledger(plan.budget if policy.capped else None, plan.lines)
+        self.ledger = Ledger(plan.budget if policy.capped else None, plan.lines)
         check(policy)
         self.storage = make_storage(policy, geometry, plan, device, self.ledger)
         super().__init__(layers=list(self.storage.layers))
@@ -83,11 +81,6 @@ class Pond(Transactional, Cache):
         return self.storage.length
 
     @property
-    def capacity(self) -> int:
-        """Slots allocated, on average over the layers."""
-        return self.plan.slots
-
-    @property
     def free(self) -> int:
         """Slots not in use, in the layer that has fewest."""
         return self.storage.free
@@ -99,7 +92,7 @@ class Pond(Transactional, Cache):
 
     @property
     def memory_tokens(self) -> int:
-        """Live tokens behind the pinned prompt, packed ones included; on average over the layers, rounded down."""
+        """Live tokens behind the pinned prompt, quantized ones included; on average over the layers, rounded down."""
         return self.full_precision_tokens + self.quantized_tokens
 
     @property
@@ -112,20 +105,10 @@ class Pond(Transactional, Cache):
         """Those of them that are stored in few bits."""
         return self.storage.quantized_tokens
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated by all layers, metadata included."""
-        return self.storage.nbytes
-
-    @property
-    def live_bytes(self) -> int:
-        """Bytes that the live tokens take."""
-        return self.storage.live_bytes
-
     # --- growing ------------------------------------------------------------------------------------------------
 
     def ensure_capacity(self, tokens: int) -> None:
-        """Make room for a block of `tokens` stream tokens beside the turn's reserve: the cap holds before it runs.
+        """Free slots for a block of `tokens` stream tokens beside the turn's reserve: the cap holds before it runs.
 
         Raises:
             BudgetError: the block cannot fit even into an empty memory; nothing was forgotten.
@@ -134,7 +117,7 @@ class Pond(Transactional, Cache):
         if overrun <= 0:
             return
         if not self.policy.capped:
-            self.resize(self.plan.with_slots(self.capacity + max(overrun, self.capacity // 2)))
+            self.resize(self.plan.with_slots(self.plan.slots + max(overrun, self.plan.slots // 2)))
             return
         slots = min(self.plan.memory_tokens, self.full_precision_tokens - overrun)
         if slots < 1:
@@ -164,7 +147,7 @@ class Pond(Transactional, Cache):
     def _refuse(self, what: str, slots: int) -> None:
         # An estimate from above: a plan with that many more slots in its reserve.
         plan = self.plan
-        minimum = (plan.budget or 0) + max(1, slots + plan.reserve_tokens - self.capacity) * plan.bytes_per_token
+        minimum = (plan.budget or 0) + max(1, slots + plan.reserve_tokens - self.plan.slots) * plan.bytes_per_token
         raise BudgetError(
             f"{what} does not fit into the budget of {plan.budget} bytes: about {minimum} would do", minimum=minimum
         )
@@ -174,30 +157,29 @@ class Pond(Transactional, Cache):
 
         Args:
             time_us: int64 [n], stream time of each token; tokens of one frame group share theirs.
-            place: int16 [n, 2], see `millpond.policies.base`.
+            grid_position: int16 [n, 2], see `millpond.policies.base`.
             positions: int [axes, n] rotary positions.
         """
         self.finish()
         count = time_us.shape[0]
         if count > self.free:
-            raise BudgetError(f"a block of {count} tokens was not admitted: {self.free} slots are free")
+            raise BudgetError(f"a block of {count} tokens has no capacity ensured: {self.free} slots are free")
         self.storage.write_metadata(time_us.to(self.device), grid_position.to(self.device), positions.T.to(self.device))
 
     def commit(self, time_us: Tensor, grid_position: Tensor) -> None:
         """Count a block that has run as part of the stream: its groups become the latest, its text protected.
 
         Args:
-            time_us: int64 [n]. place: int16 [n, 2]. On the CPU; as announced.
+            time_us: int64 [n]. grid_position: int16 [n, 2]. On the CPU; as in `write_metadata`.
         """
         self.recent = self.recent.with_block(time_us, grid_position, self.plan.slots)
 
     def accumulate_attention(self, index: int, queries: Tensor, positions: Tensor) -> None:
-        """Add to each live token's sum in one layer the attention that the block just run pays it; see `cache.queries.accumulate_attention`."""
+        """Add to each live token's sum in one layer the attention that the block just run pays it; see `proxy_queries.accumulate_attention`."""
         assert self.rope is not None
         with self.ledger.borrow("scratch", self.plan.scratch_bytes):
-            accumulate_attention(
-                self.layers[index], self.geometry.kv_groups, queries, positions, self.rope, self.plan.chunk
-            )
+            layer, groups = self.layers[index], self.geometry.kv_groups
+            accumulate_attention(layer, groups, queries, positions, self.rope, self.plan.chunk)
 
     def truncate(self, length: int) -> None:
         """Forget everything from slot `length` of the first layer on: the end of a turn that is not remembered, or a failed block."""
@@ -207,31 +189,25 @@ class Pond(Transactional, Cache):
     def cut(self, start: int, count: int) -> None:
         """Take `count` slots from slot `start` of the first layer on out of every layer; what lies behind them moves down."""
         self.finish()
-        if not count:
-            return
-        steps = self.storage.cutting_out(start, count, self.plan.chunk)
-        with self.ledger.borrow("scratch", self.plan.scratch_bytes):
-            self.carry_out(Steps(steps))
+        if count:
+            with self.ledger.borrow("scratch", self.plan.scratch_bytes):
+                self.carry_out(Steps(self.storage.cutting_out(start, count, self.plan.chunk)))
 
     # --- steps of a stream --------------------------------------------------------------------------------------
 
     def mark(self, *, queries: bool = False, accumulated_attention: bool = False) -> Mark:
         """Remember what there is, to `rewind` to it until `release`.
 
-        What is appended lies behind it and need not be copied. What changes in place is: with `queries` those that were noted, with `accumulated_attention`
-        the attention summed up; the plan counts that as `undo_bytes`.
+        What is appended lies behind it and need not be copied. What changes in place is: with `queries` those that were noted, with
+        `accumulated_attention` the attention summed up; the plan counts that as `undo_bytes`.
         """
         self.finish()
         self.ledger.hold("undo", self.plan.undo_bytes)
         noted = self.queries.state() if queries and self.plan.query_bytes else None
-        return Mark(
-            self.length,
-            self.recent,
-            None if noted is None else replace(noted, rows=noted.rows.clone()),
-            tuple(live.clone() for live in self.storage.accumulated(self.length))
-            if accumulated_attention and self.geometry.accumulated_attention
-            else (),
-        )
+        noted = None if noted is None else replace(noted, rows=noted.rows.clone())
+        summed = accumulated_attention and self.geometry.accumulated_attention
+        live = self.storage.accumulated(self.length) if summed else []
+        return Mark(self.length, self.recent, noted, tuple(each.clone() for each in live))
 
     def rewind(self, mark: Mark) -> None:
         """Put back what there was; nothing may have been compacted since. Can be repeated."""
@@ -239,9 +215,9 @@ class Pond(Transactional, Cache):
         self.recent = mark.recent
         if mark.queries is not None:
             self.queries.restore(mark.queries)
-        if mark.accumulated_attention:
-            for live, saved in zip(self.storage.accumulated(mark.length), mark.accumulated_attention, strict=True):
-                live.copy_(saved)
+        if saved := mark.accumulated_attention:
+            for live, copy in zip(self.storage.accumulated(mark.length), saved, strict=True):
+                live.copy_(copy)
 
     def keep_turn(self, mark: Mark) -> int:
         """Count everything behind the mark as part of the stream; returns how many tokens."""
@@ -259,8 +235,8 @@ class Pond(Transactional, Cache):
     def compact(self, slots: int) -> None:
         """Keep `slots` tokens behind the prompt in every head of every layer, chosen by the policy, in place.
 
-        With a low-bit tier that many stay in full, or up to a group fewer; the others are packed, and as many packed ones are
-        forgotten as there is no room for.
+        With a low-bit tier that many stay in full, or up to a group fewer; the others are quantized, and as many quantized ones
+        are forgotten as do not fit.
 
         With layer budgets `slots` is the mean over the layers, whose regions are cut anew to what each was granted.
 
@@ -274,7 +250,7 @@ class Pond(Transactional, Cache):
                 self.carry_out(move)
 
     def forget_quantized(self, groups: int) -> None:
-        """Keep at most `groups` packed groups in every head of every layer.
+        """Keep at most `groups` quantized groups in every head of every layer.
 
         Raises:
             PolicyError: the policy failed; nothing has moved.
@@ -291,19 +267,18 @@ class Pond(Transactional, Cache):
         return (at.view(index, protected) for index in range(len(self.layers)))
 
     def _compaction(self, passes: int) -> CompactionState:
-        books = partial(self._count_pass, self.compactions + passes, self.evicted + self.memory_tokens)
-        return CompactionState(
-            self.storage, self.plan, self.policy, self.ledger, self.recent, self.queries, self.host, self.rope, books
-        )
+        count = partial(self._count_pass, self.compactions + passes, self.evicted + self.memory_tokens)
+        parts = self.storage, self.plan, self.policy, self.ledger, self.recent, self.queries, self.host, self.rope
+        return CompactionState(*parts, count)
 
     def _count_pass(self, compactions: int, ever: int, recent: RecentWindow) -> None:
-        """The books behind a pass. Of `ever` tokens that had been evicted or were in memory, those not in memory now have been evicted."""
+        """Counts after a pass. Of `ever` tokens that had been evicted or were in memory, those not in memory now have been evicted."""
         self.recent, self.compactions, self.evicted = recent, compactions, ever - self.memory_tokens
 
     def kept(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each layer, stream times int64 [H, n] and places int16 [H, n, 2] of the live tokens behind the prompt.
+        """For each layer, stream times int64 [H, n] and grid positions int16 [H, n, 2] of the live tokens behind the prompt.
 
-        Packed ones come first, in the order in which they were packed.
+        Quantized ones come first, in the order in which they were quantized.
         """
         self.finish()
         return (layer.kept(self.plan.prompt_tokens) for layer in self.storage.layers)
@@ -321,7 +296,7 @@ class Pond(Transactional, Cache):
         self.finish()
         return {
             "budget_bytes": self.plan.budget,
-            "live_bytes": self.live_bytes,
+            "live_bytes": self.storage.live_bytes,
             "allocated_bytes": self.ledger.held,
             "peak_bytes": self.ledger.peak,
             "timestamps_kept": self.timestamps(),
@@ -355,22 +330,16 @@ class Pond(Transactional, Cache):
 
     def _adopt(self, plan: Plan) -> None:
         self.plan = plan
-        self.ledger.settle(plan.budget if self.policy.capped else None, plan.lines)
+        self.ledger.adopt(plan.budget if self.policy.capped else None, plan.lines)
 
     # --- state --------------------------------------------------------------------------------------------------
 
     def state(self) -> PondState:
         """Everything that the stream's memory goes on with."""
         self.finish()
-        return PondState(
-            self.plan,
-            self.storage.state(),
-            self.queries.state(),
-            None if self.host is None else self.host.state(),
-            self.recent,
-            self.compactions,
-            self.evicted,
-        )
+        host = None if self.host is None else self.host.state()
+        tensors = self.storage.state(), self.queries.state(), host
+        return PondState(self.plan, *tensors, self.recent, self.compactions, self.evicted)
 
     def restore(self, state: PondState) -> None:
         """Become what the `state` of a pond says that was made for the same model, plan and policy; its tensors are copied."""

@@ -2,8 +2,7 @@
 
 Before transformers 5.24 the argument is called `past_key_values`.
 
-Knows no frames: every token is plain text to the policy, unless the caller announces more. For video, positions and
-questions beside a stream, use `millpond.Session`.
+Every token is plain text to the policy. For video, positions and questions beside a stream, use `millpond.Session`.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class PondCache(Pond):
     has filled up, it compacts when the next forward sizes its mask.
 
     `get_seq_length` counts every token that has gone by, forgotten ones too: from it `generate` tells which tokens are new, and a
-    model where they stand. Masks are sized by what is stored. A padded prompt has no place here: one sequence needs none.
+    model where they stand. Masks are sized by what is stored. Padding is not supported: one sequence needs none.
 
     Args:
         model: a loaded transformers model; its cache's shape, dtype and device are read off it.
@@ -54,14 +53,8 @@ class PondCache(Pond):
         chosen = policies.read(policy) if isinstance(policy, str) else policy
         check(chosen, POND_CACHE)
         geometry = Geometry.from_config(model.config, model.dtype)
-        plan = make_plan(
-            None if budget is None else int(Budget(budget)),
-            geometry,
-            chosen,
-            prompt_tokens=pinned,
-            reserve_tokens=0,
-            what="this model",
-        )
+        size = None if budget is None else int(Budget(budget))
+        plan = make_plan(size, geometry, chosen, prompt_tokens=pinned, reserve_tokens=0)
         check_memory(plan.total_bytes, model.device)
         with torch.inference_mode(False):  # else the storage could never be written to outside of it
             super().__init__(geometry, plan, chosen, model.device)
@@ -102,7 +95,7 @@ class PondCache(Pond):
         self._seen += count
         self._newest = count
 
-    def _settle(self) -> None:
+    def _compact_if_full(self) -> None:
         """Compact between forwards, when every layer has the same length and less than `headroom` is free."""
         if self.policy.capped and self.free < self.headroom and self.layers[-1].length == self.length:
             self._newest = 0
@@ -128,9 +121,8 @@ class PondCache(Pond):
         """
         count = -tokens_to_remove
         if not 0 <= count <= self._newest:
-            raise ModelError(
-                f"a pond cache can take back the {self._newest} tokens of the latest forward (crop(-n)), not crop({tokens_to_remove})"
-            )
+            latest = f"the {self._newest} tokens of the latest forward (crop(-n))"
+            raise ModelError(f"a pond cache can take back {latest}, not crop({tokens_to_remove})")
         length = self.length - count
         pinned = max(0, min(self.length, self.plan.prompt_tokens) - length)  # those were never counted as the stream's
         if count > pinned:
@@ -140,11 +132,11 @@ class PondCache(Pond):
         self._newest -= count
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        self._settle()
+        self._compact_if_full()
         return self.quantized_tokens + self.length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        self._settle()
+        self._compact_if_full()
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         return sizes
 

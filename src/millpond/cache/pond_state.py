@@ -10,7 +10,7 @@ from millpond.cache.host import HostCacheState
 from millpond.cache.plan import Plan
 from millpond.cache.proxy_queries import QueriesState
 from millpond.cache.recent import RecentWindow
-from millpond.cache.storage.state import StorageState
+from millpond.cache.storage.base import StorageState
 
 __all__ = ["Mark", "PondState"]
 
@@ -39,17 +39,10 @@ class Mark:
 
     Attributes:
         length: live slots of the first layer. recent: as in the pond.
-        queries, sums: copies of what a forward changes in place; None and empty where it does not.
+        queries, accumulated_attention: copies of what a forward changes in place; None and empty where it does not.
     """
 
     length: int
     recent: RecentWindow
     queries: QueriesState | None
     accumulated_attention: tuple[Tensor, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the copies."""
-        return sum(copy.nbytes for copy in self.accumulated_attention) + (
-            0 if self.queries is None else self.queries.rows.nbytes
-        )

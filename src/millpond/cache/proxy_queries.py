@@ -1,19 +1,19 @@
-"""Queries beside the cache: those of a policy's proxy, kept for the next compaction, and the sums of attention that they pay.
+"""Queries beside the cache: those of a policy's proxy, kept for the next compaction, and the attention that they pay, accumulated.
 
-Knows nothing about who asks; `millpond.stream.runner` decides whose queries come here.
+Whose queries come here is decided by `millpond.stream.runner`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from millpond import ops
-from millpond.cache.storage.layer import PondLayer, turning
+from millpond.cache.storage.layer import PondLayer, rerotation
 from millpond.memory.geometry import Geometry
+from millpond.memory.resumable import Step
 from millpond.positions import Rope
 
 __all__ = ["ProxyQueries", "QueriesState", "accumulate_attention"]
@@ -37,8 +37,8 @@ class ProxyQueries:
 
     def __init__(self, geometry: Geometry, size: int, device: torch.device) -> None:
         self._geometry, self._size = geometry, size
-        head_dim = geometry.kv_heads * geometry.kv_groups * size * geometry.head_dim
-        self.rows = torch.zeros(geometry.layers, head_dim, dtype=geometry.dtype, device=device)
+        columns = geometry.kv_heads * geometry.kv_groups * size * geometry.head_dim
+        self.rows = torch.zeros(geometry.layers, columns, dtype=geometry.dtype, device=device)
         self.counts = [0] * geometry.layers
 
     def layer(self, index: int) -> Tensor:
@@ -58,10 +58,10 @@ class ProxyQueries:
         kept.copy_(latest.transpose(0, 1).view_as(kept))
         rope.rotate_(kept, positions[:, -latest.shape[0] :].T)
 
-    def turning(self, rope: Rope, by: Tensor, chunk: int) -> list[Callable[[], None]]:
-        """The steps that turn all queries by `by` positions, int64 [axes], `chunk` at a time. See `Steps`."""
+    def rerotation(self, rope: Rope, by: Tensor, chunk: int) -> list[Step]:
+        """The steps that rerotate all queries by `by` positions, int64 [axes], `chunk` at a time. See `Steps`."""
         every = [self.layer(index).view(-1, self._geometry.head_dim) for index in range(len(self.counts))]
-        return [turning(rows, rope, by.expand(len(rows), -1), chunk) for rows in every]
+        return [rerotation(rows, rope, by.expand(len(rows), -1), chunk) for rows in every]
 
     def state(self) -> QueriesState:
         """What is noted now."""
@@ -85,7 +85,7 @@ def accumulate_attention(
         queries: [n, H * g, D] of the last n live tokens, without their rotation. positions: int64 [axes, n].
     """
     count, at_once = queries.shape[0], max(1, chunk // group)
-    keys, accumulated_attention = layer.attended()
+    keys, attention = layer.attended()
     before = keys.shape[1] - count
     for first in range(0, count, at_once):
         last = min(first + at_once, count)
@@ -94,5 +94,5 @@ def accumulate_attention(
             piece = queries[first:last, head * group : (head + 1) * group].transpose(0, 1).to(torch.float32, copy=True)
             rope.rotate_(piece, positions[:, first:last].T)
             rows = piece.reshape(-1, piece.shape[2])
-            ops.add_attention(rows, keys[head, :0], keys[head], accumulated_attention[head], chunk, own.repeat(group))
-    layer.credit(accumulated_attention)
+            ops.add_attention(rows, keys[head, :0], keys[head], attention[head], chunk, own.repeat(group))
+    layer.write_back(attention)

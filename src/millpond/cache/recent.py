@@ -1,7 +1,4 @@
-"""The newest part of a stream, as far as a compaction has to protect it: frame groups by their time, text by its rank from the end.
-
-Knows numbers of tokens and their times; not where they are stored.
-"""
+"""The newest part of a stream, as far as a compaction has to protect it: frame groups by their time, text by its rank from the end."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ class Protected:
     text: int | None
 
     def mask(self, time_us: Tensor, grid_position: Tensor) -> Tensor:
-        """Which tokens those are, bool [H, n]: of the times int64 [H, n] and places int16 [H, n, 2] of a layer's tokens."""
+        """Which tokens those are, bool [H, n]: of the times int64 [H, n] and grid positions int16 [H, n, 2] of a layer's tokens."""
         protected = time_us >= self.since_us
         if self.text is not None:
             for head in range(protected.shape[0]):
@@ -67,7 +64,7 @@ class RecentWindow:
         """The same behind a block that has run.
 
         Args:
-            time_us: int64 [n]. place: int16 [n, 2]. On the CPU. slots: what the memory could hold.
+            time_us: int64 [n]. grid_position: int16 [n, 2]. On the CPU. slots: what the memory could hold.
         """
         recent, text = deque(self.groups), self.text
         shown = grid_position[:, 0] != TEXT

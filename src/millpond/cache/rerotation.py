@@ -1,6 +1,6 @@
-"""Turning stored keys to new rotary positions, so that a stream can run past the range that the weights were trained on.
+"""Rerotating stored keys to new rotary positions, so that a stream can run past the range that the weights were trained on.
 
-Positions are stored per token and head as integers, and each re-anchoring turns a key once, by the exact integer
+Positions are stored per token and head as integers, and each re-anchoring rotates a key once, by the exact integer
 difference, in float32: nothing accumulates but one rounding per re-anchoring, and those are rare (once per trained range).
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from millpond.cache.pond import Pond
 from millpond.cache.storage.layer import PondLayer
-from millpond.memory.resumable import Lazy, Steps
+from millpond.memory.resumable import Step, Steps
 from millpond.positions import Clock, Rope
 from millpond.positions.gaps import measure
 
@@ -54,7 +54,7 @@ def shift_uniformly(pond: Pond, rope: Rope, clock: Clock, by: int) -> None:
     pond.finish()
 
     def shifts(layer: PondLayer, head: int) -> Tensor:
-        return torch.full((layer.get_seq_length(), rope_axes(layer)), by, dtype=torch.int64, device=layer.device)
+        return torch.full((layer.get_seq_length(), pond.geometry.axes), by, dtype=torch.int64, device=layer.device)
 
     end = replace(clock)
     end.shift(spatial=by, temporal=by)
@@ -64,8 +64,8 @@ def shift_uniformly(pond: Pond, rope: Rope, clock: Clock, by: int) -> None:
 def close_gaps(pond: Pond, rope: Rope, clock: Clock) -> int:
     """Close the gaps that evictions left, so that the memory spans no more positions than its tokens need.
 
-    Each head keeps different tokens, so each has gaps of its own; all close equally many, the least that any head can (see
-    `millpond.positions.gaps`). Order and grids stay. Where a question recalls frames from host memory, a gap as wide as they need stays open in
+    Each head keeps different tokens, so each has gaps of its own; all close equally many, the minimum over what each head can (see
+    `millpond.positions.gaps`). Order and grids stay. Where a question retrieves frames from host memory, a gap as wide as they need stays open in
     front of the window.
 
     Returns:
@@ -91,18 +91,18 @@ def close_gaps(pond: Pond, rope: Rope, clock: Clock) -> int:
 
 
 def _heads(pond: Pond) -> Iterator[tuple[Tensor, Tensor]]:
-    """Positions and places of every head of every layer, in the order of the stream."""
+    """Positions and grid positions of every head of every layer, in the order of the stream."""
     for layer in pond.layers:
         for head in range(layer.positions.shape[0]):
             yield layer.in_order(head)
 
 
 class _Reanchoring:
-    """Turns every stored key back, head by head, then the proxy's queries, what host memory knows, and the clock. A `Move`.
+    """Rerotates every stored key, head by head, then the proxy's queries, what host memory knows, and the clock. A `Move`.
 
     Args:
-        shifts: by how much the tokens of a layer's head move back, int64 [n, axes] in the order of the stream. Asked when the head's
-            turn comes: it may look at nothing that other heads' turning changes.
+        shifts: by how much the tokens of a layer's head move back, int64 [n, axes] in the order of the stream. Asked when its
+            steps begin: it may look at nothing that those of other heads change.
         spatial, temporal: by how much the stream's newest token does, on the grid's axes and on the first.
         clock, end: the stream's clock, and what it is afterwards.
     """
@@ -123,22 +123,17 @@ class _Reanchoring:
         if clock.base is not None:
             by[1:] = -spatial
         heads = [(layer, head) for layer in pond.layers for head in range(layer.positions.shape[0])]
-        rest = pond.queries.turning(rope, by, pond.plan.chunk)
+        rest = pond.queries.rerotation(rope, by, pond.plan.chunk)
         if pond.host is not None:
             rest.append(partial(pond.host.move, pond.host.moved(spatial, temporal)))
         rest.append(partial(vars(clock).update, vars(end)))
-        self._steps = Steps([*(Lazy(partial(self._turning, *each)).run for each in heads), *rest])
+        self._steps = Steps([*(Steps(partial(self._rerotation, *each)).run for each in heads), *rest])
 
     def run(self) -> None:
         with self._pond.ledger.borrow("scratch", self._pond.plan.scratch_bytes):
             self._steps.run()
 
-    def _turning(self, layer: PondLayer, head: int) -> list[Callable[[], None]]:
+    def _rerotation(self, layer: PondLayer, head: int) -> list[Step]:
         by = self._shifts(layer, head).neg_()
-        turning: list[Callable[[], None]] = layer.turning(head, self._rope, by, self._pond.plan.chunk)
-        return turning
-
-
-def rope_axes(layer: PondLayer) -> int:
-    """Rotary axes of the layer's stored positions."""
-    return layer.positions.shape[2]
+        steps: list[Step] = layer.rerotation(head, self._rope, by, self._pond.plan.chunk)
+        return steps

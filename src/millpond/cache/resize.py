@@ -1,6 +1,6 @@
 """Moving a storage to larger or smaller tensors while the stream runs, as one `Move` that can also be taken back.
 
-What the new plan wants is compared with what the cap has room for before anything moves. A machine that refuses memory on the way gets
+Whether the new plan can be reached under the cap is known before anything moves. A machine that refuses memory on the way gets
 the storage its old tensors back. One algorithm for every kind of storage, which says what its tensors are and what is done around
 their exchange.
 """
@@ -8,6 +8,7 @@ their exchange.
 from __future__ import annotations
 
 import traceback
+from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
 
@@ -33,21 +34,20 @@ def most_tokens(storage: Storage, ledger: Ledger, old: Plan, new: Plan, limit: i
         BudgetError: none.
     """
     start = new.prompt_tokens
-    few, most = 0, min(new.memory_tokens, new.slots - new.reserve_tokens - start)
-    while few < most:
-        middle = (few + most + 1) // 2
-        if feasible(_slabs(storage, new, start + middle), ledger.held - storage.buffer_bytes, limit):
-            few = middle
-        else:
-            most = middle - 1
+
+    def too_many(tokens: int) -> bool:
+        return not feasible(_slabs(storage, new, start + tokens), ledger.held - storage.buffer_bytes, limit)
+
+    most = max(0, min(new.memory_tokens, new.slots - new.reserve_tokens - start))
+    few = bisect_left(range(most + 1), True, 1, key=too_many) - 1
     if few < 1:
         raise BudgetError(f"the pond cannot shrink to {new.slots} slots", minimum=old.budget)
     return few
 
 
 def reachable(storage: Storage, ledger: Ledger, old: Plan, new: Plan, limit: int | None) -> Plan:
-    """The new plan; or the same on the tensors that there are, where the step is too small to be worth a second copy of one, for which
-    the cap has no room.
+    """The new plan; or the same on the tensors that there are, where the step is too small to be worth a second copy of one, which
+    does not fit under the cap.
 
     Raises:
         BudgetError: neither can be reached.
@@ -64,7 +64,7 @@ class Resizing:
     """To the new plan, which is `reachable`; or, once the machine has refused memory, back to the old one. A `Move`.
 
     Args:
-        settle: what is left to do when the storage is that of a plan.
+        adopt: what is left to do when the storage is that of a plan.
 
     Attributes:
         refused: why it went back.
@@ -77,7 +77,7 @@ class Resizing:
         old: Plan,
         new: Plan,
         limit: int | None,
-        settle: Callable[[Plan], None],
+        adopt: Callable[[Plan], None],
     ) -> None:
         self.refused: BudgetError | None = None
         slabs = _slabs(storage, new, _longest(storage))
@@ -85,12 +85,12 @@ class Resizing:
         around = storage.relocation(old, new, bool(slabs))
         # A step like the others: a move that is complete must not cap anything again.
         capped = partial(ledger.move, limit)
-        self._pack = Steps([capped, *around.pack])
-        self._forth = Steps([*around.clear, exchange.forth, *around.forth, partial(settle, new)])
-        self._back = Steps([capped, *around.clear, exchange.back, *around.back, partial(settle, old)])
+        self._before = Steps([capped, *around.before])
+        self._forth = Steps([*around.clear, exchange.forth, *around.forth, partial(adopt, new)])
+        self._back = Steps([capped, *around.clear, exchange.back, *around.back, partial(adopt, old)])
 
     def run(self) -> None:
-        self._pack.run()
+        self._before.run()
         if self.refused is None:
             try:
                 self._forth.run()

@@ -1,7 +1,4 @@
-"""What a question brings back from host memory: in each layer the frames most like its mean query, behind the memory until it is over.
-
-Knows the pond, its host tier and positions; not what is asked or who asks.
-"""
+"""What a question brings back from host memory: in each layer the frames most like its mean query, behind the memory until it is over."""
 
 from __future__ import annotations
 
@@ -17,9 +14,9 @@ __all__ = ["Retrieval", "nearest"]
 
 
 class Retrieval:
-    """Slots for recalled frames, reserved in every layer when made, filled layer by layer while the question runs.
+    """Slots for retrieved frames, reserved in every layer when made, filled layer by layer while the question runs.
 
-    Every layer recalls its own frames and equally many tokens: the best frames that are in the tier, whole, until the slots of
+    Every layer retrieves its own frames and equally many tokens: the best frames in host memory, whole, until the slots of
     `Plan.retrieved_frames` frames are full. Only where frames differ in size is the last of them cut.
 
     They stand behind the memory in storage and in stream order among themselves. Their positions are the true ones (at the distance
@@ -27,9 +24,9 @@ class Retrieval:
     between frames close to the clock's step. On M-RoPE the rows and columns of a frame of the window's own segment stay.
 
     Args:
-        pond: with a host tier.
+        pond: with a host cache.
         clock: where the question begins.
-        closed: whether gaps between recalled frames close.
+        closed: whether gaps between retrieved frames close.
 
     Attributes:
         start, count: the reserved slots, the same in every layer.
@@ -72,11 +69,8 @@ class Retrieval:
 
     def _choose(self, index: int, queries: Tensor) -> list[tuple[int, int]]:
         """Frames in stream order, with how many tokens of each."""
-        heads, head_dim, group = (
-            self._pond.geometry.kv_heads,
-            self._pond.geometry.head_dim,
-            self._pond.geometry.kv_groups,
-        )
+        geometry = self._pond.geometry
+        heads, head_dim, group = geometry.kv_heads, geometry.head_dim, geometry.kv_groups
         mean = torch.zeros(heads * group, head_dim, device=queries.device)
         for part in queries.split(max(1, self._pond.plan.chunk // (heads * group))):
             mean += part.sum(dim=0, dtype=torch.float32)
@@ -115,7 +109,7 @@ def nearest(host: HostCache, index: int, query: Tensor, most: int, chunk: int) -
     device = query.device
     best = torch.empty(0, device=device)
     numbers = torch.empty(0, dtype=torch.int64, device=device)
-    for first, sums, sizes in host.sums(index, max(1, chunk // query.shape[0])):
+    for first, sums, sizes in host.key_sums(index, max(1, chunk // query.shape[0])):
         scores = (sums.to(device) @ query[:, :, None])[:, :, 0].sum(dim=0) / sizes.to(device)
         best = torch.cat([best, scores])
         numbers = torch.cat([numbers, torch.arange(first, first + len(scores), device=device)])

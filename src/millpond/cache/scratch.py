@@ -17,11 +17,10 @@ __all__ = ["scratch_line"]
 
 
 def scratch_line(geometry: Geometry, split: Split) -> Line:
-    """The most that compacting, re-anchoring or recalling allocates at any instant."""
+    """The most that compacting, re-anchoring or retrieving allocates at any instant."""
     policy = split.policy
-    tokens = (
-        int((split.slots - split.prompt_tokens) * policy.needs.layer_share) + split.quantized_tokens
-    )  # of the largest layer
+    # Of the largest layer.
+    tokens = int((split.slots - split.prompt_tokens) * policy.needs.layer_share) + split.quantized_tokens
     compacting = _choosing(policy, geometry, tokens, split) + _moving(geometry, tokens, split.chunk)
     if policy.needs.retrieved_frames:
         compacting = max(compacting, _offloading(geometry, tokens, split.chunk))
@@ -68,8 +67,8 @@ def _moving(geometry: Geometry, tokens: int, chunk: int) -> int:
 
 
 def _rerotating(policy: Policy, geometry: Geometry, tokens: int, chunk: int) -> int:
-    """Stored keys turned to new positions (`reanchor.py`)."""
-    # One head's gaps and shifts (int64 [n], five and one an axis), and one chunk's rotation beside what was turned until it is written.
+    """Stored keys rerotated to new positions (`rerotation.py`)."""
+    # One head's gaps and shifts (int64 [n], five and one an axis), and one chunk's rotation beside what it gave until that is written.
     bytes_ = (40 + 8 * geometry.axes) * tokens + _rotation(geometry, chunk) + chunk * geometry.vector_bytes
     if tier := policy.needs.quantized_tier:
         bytes_ += tier.rerotation_bytes(geometry, tokens) + tier.quantization_bytes(geometry, chunk)
@@ -77,7 +76,7 @@ def _rerotating(policy: Policy, geometry: Geometry, tokens: int, chunk: int) -> 
 
 
 def _rotation(geometry: Geometry, rows: int) -> int:
-    """Angles (float64 [rows, D/2], three) and halves (float32, seven) of rows that are turned at once."""
+    """Angles (float64 [rows, D/2], three) and halves (float32, seven) of rows that are rotated at once."""
     return rows * (3 * 8 + 7 * 4) * geometry.head_dim // 2
 
 
@@ -95,7 +94,7 @@ def _offloading(geometry: Geometry, tokens: int, chunk: int) -> int:
 
 
 def _retrieving(geometry: Geometry, tokens: int, split: Split) -> int:
-    """What a question brings back from there (`recall.py`)."""
+    """What a question brings back from there (`retrieval.py`)."""
     if not split.policy.needs.retrieved_frames:
         return 0
     # Scores and numbers of the best frames so far and of one piece, twice; the mean query; masks to find the window.

@@ -49,7 +49,7 @@ def demo(
     from millpond import frames, models, policies
     from millpond.cli.watch import silence
     from millpond.cli.watching import Watch
-    from millpond.device import least_budget
+    from millpond.device import minimum_budget
     from millpond.eval import streams
     from millpond.session import Session
 
@@ -65,7 +65,7 @@ def demo(
         full = groups * group.tokens * family.geometry.kv_bytes_per_token
         config = SessionConfig(policy=policies.read(policy))
         # A short stream's full cache is so small that a part of it holds no prompt and no block.
-        budget = max(full // _SHARE, least_budget(family, group, config))
+        budget = max(full // _SHARE, minimum_budget(family, group, config))
         session = Session(
             family, config, budget=budget, host_budget=full if config.policy.needs.retrieved_frames else None
         )

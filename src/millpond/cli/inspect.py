@@ -90,7 +90,8 @@ def plan(
 
 def _split(family: Family, config: SessionConfig, size: FrameSize) -> Plan:
     """The plan; where the budget cannot hold even the prompt, the error still names the minimum for these frames."""
-    from millpond.device import least_budget
+    from millpond.device import minimum_budget
+    from millpond.memory.budget import format_bytes
     from millpond.stream.runner import Runner
 
     grid, budget = family.grid(size.height, size.width), config.budget
@@ -99,7 +100,7 @@ def _split(family: Family, config: SessionConfig, size: FrameSize) -> Plan:
     except BudgetError as error:
         if budget is None or error.minimum is None:
             raise
-        minimum = least_budget(family, grid, config)
+        minimum = minimum_budget(family, grid, config)
         raise BudgetError(
             f"a budget of {format_bytes(budget)} is too small for frames of {size.width} x {size.height}: "
             f"the minimum that works is {minimum} bytes ({format_bytes(minimum)})",

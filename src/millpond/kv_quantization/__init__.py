@@ -1,4 +1,4 @@
-"""Keys and values in few bits: the quantizer, and how many tokens a policy keeps in them. Numbers and rows; nothing about caches."""
+"""Keys and values in few bits: the quantizer, and how many tokens a policy keeps in them."""
 
 from millpond.kv_quantization.quantizer import BITS, KVQuantizer
 from millpond.kv_quantization.tier import QuantizedTier

@@ -2,7 +2,7 @@
 
 Keys have a few channels of large values, so they are quantized per channel, in groups of G tokens; values have no such
 channels and are quantized per token, in groups of G channels. Written from the paper's formulas; its residual window is the
-caller's business. Knows tensors; nothing about caches, positions or what is worth keeping.
+caller's business.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from millpond.ops.dequantization import code_word
 __all__ = ["BITS", "KVQuantizer"]
 
 BITS = (2, 3, 4, 8)
-_SCALE = (
-    torch.float16
-)  # of steps and minima: 11 significant bits, where bfloat16's 8 would cost more than 8-bit codes gain
+# Of steps and minima: 11 significant bits, where bfloat16's 8 would cost more than 8-bit codes gain.
+_SCALE = torch.float16
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class KVQuantizer:
         group: G, tokens that share a key channel's step and minimum, and channels that share a value's.
 
     Raises:
-        PolicyError: another width, or groups of less than one.
+        PolicyError: another number of bits, or groups of less than one.
     """
 
     bits: int
@@ -50,41 +49,39 @@ class KVQuantizer:
         if self.group < 1:
             raise PolicyError(f"a group needs at least one member, not {self.group}")
 
-    # --- sizes --------------------------------------------------------------------------------------------------
-
-    def row_bytes(self, width: int) -> int:
-        """Bytes of the packed codes of one key or value vector of `width` components."""
+    def row_bytes(self, head_dim: int) -> int:
+        """Bytes of the codes of one key or value vector of `head_dim` components."""
         values, size = code_word(self.bits)
-        return -(-width // values) * size
+        return -(-head_dim // values) * size
 
-    def value_groups(self, width: int) -> int:
+    def value_groups(self, head_dim: int) -> int:
         """Groups that a value vector is cut into; the last may be shorter."""
-        return -(-width // self.group)
+        return -(-head_dim // self.group)
 
-    def group_bytes(self, width: int) -> int:
+    def group_bytes(self, head_dim: int) -> int:
         """Bytes of G tokens of one KV head, keys and values: codes, steps and minima."""
-        scales = 2 * _SCALE.itemsize * (width + self.group * self.value_groups(width))
-        return 2 * self.group * self.row_bytes(width) + scales
+        scales = 2 * _SCALE.itemsize * (head_dim + self.group * self.value_groups(head_dim))
+        return 2 * self.group * self.row_bytes(head_dim) + scales
 
-    def bytes_per_token(self, width: int) -> float:
+    def bytes_per_token(self, head_dim: int) -> float:
         """Bytes of one token of one KV head, its share of the group's steps and minima included."""
-        return self.group_bytes(width) / self.group
+        return self.group_bytes(head_dim) / self.group
 
-    def scratch_bytes(self, tokens: int, width: int) -> int:
+    def scratch_bytes(self, tokens: int, head_dim: int) -> int:
         """The most that encoding or decoding `tokens` tokens of one head allocates, in bytes."""
-        # Two float32 copies, codes and packed words (int32 where a word is wider than a byte), and the groups' bounds.
+        # Two float32 copies, codes and their words (int32 where a word is wider than a byte), and the groups' bounds.
         values, size = code_word(self.bits)
-        padded = -(-width // values) * values
+        padded = -(-head_dim // values) * values
         words = padded // values * (2 if size == 1 else 2 * 4 + 2 * 8)
-        bounds = max(-(-tokens // self.group) * width, tokens) * (4 * 4 + 2 * 2 + 2)
+        bounds = max(-(-tokens // self.group) * head_dim, tokens) * (4 * 4 + 2 * 2 + 2)
         return tokens * (2 * 4 * padded + 3 * padded + words) + bounds
 
-    # --- keys: per channel --------------------------------------------------------------------------------------
-
-    def new_keys(self, shape: tuple[int, ...], groups: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def new_keys(
+        self, shape: tuple[int, ...], groups: int, head_dim: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
         """Storage for `groups` groups of keys: codes uint8 [*shape, groups, G, R], scales float16 [*shape, groups, 2, D]."""
-        codes = torch.zeros(*shape, groups, self.group, self.row_bytes(width), dtype=torch.uint8, device=device)
-        return codes, torch.zeros(*shape, groups, 2, width, dtype=_SCALE, device=device)
+        codes = torch.zeros(*shape, groups, self.group, self.row_bytes(head_dim), dtype=torch.uint8, device=device)
+        return codes, torch.zeros(*shape, groups, 2, head_dim, dtype=_SCALE, device=device)
 
     def quantize_keys(self, keys: Tensor, codes: Tensor, scales: Tensor) -> None:
         """Write m groups of keys.
@@ -96,20 +93,18 @@ class KVQuantizer:
         floats = _finite(keys).view(-1, self.group, keys.shape[1])
         step, low = self._bounds(floats, 1)
         scales[:, 0], scales[:, 1] = step, low
-        self._pack(self._quantize(floats, step[:, None], low[:, None]), codes)
+        self._write_words(self._quantize(floats, step[:, None], low[:, None]), codes)
 
     def dequantize_keys(self, codes: Tensor, scales: Tensor, out: Tensor, step: int | None = None) -> None:
         """Read m groups of keys back into `out`, [m * G, D], `step` tokens at a time; the arguments of `quantize_keys`."""
         ops.dequantize(codes, scales, self.bits, True, out, step)
 
-    # --- values: per token --------------------------------------------------------------------------------------
-
     def new_values(
-        self, shape: tuple[int, ...], groups: int, width: int, device: torch.device
+        self, shape: tuple[int, ...], groups: int, head_dim: int, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """Storage for `groups` times G values: codes uint8 [*shape, groups, G, R], scales float16 [*shape, groups, G, 2, C]."""
-        codes = torch.zeros(*shape, groups, self.group, self.row_bytes(width), dtype=torch.uint8, device=device)
-        scales = torch.zeros(*shape, groups, self.group, 2, self.value_groups(width), dtype=_SCALE, device=device)
+        codes = torch.zeros(*shape, groups, self.group, self.row_bytes(head_dim), dtype=torch.uint8, device=device)
+        scales = torch.zeros(*shape, groups, self.group, 2, self.value_groups(head_dim), dtype=_SCALE, device=device)
         return codes, scales
 
     def quantize_values(self, values: Tensor, codes: Tensor, scales: Tensor) -> None:
@@ -124,13 +119,11 @@ class KVQuantizer:
             step, low = self._bounds(part, 2)
             scales[:, :, 0, index], scales[:, :, 1, index] = step, low
             self._quantize(part, step[:, :, None], low[:, :, None])
-        self._pack(floats, codes)
+        self._write_words(floats, codes)
 
     def dequantize_values(self, codes: Tensor, scales: Tensor, out: Tensor, step: int | None = None) -> None:
         """Read values back into `out`, [m * G, D], `step` tokens at a time; the arguments of `quantize_values`."""
         ops.dequantize(codes, scales, self.bits, False, out, step)
-
-    # --- codes --------------------------------------------------------------------------------------------------
 
     def _bounds(self, floats: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         """float16 step and minimum of each group."""
@@ -142,23 +135,17 @@ class KVQuantizer:
         floats.sub_(low).div_(step.to(torch.float32).masked_fill_(step == 0, torch.inf))
         return floats.round_().clamp_(0, 2**self.bits - 1)
 
-    def _pack(self, floats: Tensor, quantized: Tensor) -> None:
-        """Codes as floats [..., D] into words; the first code is in the lowest bits, missing ones are 0."""
+    def _write_words(self, floats: Tensor, words: Tensor) -> None:
+        """Codes as floats [..., D] into words, uint8 [..., R]; the first code is in the lowest bits, missing ones are 0."""
         values, size = code_word(self.bits)
-        quantized.zero_()
-        if size == 1:
-            for place in range(values):
-                part = floats[..., place::values].to(torch.uint8)
-                quantized[..., : part.shape[-1]].bitwise_or_(part << (self.bits * place))
-            return
-        words = torch.zeros(
-            *quantized.shape[:-1], quantized.shape[-1] // size, dtype=torch.int32, device=quantized.device
-        )
-        for place in range(values):
-            part = floats[..., place::values].to(torch.int32)
-            words[..., : part.shape[-1]].bitwise_or_(part << (self.bits * place))
-        for byte in range(size):
-            quantized[..., byte::size] = ((words >> (8 * byte)) & 255).to(torch.uint8)
+        whole = words if size == 1 else words.new_empty(*words.shape[:-1], words.shape[-1] // size, dtype=torch.int32)
+        whole.zero_()
+        for index in range(values):
+            part = floats[..., index::values].to(whole.dtype)
+            whole[..., : part.shape[-1]].bitwise_or_(part << (self.bits * index))
+        if size > 1:
+            for byte in range(size):
+                words[..., byte::size] = ((whole >> (8 * byte)) & 255).to(torch.uint8)
 
 
 def _finite(rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The low-bit tier in numbers: what share of a memory is packed, and the bytes that this takes.
+"""The low-bit tier in numbers: what share of a memory is quantized, and the bytes that this takes.
 
 Arithmetic only; the tokens lie in `millpond.cache.storage`.
 """
@@ -16,10 +16,10 @@ __all__ = ["QuantizedTier"]
 
 @dataclass(frozen=True)
 class QuantizedTier:
-    """How much of a memory is packed, and how.
+    """How much of a memory is quantized, and how.
 
     Attributes:
-        codec: the packing.
+        quantizer: how.
         full_share: of the remembered tokens, how many stay as they are.
 
     Raises:
@@ -34,18 +34,15 @@ class QuantizedTier:
             raise PolicyError(f"full_share must lie between 0 and 1, not {self.full_share}")
 
     def quantized_tokens(self, memory: int) -> int:
-        """Tokens to pack beside `memory` tokens in full: whole groups, and at least one."""
+        """Tokens to quantize beside `memory` tokens in full: whole groups, and at least one."""
         group = self.quantizer.group
         return max(group, int(memory * (1 / self.full_share - 1)) // group * group)
 
     def quantized_bytes(self, geometry: Geometry, tokens: int) -> int:
-        """Storage of `tokens` packed tokens over all layers, metadata included."""
+        """Storage of `tokens` quantized tokens over all layers, metadata included."""
         beside = geometry.bytes_per_token - geometry.kv_bytes_per_token
-        groups = tokens // self.quantizer.group
-        return (
-            geometry.layers * geometry.kv_heads * groups * self.quantizer.group_bytes(geometry.head_dim)
-            + tokens * beside
-        )
+        groups = geometry.layers * geometry.kv_heads * (tokens // self.quantizer.group)
+        return groups * self.quantizer.group_bytes(geometry.head_dim) + tokens * beside
 
     def dequantization_bytes(self, geometry: Geometry, tokens: int) -> int:
         """One layer's keys and values of `tokens` tokens in the model's dtype."""
@@ -56,21 +53,20 @@ class QuantizedTier:
         return max(1, chunk // self.quantizer.group) * self.quantizer.group
 
     def quantization_bytes(self, geometry: Geometry, chunk: int) -> int:
-        """What packing and reading take at a time."""
+        """What quantizing and dequantizing take at a time."""
         step = self.step(chunk)
         return self.quantizer.scratch_bytes(step, geometry.head_dim) + step * (2 * 4 + 8) * geometry.head_dim
 
     def choosing_bytes(self, geometry: Geometry, full: int, quantized: int) -> int:
-        """What choosing among the packed tokens takes beside the policy; `full` and `quantized` tokens of a layer."""
-        # [H, n]: order, time, place, sums, protection, and which full ones stay or leave.
-        return geometry.kv_heads * (
-            (full + quantized) * (8 + 8 + 4 + 1 + 4 * geometry.accumulated_attention) + 8 * full
-        )
+        """What choosing among the quantized tokens takes beside the policy; `full` and `quantized` tokens of a layer."""
+        # [H, n]: order, time, grid position, protection, accumulated attention, and which full ones stay or leave.
+        each = 8 + 8 + 4 + 1 + 4 * geometry.accumulated_attention
+        return geometry.kv_heads * ((full + quantized) * each + 8 * full)
 
     def sorting_bytes(self, tokens: int) -> int:
         """What putting one head's tokens in order takes, before the policy sees them."""
         return 48 * tokens
 
     def rerotation_bytes(self, geometry: Geometry, tokens: int) -> int:
-        """What turning `tokens` of a layer to new positions takes: one head's order, positions and shifts."""
+        """What rerotating `tokens` of a layer to new positions takes: one head's order, positions and shifts."""
         return (40 + 20 * geometry.axes) * tokens

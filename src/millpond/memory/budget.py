@@ -1,7 +1,4 @@
-"""The one dial: a memory budget in bytes.
-
-Knows how to read and to print byte sizes. What a budget is split into is `millpond.cache.plan`'s business.
-"""
+"""A memory budget in bytes, as people write and read it. What it is split into is `millpond.cache.plan`'s business."""
 
 from __future__ import annotations
 
@@ -12,18 +9,8 @@ from millpond.errors import BudgetError
 
 __all__ = ["Budget", "format_bytes", "parse_bytes"]
 
-_UNITS = {
-    "": 1,
-    "b": 1,
-    "kb": 1000,
-    "mb": 1000**2,
-    "gb": 1000**3,
-    "tb": 1000**4,
-    "kib": 1024,
-    "mib": 1024**2,
-    "gib": 1024**3,
-    "tib": 1024**4,
-}
+_UNITS = {"": 1, "b": 1} | {f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)}
+_UNITS |= {f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)}
 _SIZE = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?|\.[0-9]+)\s*([a-zA-Z]*)\s*")
 
 

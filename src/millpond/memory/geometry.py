@@ -1,7 +1,4 @@
-"""Bytes per token, from a config alone: the only place where they are computed.
-
-Knows shapes and dtypes; nothing about budgets, policies or models' weights.
-"""
+"""Bytes per token, from a config alone: the only place where they are computed."""
 
 from __future__ import annotations
 
@@ -14,16 +11,16 @@ from millpond.errors import ModelError
 
 __all__ = ["Geometry", "metadata_bytes"]
 
-# Per kept token and KV head: the stream time in microseconds (int64), the place on the frame's grid (2 x int16) and one
+# Per kept token and KV head: the stream time in microseconds (int64), the position on the frame's grid (2 x int16) and one
 # int32 stream position per rotary axis. Heads keep different tokens, so each head needs its own.
 _TIME_BYTES = 8
 _GRID_POSITION_BYTES = 4
 _POSITION_BYTES = 4
-_SUM_BYTES = 4
+_ATTENTION_BYTES = 4
 
 
 def metadata_bytes(axes: int) -> int:
-    """Bytes of time, place and rotary positions that one kept token costs per layer and KV head."""
+    """Bytes of time, grid position and rotary positions that one kept token costs per layer and KV head."""
     return _TIME_BYTES + _GRID_POSITION_BYTES + axes * _POSITION_BYTES
 
 
@@ -34,11 +31,11 @@ class Geometry:
     Attributes:
         layers: decoder layers that keep keys and values.
         kv_heads: KV heads a layer (after grouping, as stored).
-        head_dim: width D of a key or value vector.
+        head_dim: components D of a key or value vector.
         dtype: of keys and values.
         axes: rotary position axes, 3 for M-RoPE (t, h, w), 1 for RoPE.
-        group: query heads that share a KV head.
-        sums: whether a stored token also carries the attention that it received, float32 per KV head.
+        kv_groups: query heads that share a KV head.
+        accumulated_attention: whether a stored token also carries the attention that it received, float32 per KV head.
     """
 
     layers: int
@@ -59,16 +56,11 @@ class Geometry:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
         window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+        supported = "only decoders with full attention in every layer are supported"
         if window is not None and not getattr(text, "layer_types", None):
-            raise ModelError(
-                f"only decoders with full attention in every layer are supported; this one sees {window} tokens back "
-                "(sliding_window in its config)"
-            )
+            raise ModelError(f"{supported}; this one sees {window} tokens back (sliding_window in its config)")
         if kinds != {"full_attention"}:
-            others = ", ".join(sorted(kinds - {"full_attention"}))
-            raise ModelError(
-                f"only decoders with full attention in every layer are supported; this one also has {others}"
-            )
+            raise ModelError(f"{supported}; this one also has {', '.join(sorted(kinds - {'full_attention'}))}")
         heads = text.num_attention_heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
         return cls(
@@ -93,16 +85,13 @@ class Geometry:
     @property
     def bytes_per_token(self) -> int:
         """Bytes that a stored token costs over all layers, metadata included."""
-        return (
-            self.kv_bytes_per_token
-            + self.layers * self.kv_heads * metadata_bytes(self.axes)
-            + self.accumulated_attention_bytes
-        )
+        metadata = self.layers * self.kv_heads * metadata_bytes(self.axes)
+        return self.kv_bytes_per_token + metadata + self.accumulated_attention_bytes
 
     @property
     def accumulated_attention_bytes(self) -> int:
-        """Bytes of the attention that a stored token received, over all layers; 0 where nobody sums it."""
-        return self.layers * self.kv_heads * _SUM_BYTES if self.accumulated_attention else 0
+        """Bytes of the attention that a stored token received, over all layers; 0 where it is not accumulated."""
+        return self.layers * self.kv_heads * _ATTENTION_BYTES if self.accumulated_attention else 0
 
     @property
     def query_bytes(self) -> int:

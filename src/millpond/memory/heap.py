@@ -1,4 +1,4 @@
-"""What the C heap keeps of memory that is free already. Knows glibc; does nothing where the C library is another one."""
+"""What the C heap of glibc keeps of memory that is free already; nothing is done where the C library is another one."""
 
 from __future__ import annotations
 

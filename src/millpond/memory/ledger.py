@@ -1,7 +1,7 @@
-"""The books: who holds how many bytes of the cap at this instant, and the most there ever was.
+"""The ledger: who holds how many bytes of the cap at this instant, and the most there ever was.
 
-Every holder (storage, frames in waiting, compaction scratch) has an account that lines of the plan name. An entry that would overrun the
-cap, or what the lines grant its account, is refused before it is made. Knows numbers only; tests measure the same bytes independently.
+Every holder (storage, waiting frames, compaction scratch) has an account that lines of the plan name. An entry that would pass the cap,
+or what the lines grant its account, is refused before it is made. Tests measure the same bytes independently.
 """
 
 from __future__ import annotations
@@ -24,27 +24,23 @@ class Ledger:
         lines: of the plan. Their accounts are all that there are, and each holds at most what its lines take together.
 
     Attributes:
+        limit: the cap in bytes; a peak above a smaller one belongs to the past.
         peak: the largest total since the cap was last lowered below it, in bytes; never above the cap.
     """
 
     def __init__(self, limit: int | None, lines: Iterable[Line]) -> None:
         self.peak = 0
-        self._limit = limit
+        self.limit = limit
         self._granted = _granted(lines)
         self._moving = False
         self._accounts = dict.fromkeys(self._granted, 0)
-
-    @property
-    def limit(self) -> int | None:
-        """The cap in bytes; a peak above a smaller one belongs to the past."""
-        return self._limit
 
     def move(self, limit: int | None) -> None:
         """From here on, while storage is exchanged for that of another plan, only the total is bounded, by `limit`."""
         self._cap(limit)
         self._moving = True
 
-    def settle(self, limit: int | None, lines: Iterable[Line]) -> None:
+    def adopt(self, limit: int | None, lines: Iterable[Line]) -> None:
         """From here on a plan's lines are in force, under `limit`."""
         self._granted = _granted(lines)
         self._accounts = dict.fromkeys(self._granted, 0) | self._accounts
@@ -52,7 +48,7 @@ class Ledger:
         self._moving = False
 
     def _cap(self, limit: int | None) -> None:
-        self._limit = limit
+        self.limit = limit
         if limit is not None and self.peak > limit:
             self.peak = self.held
 
@@ -74,16 +70,14 @@ class Ledger:
         """Set an account to `size` bytes.
 
         Raises:
-            BudgetError: there is no such account, it would pass what the plan grants it, or the total would pass the cap; the books stay
-                as they were.
+            BudgetError: there is no such account, it would pass what the plan grants it, or the total would pass the cap; nothing is
+                entered then.
         """
         self._know(name)
         total = self.held - self._accounts[name] + size
-        if self._limit is not None and total > self._limit:
-            raise BudgetError(
-                f"{name} would need {format_bytes(size)}, which makes {total} bytes in all, over the budget of {self._limit}",
-                minimum=total,
-            )
+        if self.limit is not None and total > self.limit:
+            over = f"which makes {total} bytes in all, over the budget of {self.limit}"
+            raise BudgetError(f"{name} would need {format_bytes(size)}, {over}", minimum=total)
         if not self._moving and size > self._granted[name]:
             raise BudgetError(f"{name} would need {size} bytes, and the plan grants it {self._granted[name]}")
         self.peak = max(self.peak, total)
@@ -91,7 +85,7 @@ class Ledger:
 
     def _know(self, name: str) -> None:
         if name not in self._granted:
-            raise BudgetError(f"no line of the plan is booked under {name!r}; there are: {', '.join(self._granted)}")
+            raise BudgetError(f"no line of the plan has the account {name!r}; there are: {', '.join(self._granted)}")
 
     @contextmanager
     def borrow(self, name: str, size: int) -> Iterator[None]:

@@ -1,6 +1,6 @@
 """A line of the budget: one consumer, with the slots and bytes that it may take, and what for.
 
-Knows nothing about who consumes. A plan is a list of lines, and the ledger's accounts are those that lines name.
+A plan is a list of lines, and the ledger's accounts are those that lines name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Line:
         slots: token slots; 0 for what is no token of the cache.
         bytes: all that it takes, its slots included.
         purpose: what for, in a few words.
-        account: where the ledger books it; by default an account of its own, called as the line. Lines that share one, as all slots
+        account: where the ledger enters it; by default an account of its own, called as the line. Lines that share one, as all slots
             share `STORAGE`, are bounded together.
     """
 

@@ -2,7 +2,7 @@
 
 Python can be interrupted between any two steps (Ctrl-C, memory that runs out), and an interrupted move in place cannot be undone
 without a copy of what it overwrote. So every move here can be run again: it goes on where it stopped, and when it is complete, running
-it changes nothing. Knows rows of tensors; nothing about tokens, layers or budgets.
+it changes nothing.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from torch import Tensor
 
 from millpond.errors import MillpondError
 
-__all__ = ["InPlace", "Lazy", "Mask", "Move", "Pieces", "Progress", "Steps", "Transactional"]
+__all__ = ["InPlace", "Mask", "Move", "Pieces", "Progress", "Step", "Steps", "Transactional"]
 
 T = TypeVar("T")
+Step = Callable[[], None]
+"""A part of a change. It can be repeated, whole or in part, until the next one begins."""
 
 
 class Move(Protocol):
@@ -31,17 +33,24 @@ class Move(Protocol):
 
 
 class Steps:
-    """Steps one behind the other. Each can be repeated, whole or in part, until the next one begins."""
+    """Steps one after the other, forgotten when they are done: they may hold whoever holds this, and tensors with them.
 
-    def __init__(self, steps: Iterable[Callable[[], None]]) -> None:
-        self._steps = list(steps)
+    Args:
+        steps: those; or what works them out when their time comes, from what they are about to change.
+    """
+
+    def __init__(self, steps: Iterable[Step] | Callable[[], Iterable[Step]]) -> None:
+        self._prepare = steps if callable(steps) else None
+        self._steps = [] if callable(steps) else list(steps)
         self._at = 0
 
     def run(self) -> None:
+        if self._prepare is not None:
+            self._steps, self._prepare = list(self._prepare()), None
         while self._at < len(self._steps):
             self._steps[self._at]()
             self._at += 1
-        self._steps = []  # they may hold whoever holds this, and tensors with them
+        self._steps = []
 
 
 class Transactional:
@@ -72,34 +81,16 @@ class Transactional:
         """Finish a move that was interrupted, if one was; everything that reads or changes the memory begins with it.
 
         Raises:
-            MillpondError: it cannot be finished, for want of memory most likely. The next call tries again.
+            MillpondError: it cannot be finished, for lack of memory most likely. The next call tries again.
         """
         if self._move is None:
             return
         try:
             self._move.run()
         except Exception as error:
-            raise MillpondError(
-                f"the memory cannot be used: it was interrupted while it moved, and going on fails ({error}); every call tries again"
-            ) from error
+            what = f"it was interrupted while it moved, and going on fails ({error}); every call tries again"
+            raise MillpondError(f"the memory cannot be used: {what}") from error
         self._move = None
-
-
-class Lazy:
-    """Steps that are worked out when their time comes, from what they are about to change, and forgotten when they are done."""
-
-    def __init__(self, prepare: Callable[[], Iterable[Callable[[], None]]]) -> None:
-        self._prepare = prepare
-        self._steps: Steps | None = None
-        self._done = False
-
-    def run(self) -> None:
-        if not self._done:
-            if self._steps is None:
-                self._steps = Steps(self._prepare())
-            self._steps.run()
-            self._done = True
-        self._steps = None
 
 
 class Pieces:

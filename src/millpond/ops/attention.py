@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from millpond.ops.c_functions import CFunction, contiguous_rows
+from millpond.ops.c_functions import CFunction, contiguous, contiguous_rows
 from millpond.ops.dispatch import DECLINED, Declined, operation
 
 __all__ = ["add_attention", "attention_moments", "attention_spread"]
@@ -137,27 +137,17 @@ def _attention_spread(
 def _columns_of(prompt: Tensor, keys: Tensor, *vectors: Tensor | None) -> Callable[..., Any] | None:
     """The C function for these keys; None where it does not take them."""
     run = _C_COLUMNS.of(keys.dtype)
-    if run is None or prompt.dtype != keys.dtype or not (contiguous_rows(keys) and contiguous_rows(prompt)):
-        return None
-    fits = all(one.is_cpu and one.is_contiguous() for one in vectors if one is not None)
-    return run if fits else None
+    fits = prompt.dtype == keys.dtype and contiguous_rows(keys, prompt)
+    return run if fits and contiguous(*(one for one in vectors if one is not None)) else None
 
 
 def _run(
-    run: Callable[..., Any],
-    scaled: Tensor,
-    prompt: Tensor,
-    keys: Tensor,
-    last: Tensor | None,
-    counted: int,
-    *,
-    sums: Tensor | None = None,
-    variances: Tensor | None = None,
-    totals: Any = None,
+    run: Callable[..., Any], scaled: Tensor, prompt: Tensor, keys: Tensor, last: Tensor | None, counted: int, **out: Any
 ) -> None:
+    """`out`: sums and variances to be added to, float32 [n], and totals, two float64; as far as they are wanted."""
     arrays = (scaled.data_ptr(), *scaled.shape, prompt.data_ptr(), len(prompt), keys.data_ptr(), len(keys))
-    columns = (None if one is None else one.data_ptr() for one in (sums, variances))
-    run(*arrays, None if last is None else last.data_ptr(), counted, *columns, totals)
+    columns = (out[name].data_ptr() if name in out else None for name in ("sums", "variances"))
+    run(*arrays, None if last is None else last.data_ptr(), counted, *columns, out.get("totals"))
 
 
 def _scaled(queries: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The packed product on CUDA, in Triton: labels from the bit planes, numbers from the row's table, and their dot with x, in one kernel.
+"""The product with bit planes on CUDA, in Triton: labels from the bit planes, numbers from the row's table, and their dot with x, in one kernel.
 
 The same contract as `millpond.ops.bit_planes.nested_product`. Imports Triton at once, so import it only where there is one. It has been run in
 Triton's interpreter only: how fast it is on a GPU is not known.
@@ -41,8 +41,8 @@ def _kernel(  # type: ignore[no-untyped-def]
     tl.store(y + vector * rows + n, total, mask=inside)
 
 
-def product(planes: Tensor, table: Tensor, head_dim: int, columns: int, x: Tensor) -> Tensor:
-    """x W^T at `head_dim` bits, from planes 0 ... width-1: float32 [T, K] -> [T, N]; sums in float32."""
+def product(planes: Tensor, table: Tensor, bits: int, columns: int, x: Tensor) -> Tensor:
+    """x W^T at `bits` bits, from planes 0 ... bits - 1: float32 [T, K] -> [T, N]; sums in float32."""
     rows, vectors = len(planes), x.detach().contiguous()
     planes, table = planes.contiguous(), table.contiguous()
     out = torch.empty(len(vectors), rows, dtype=torch.float32, device=x.device)
@@ -50,6 +50,6 @@ def product(planes: Tensor, table: Tensor, head_dim: int, columns: int, x: Tenso
     if len(vectors):
         _kernel[grid](
             planes, table, vectors, out, rows, columns, planes.stride(0), planes.stride(1),
-            BITS=head_dim, ROWS=_ROWS, COLUMNS=_COLUMNS,
+            BITS=bits, ROWS=_ROWS, COLUMNS=_COLUMNS,
         )  # fmt: skip
     return out

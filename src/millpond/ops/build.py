@@ -1,5 +1,4 @@
-"""Compiles a C++ file once into the user's cache folder and loads it; without a compiler, what the wheel brought. Knows nothing about
-what is in it.
+"""Compiles a C++ file once into the user's cache folder and loads it; without a compiler, what the wheel brought.
 
 Imports nothing of millpond: `setup.py` runs this file to compile what a wheel carries.
 """
@@ -20,15 +19,7 @@ __all__ = ["compile_to", "compiled", "prebuilt_name"]
 
 # Nothing like -ffast-math: linking with that would switch the whole process to flush subnormal numbers to zero.
 _HEADERS = Path(__file__).parent
-_FLAGS = (
-    f"-I{_HEADERS}",
-    "-O3",
-    "-ffp-contract=fast",
-    "-fno-math-errno",
-    "-std=c++17",
-    "-shared",
-    "-fPIC",
-)
+_FLAGS = (f"-I{_HEADERS}", *["-O3", "-ffp-contract=fast", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC"])
 _NATIVE = "-march=native"
 # What a wheel's libraries ask of a processor beside its architecture, as Linux and macOS name it.
 _PORTABLE = {"x86_64": ("-march=x86-64-v3",)}

@@ -1,7 +1,4 @@
-"""Functions of the C++ files beside this one, each declared once: what it takes, and for which dtypes it was compiled.
-
-Knows addresses and whole numbers; what a function does is told where it is declared.
-"""
+"""Functions of the C++ files beside this one, each declared once: what it takes, and for which dtypes it was compiled."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from torch import Tensor
 
 from millpond.ops import build
 
-__all__ = ["CFunction", "contiguous_rows", "sources", "status"]
+__all__ = ["CFunction", "contiguous", "contiguous_rows", "sources", "status"]
 
 _FOLDER = Path(__file__).parent
 _TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float}
@@ -57,10 +54,14 @@ class CFunction:
         return found
 
 
-def contiguous_rows(tensor: Tensor) -> bool:
-    """Whether the rows of a [..., n, D] tensor on a CPU lie one behind the other."""
-    strides = tensor.stride()
-    return tensor.is_cpu and strides[-1] == 1 and strides[-2] == tensor.shape[-1]
+def contiguous(*tensors: Tensor) -> bool:
+    """Whether all of them are contiguous on a CPU."""
+    return all(tensor.is_cpu and tensor.is_contiguous() for tensor in tensors)
+
+
+def contiguous_rows(*tensors: Tensor) -> bool:
+    """Whether the rows of every [..., n, D] tensor lie one behind the other on a CPU."""
+    return all(one.is_cpu and (strides := one.stride())[-1] == 1 and strides[-2] == one.shape[-1] for one in tensors)
 
 
 def sources() -> list[Path]:

@@ -12,18 +12,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from millpond.ops.c_functions import CFunction
+from millpond.ops.c_functions import CFunction, contiguous
 from millpond.ops.dispatch import DECLINED, Declined, operation
 
 __all__ = ["cluster_rows"]
 
 Floats = NDArray[np.float64]
+Tables = dict[int, Tensor]
 
 _C_CLUSTER_ROWS = CFunction("clustering.cpp", "cluster_rows", "ppnnnnpp")
 
 
 @operation
-def cluster_rows(weight: Tensor, sensitivity: Tensor, low: int, high: int) -> tuple[Tensor, dict[int, Tensor]]:
+def cluster_rows(weight: Tensor, sensitivity: Tensor, low: int, high: int) -> tuple[Tensor, Tables]:
     """The optimal 2^low clusters of each row by sensitivity-weighted squared error, each then split in two, again optimally, until 2^high.
 
     Args:
@@ -44,12 +45,9 @@ def cluster_rows(weight: Tensor, sensitivity: Tensor, low: int, high: int) -> tu
 
 
 @cluster_rows.kernel("cpu")
-def _cluster_rows(
-    weight: Tensor, sensitivity: Tensor, low: int, high: int
-) -> tuple[Tensor, dict[int, Tensor]] | Declined:
+def _cluster_rows(weight: Tensor, sensitivity: Tensor, low: int, high: int) -> tuple[Tensor, Tables] | Declined:
     run = _C_CLUSTER_ROWS.of()
-    given = weight, sensitivity
-    if run is None or not all(one.is_contiguous() and one.dtype == torch.float32 and one.is_cpu for one in given):
+    if run is None or not contiguous(weight, sensitivity) or {weight.dtype, sensitivity.dtype} != {torch.float32}:
         return DECLINED
     rows, columns = weight.shape
     labels = torch.empty(rows, columns, dtype=torch.uint8)

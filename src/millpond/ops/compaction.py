@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from millpond.memory.resumable import Progress
-from millpond.ops.c_functions import CFunction
+from millpond.ops.c_functions import CFunction, contiguous
 from millpond.ops.dispatch import DECLINED, Declined, operation
 
 __all__ = ["check_selection", "move_rows"]
@@ -34,7 +34,7 @@ def check_selection(keep: Tensor, protected: Tensor) -> int:
 @check_selection.kernel("cpu")
 def _check_selection(keep: Tensor, protected: Tensor) -> int | Declined:
     run = _C_CHECK.of()
-    if run is None or not (protected.is_cpu and keep.is_contiguous() and protected.is_contiguous()):
+    if run is None or not contiguous(keep, protected):
         return DECLINED
     heads, slots = keep.shape
     found: int = run(keep.data_ptr(), protected.data_ptr(), heads, protected.shape[1], slots)
@@ -58,20 +58,20 @@ def move_rows(keep: Tensor, tensors: Sequence[Tensor], chunk: int, progress: Pro
     chunks = -(-kept // chunk)
     each = chunks * len(keep)
 
-    def grid_position(index: int) -> tuple[Tensor, int, int]:
+    def piece(index: int) -> tuple[Tensor, int, int]:
         """The tensor's head [n, ...] that a piece lies in, the head's number and the piece's first row."""
         head, at = divmod(index % each, chunks)
         return tensors[index // each][head], head, at * chunk
 
     def make(index: int) -> tuple[Tensor | None]:
-        rows, head, first = grid_position(index)
+        rows, head, first = piece(index)
         part = keep[head, first : first + chunk]
         if int(part[-1]) == first + len(part) - 1:  # the head is unmoved up to here: keep[j] == j
             return (None,)
         return (rows.index_select(0, part),)
 
     def write(index: int, moved: Tensor | None) -> None:
-        rows, _, first = grid_position(index)
+        rows, _, first = piece(index)
         if moved is not None:
             rows[first : first + len(moved)] = moved
 

@@ -1,11 +1,11 @@
-"""Reading keys and values that are stored in 2, 3, 4 or 8 bits."""
+"""Dequantizing keys and values that are stored in 2, 3, 4 or 8 bits."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from millpond.ops.c_functions import CFunction
+from millpond.ops.c_functions import CFunction, contiguous
 from millpond.ops.dispatch import DECLINED, Declined, operation
 
 __all__ = ["code_word", "dequantize", "unpack_codes"]
@@ -17,7 +17,7 @@ _C_DEQUANTIZE = CFunction("dequantization.cpp", "dequantize", "ppnnnnnnp", by_dt
 def dequantize(
     codes: Tensor, scales: Tensor, bits: int, by_channel: bool, out: Tensor, step: int | None = None
 ) -> None:
-    """Read packed keys or values: code * step + minimum.
+    """Dequantize keys or values: code * step + minimum.
 
     Args:
         codes: uint8 [m, G, R], m groups of G tokens, each token's codes packed into R bytes.
@@ -44,21 +44,19 @@ def _dequantize(
     codes: Tensor, scales: Tensor, bits: int, by_channel: bool, out: Tensor, step: int | None = None
 ) -> Declined | None:
     run = _C_DEQUANTIZE.of(out.dtype)
-    if run is None or not (codes.is_contiguous() and scales.is_contiguous() and out.is_contiguous()):
-        return DECLINED
-    if not (scales.is_cpu and out.is_cpu):
+    if run is None or not contiguous(codes, scales, out):
         return DECLINED
     run(codes.data_ptr(), scales.data_ptr(), bits, by_channel, *codes.shape, out.shape[1], out.data_ptr())
     return None
 
 
 def code_word(bits: int) -> tuple[int, int]:
-    """Codes in a word, and the word's bytes: the least whole bytes that whole codes fill."""
+    """Codes in a word, and the word's bytes: the fewest whole bytes that whole codes fill."""
     return (8, 3) if bits == 3 else (8 // bits, 1)
 
 
 def unpack_codes(packed: Tensor, bits: int, head_dim: int) -> Tensor:
-    """Codes of `bits` bits, uint8 [..., R] with the first code in a word's lowest bits, as float32 [..., width]."""
+    """Codes of `bits` bits, uint8 [..., R] with the first code in a word's lowest bits, as float32 [..., head_dim]."""
     values, size = code_word(bits)
     if size == 1:
         words = packed
@@ -67,7 +65,7 @@ def unpack_codes(packed: Tensor, bits: int, head_dim: int) -> Tensor:
         for byte in range(1, size):
             words.bitwise_or_(packed[..., byte::size].to(torch.int32) << (8 * byte))
     floats = torch.empty(*packed.shape[:-1], head_dim, device=packed.device)
-    for grid_position in range(values):
-        part = floats[..., grid_position::values]
-        part.copy_((words[..., : part.shape[-1]] >> (bits * grid_position)) & (2**bits - 1))
+    for index in range(values):
+        part = floats[..., index::values]
+        part.copy_((words[..., : part.shape[-1]] >> (bits * index)) & (2**bits - 1))
     return floats

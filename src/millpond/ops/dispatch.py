@@ -1,4 +1,4 @@
-"""One door to every compiled loop: an operation is its reference in torch and the kernels that may run in its place.
+"""One dispatch to every compiled loop: an operation is its reference in torch and the kernels that may run in its place.
 
     @operation
     def best(scores, slots): ...        # the reference: says what is computed, and runs anywhere

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from millpond.ops.c_functions import CFunction, contiguous_rows
+from millpond.ops.c_functions import CFunction, contiguous, contiguous_rows
 from millpond.ops.dispatch import DECLINED, Declined, operation
 from millpond.ops.ranking import best_and_protected
 
@@ -23,26 +23,16 @@ _NORM_FLOOR = 1e-9
 
 @operation
 def infinipot_v_selection(
-    keys: Tensor,
-    values: Tensor,
-    time_us: Tensor,
-    grid_position: Tensor,
-    protected: Tensor,
-    *,
-    by_redundancy: int,
-    slots: int,
-    thresholds: tuple[float, float, float],
-    pooling: int | None,
-    chunk: int,
-    span: int,
-) -> Tensor:
+    keys: Tensor, values: Tensor, time_us: Tensor, grid_position: Tensor, protected: Tensor, *, by_redundancy: int, slots: int,
+    thresholds: tuple[float, float, float], pooling: int | None, chunk: int, span: int,
+) -> Tensor:  # fmt: skip
     """The protected tokens, those with the most distinct keys among the others, and of what is left those with the largest values.
 
     Args:
-        keys, values: [H, n, D]. time_us: int64 [H, n]. place: int16 [H, n, 2]. protected: bool [H, n], the latest frames. As in `View`.
+        keys, values: [H, n, D]. time_us: int64 [H, n]. grid_position: int16 [H, n, 2]. protected: bool [H, n], the latest frames. As in `View`.
         by_redundancy: tokens of each head that are protected or chosen by redundancy. slots: of all that stay.
         thresholds, pooling: the value norms are pooled by `pooling_kernel` of the thresholds, or by this odd kernel.
-        chunk: tokens worked on at a time where there is no kernel. span: places of the grid worked on at a time.
+        chunk: tokens worked on at a time where there is no kernel. span: grid positions worked on at a time.
 
     Returns:
         int64 [H, slots], ascending.
@@ -51,7 +41,7 @@ def infinipot_v_selection(
     if by_redundancy > int(marked[0].sum()):
         scores = temporal_redundancy(keys, grid_position, marked, chunk, span)
         marked.scatter_(1, best_and_protected(scores, marked, by_redundancy), True)
-        # A head with too few placed tokens was filled up with text, which does not compete here.
+        # A head with too few tokens on the grid was filled up with text, which does not compete here.
         marked &= scores > -torch.inf
         del scores
     norms = value_norms(values, chunk)
@@ -63,26 +53,15 @@ def infinipot_v_selection(
 
 @infinipot_v_selection.kernel("cpu")
 def _infinipot_v_selection(
-    keys: Tensor,
-    values: Tensor,
-    time_us: Tensor,
-    grid_position: Tensor,
-    protected: Tensor,
-    *,
-    by_redundancy: int,
-    slots: int,
-    thresholds: tuple[float, float, float],
-    pooling: int | None,
-    chunk: int,
-    span: int,
-) -> Tensor | Declined:
+    keys: Tensor, values: Tensor, time_us: Tensor, grid_position: Tensor, protected: Tensor, *, by_redundancy: int, slots: int,
+    thresholds: tuple[float, float, float], pooling: int | None, chunk: int, span: int,
+) -> Tensor | Declined:  # fmt: skip
     run = _C_INFINIPOT_V.of(keys.dtype)
     heads, tokens, head_dim = keys.shape
     if run is None or values.dtype != keys.dtype or not 0 < slots <= tokens:
         return DECLINED
-    if not (contiguous_rows(keys) and contiguous_rows(values) and contiguous_rows(grid_position)):
-        return DECLINED
-    if not (time_us.is_cpu and time_us.stride(1) == 1 and protected.is_cpu and protected.is_contiguous()):
+    rows = contiguous_rows(keys, values, grid_position) and time_us.is_cpu and time_us.stride(1) == 1
+    if not (rows and contiguous(protected)):
         return DECLINED
     keep = torch.empty(heads, slots, dtype=torch.int64)
     scores, work = torch.empty(heads, tokens), torch.empty(2 * tokens, dtype=torch.int32)
@@ -116,32 +95,30 @@ def value_norms(values: Tensor, chunk: int) -> Tensor:
 
 
 def temporal_redundancy(keys: Tensor, grid_position: Tensor, protected: Tensor, chunk: int, span: int) -> Tensor:
-    """TaR of every token: float32 [H, n]; -inf for protected tokens and those without a place.
+    """TaR of every token: float32 [H, n]; -inf for protected tokens and those on no grid.
 
-    The mean over r frames of cos(k, k') at one place is (k / ||k||) . mean(k' / ||k'||): one dot product a token, and a table
-    of one vector a place instead of an r x f x p x D intermediate. One round of `span` places does unless the recent frames differ in
-    size and no table of one frame's places covers them.
+    The mean over r frames of cos(k, k') at one grid position is (k / ||k||) . mean(k' / ||k'||): one dot product a token, and a
+    table of one vector a grid position instead of an r x f x p x D intermediate. One round of `span` positions does unless the recent
+    frames differ in size and no table of one frame's positions covers them.
 
     Args:
-        keys: [H, n, D]. place: int16 [H, n, 2]. protected: bool [H, n]. chunk: tokens at a time.
+        keys: [H, n, D]. grid_position: int16 [H, n, 2]. protected: bool [H, n]. chunk: tokens at a time.
     """
     scores = torch.empty(protected.shape, dtype=torch.float32, device=keys.device)
     for head in range(len(keys)):
-        _redundancy_of_head(keys[head], grid_position[head], protected[head], chunk, span, scores[head])
+        _redundancy_of(keys[head], grid_position[head], protected[head], chunk, span, scores[head])
     return scores
 
 
-def _redundancy_of_head(
-    keys: Tensor, grid_position: Tensor, recent: Tensor, chunk: int, span: int, out: Tensor
-) -> None:
-    """Of one head; `span` places at a time."""
+def _redundancy_of(keys: Tensor, grid_position: Tensor, recent: Tensor, chunk: int, span: int, out: Tensor) -> None:
+    """Of one head; `span` grid positions at a time."""
     visual = grid_position[:, 0] >= 0
     latest = (recent & visual).nonzero()[:, 0]
-    height, head_dim = (grid_position.index_select(0, latest).amax(dim=0) + 1).tolist() if len(latest) else (0, 0)
-    outside = ~visual | (grid_position[:, 0] >= height) | (grid_position[:, 1] >= head_dim)
-    index = (grid_position[:, 0].to(torch.int32) * head_dim).add_(grid_position[:, 1]).masked_fill_(outside, -1)
+    height, width = (grid_position.index_select(0, latest).amax(dim=0) + 1).tolist() if len(latest) else (0, 0)
+    outside = ~visual | (grid_position[:, 0] >= height) | (grid_position[:, 1] >= width)
+    index = (grid_position[:, 0].to(torch.int32) * width).add_(grid_position[:, 1]).masked_fill_(outside, -1)
     out.zero_()
-    for base in range(0, height * head_dim, span):
+    for base in range(0, height * width, span):
         table, seen = _mean_unit_keys(keys, latest, index, base, span, chunk)
         for first in range(0, len(keys), chunk):
             at = index[first : first + chunk] - base
@@ -159,7 +136,7 @@ def _redundancy_of_head(
 def _mean_unit_keys(
     keys: Tensor, latest: Tensor, index: Tensor, base: int, span: int, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """The mean unit key of the places base... over the recent frames, float32 [span, D], and how many show each, [span]."""
+    """The mean unit key of the grid positions base... over the recent frames, float32 [span, D], and how many show each, [span]."""
     table = torch.zeros(span, keys.shape[1], dtype=torch.float32, device=keys.device)
     seen = torch.zeros(span, dtype=torch.float32, device=keys.device)
     for first in range(0, len(latest), chunk):
@@ -178,12 +155,12 @@ def _mean_unit_keys(
 def pool_over_grid(values: Tensor, time_us: Tensor, grid_position: Tensor, kernel: int, chunk: int) -> None:
     """Replace each visual token's value by the mean over the tokens of its frame in a kernel x kernel window, in place.
 
-    Only tokens that exist count: neither the padding at a frame's border nor the holes of earlier passes. Tokens without a
-    place keep their value. Works on as many frames at a time as fit into `chunk` grid cells, because after many
+    Only tokens that exist count: neither the padding at a frame's border nor the holes of earlier passes. Tokens on no grid
+    keep their value. Works on as many frames at a time as fit into `chunk` grid cells, because after many
     passes few tokens spread over many frames.
 
     Args:
-        values: float32 [H, n]. time_us: int64 [H, n], one a frame. place: int16 [H, n, 2].
+        values: float32 [H, n]. time_us: int64 [H, n], one a frame. grid_position: int16 [H, n, 2].
         kernel: odd window size.
     """
     for head in range(len(values)):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from millpond.memory.resumable import Progress
-from millpond.ops.c_functions import CFunction, contiguous_rows
+from millpond.ops.c_functions import CFunction, contiguous, contiguous_rows
 from millpond.ops.dispatch import DECLINED, Declined, operation
 
 __all__ = ["distances", "fold"]
@@ -38,7 +38,7 @@ def distances(keys: Tensor, owner: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
 @distances.kernel("cpu")
 def _distances(keys: Tensor, owner: Tensor, chunk: int) -> tuple[Tensor, Tensor] | Declined:
     run = _C_DISTANCES.of(keys.dtype)
-    if run is None or not (contiguous_rows(keys) and owner.is_cpu and owner.is_contiguous()):
+    if run is None or not (contiguous_rows(keys) and contiguous(owner)):
         return DECLINED
     apart, alike = torch.empty(2, keys.shape[0])
     run(keys.data_ptr(), *keys.shape, owner.data_ptr(), apart.data_ptr(), alike.data_ptr())
@@ -115,9 +115,7 @@ def _fold(
     keys: Tensor, values: Tensor, owner: Tensor, weight: Tensor, chunk: int, progress: Progress
 ) -> Declined | None:
     run = _C_FOLD.of(keys.dtype)
-    if run is None or values.dtype != keys.dtype or not (contiguous_rows(keys) and contiguous_rows(values)):
-        return DECLINED
-    if not (owner.is_cpu and owner.is_contiguous() and weight.is_cpu and weight.is_contiguous()):
+    if run is None or values.dtype != keys.dtype or not (contiguous_rows(keys, values) and contiguous(owner, weight)):
         return DECLINED
     arrays = keys.data_ptr(), values.data_ptr(), *keys.shape, owner.data_ptr(), weight.data_ptr()
     run(*arrays, ctypes.byref(progress.count))

@@ -1,4 +1,4 @@
-"""What the cache knows of a block's tokens, written into every layer at once."""
+"""Metadata of a block's tokens, written into every layer at once."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from millpond.ops.c_functions import CFunction
+from millpond.ops.c_functions import CFunction, contiguous
 from millpond.ops.dispatch import DECLINED, Declined, operation
 
 __all__ = ["LayerMetadata", "write_metadata"]
 
 LayerMetadata = tuple[int, Tensor, Tensor, Tensor, Tensor | None]
-"""Of one layer the slot where the block begins, and times int64 [H, capacity], places int16 [H, capacity, 2], positions
-int32 [H, capacity, axes], and sums float32 [H, capacity] or None."""
+"""Of one layer the slot where the block begins, and times int64 [H, capacity], grid positions int16 [H, capacity, 2],
+positions int32 [H, capacity, axes], and accumulated attention float32 [H, capacity] or None."""
 
 _C_WRITE = CFunction("metadata.cpp", "write_metadata", "pppnnnnpn")
 
 
 @operation
 def write_metadata(time_us: Tensor, grid_position: Tensor, positions: Tensor, layers: Sequence[LayerMetadata]) -> None:
-    """Write the metadata of n tokens into slots start... of every head of every layer, and zero their sums.
+    """Write the metadata of n tokens into slots start... of every head of every layer; accumulated attention becomes 0.
 
     Args:
-        time_us: int64 [n]. place: int16 [n, 2]. positions: int [n, axes].
-        layers: see `LayerMetadata`; each has room for n.
+        time_us: int64 [n]. grid_position: int16 [n, 2]. positions: int [n, axes].
+        layers: see `LayerMetadata`; each has n slots left.
     """
     count = time_us.shape[0]
     for start, times, grid_positions, rotary, sums in layers:
@@ -42,11 +42,9 @@ def _write_metadata(
     time_us: Tensor, grid_position: Tensor, positions: Tensor, layers: Sequence[LayerMetadata]
 ) -> Declined | None:
     run, count = _C_WRITE.of(), time_us.shape[0]
-    if run is None or not (
-        time_us.is_contiguous() and grid_position.is_cpu and grid_position.is_contiguous() and positions.is_cpu
-    ):
-        return DECLINED
     axes = positions.shape[1]
+    if run is None or not (contiguous(time_us, grid_position) and positions.is_cpu):
+        return DECLINED
     if (time_us.dtype, grid_position.dtype, positions.dtype) != (torch.int64, torch.int16, torch.int64):
         return DECLINED
     layout: list[int] = []
@@ -58,13 +56,9 @@ def _write_metadata(
             return DECLINED
         layout += (heads, times.data_ptr() + 8 * start, time[0], grid_positions.data_ptr() + 4 * start, placed[0])
         layout += (rotary.data_ptr() + 4 * axes * start, rotated[0])
-        if sums is None:
-            layout += (0, 0)
-            continue
-        summed = sums.stride()
-        if summed[1] != 1:
+        if sums is not None and sums.stride(1) != 1:
             return DECLINED
-        layout += (sums.data_ptr() + 4 * start, summed[0])
+        layout += (0, 0) if sums is None else (sums.data_ptr() + 4 * start, sums.stride(0))
     addresses = (ctypes.c_int64 * len(layout))(*layout)
     step = positions.stride()
     run(time_us.data_ptr(), grid_position.data_ptr(), positions.data_ptr(), *step, axes, count, addresses, len(layers))

@@ -17,7 +17,7 @@ def best_and_protected(scores: Tensor, protected: Tensor, slots: int) -> Tensor:
     """The protected tokens and the best of the others, ascending: int64 [H, slots].
 
     Args:
-        scores: float [H, n], overwritten; what is not a number is the least, what is infinite less than protection.
+        scores: float [H, n], overwritten; what is not a number ranks last, what is infinite below protection.
         protected: bool [H, n], at most `slots` in each row.
     """
     scores.nan_to_num_(nan=-torch.inf, posinf=torch.finfo(scores.dtype).max, neginf=-torch.inf)
@@ -36,11 +36,10 @@ def best(scores: Tensor, slots: int) -> Tensor:
     """
     keep = torch.empty(scores.shape[0], slots, dtype=torch.int64, device=scores.device)
     for head, row in enumerate(scores):
-        # No sort: the least score that stays, what lies above it, and as many of its equals as there is room for.
+        # No sort: the lowest score that stays, what lies above it, and as many of its equals as fit.
         minimum = row.kthvalue(len(row) - slots + 1).values
         chosen, ties = row > minimum, row == minimum
-        room = slots - chosen.sum()
-        chosen |= ties & (ties.cumsum(0, dtype=torch.int32) <= room)
+        chosen |= ties & (ties.cumsum(0, dtype=torch.int32) <= slots - chosen.sum())
         keep[head] = chosen.nonzero()[:, 0]
     return keep
 

@@ -8,8 +8,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from millpond.memory.resumable import Progress
-from millpond.ops.c_functions import CFunction, contiguous_rows
+from millpond.memory.resumable import Pieces, Progress
+from millpond.ops.c_functions import CFunction, contiguous, contiguous_rows
 from millpond.ops.dispatch import DECLINED, Declined, operation
 
 __all__ = ["rerotate"]
@@ -19,12 +19,7 @@ _C_REROTATE = CFunction("rerotation.cpp", "rerotate", "pnnnnpnnnppnp", by_dtype=
 
 @operation
 def rerotate(
-    keys: Tensor,
-    delta: Tensor,
-    axis: Tensor,
-    inv_freq: Tensor,
-    chunk: int | None = None,
-    progress: Progress | None = None,
+    keys: Tensor, delta: Tensor, axis: Tensor, inv_freq: Tensor, chunk: int = 0, progress: Progress | None = None
 ) -> None:
     """Rotate keys by `delta` positions, in place; in float32, stored back in the keys' dtype.
 
@@ -33,7 +28,7 @@ def rerotate(
     Args:
         keys: [..., n, D]. delta: int64 [..., n, axes], broadcastable to the keys; with `chunk` [n, axes].
         axis: int64 [F], the column of `delta` that each frequency reads. inv_freq: float32 [F].
-        chunk: tokens rotated at a time where there is no kernel; None for all.
+        chunk: tokens rotated at a time where there is no kernel; 0 for all.
         progress: goes on from there; what is done does not rotate again.
     """
     count = keys.shape[-2]
@@ -44,20 +39,17 @@ def rerotate(
             return tensor  # a delta that is broadcast has fewer rows
         return tensor.narrow(-2, index * chunk, min(chunk, count - index * chunk))
 
-    if progress is None:
-        for index in range(-(-count // chunk)):
-            _rotate(part(keys, index), part(delta, index), axis, inv_freq)
-        return
-
     def make(index: int) -> tuple[Tensor]:
-        rows = part(keys, index).clone()
+        rows = part(keys, index)
+        rows = rows if progress is None else rows.clone()
         _rotate(rows, part(delta, index), axis, inv_freq)
         return (rows,)
 
     def write(index: int, rows: Tensor) -> None:
-        part(keys, index).copy_(rows)
+        if progress is not None:
+            part(keys, index).copy_(rows)
 
-    progress.pieces.run(-(-count // chunk), make, write)
+    (Pieces() if progress is None else progress.pieces).run(-(-count // chunk), make, write)
 
 
 def _rotate(keys: Tensor, delta: Tensor, axis: Tensor, inv_freq: Tensor) -> None:
@@ -67,27 +59,20 @@ def _rotate(keys: Tensor, delta: Tensor, axis: Tensor, inv_freq: Tensor) -> None
     angle = picked * inv_freq.to(keys.device, torch.float64)
     cos, sin = angle.cos().to(torch.float32), angle.sin().to(torch.float32)
     low, high = keys[..., :half].to(torch.float32), keys[..., half : 2 * half].to(torch.float32)
-    turned = low * cos - high * sin
+    first = low * cos - high * sin
     keys[..., half : 2 * half] = high * cos + low * sin
-    keys[..., :half] = turned
+    keys[..., :half] = first
 
 
 @rerotate.kernel("cpu")
 def _rerotate(
-    keys: Tensor,
-    delta: Tensor,
-    axis: Tensor,
-    inv_freq: Tensor,
-    chunk: int | None = None,
-    progress: Progress | None = None,
+    keys: Tensor, delta: Tensor, axis: Tensor, inv_freq: Tensor, chunk: int = 0, progress: Progress | None = None
 ) -> Declined | None:
     run = _C_REROTATE.of(keys.dtype)
     tokens, head_dim = keys.shape[-2:]
     if run is None or not delta.is_cpu or delta.dtype != torch.int64 or delta.shape[:-1] != (tokens,):
         return DECLINED
-    if not (contiguous_rows(keys) and axis.is_cpu and axis.is_contiguous()):
-        return DECLINED
-    if not (inv_freq.is_cpu and inv_freq.is_contiguous()):
+    if not (contiguous_rows(keys) and contiguous(axis, inv_freq)):
         return DECLINED
     shape, strides = keys.shape[:-2], keys.stride()[:-2]
     if any(shape[at] != 1 and strides[at] != shape[at + 1] * strides[at + 1] for at in range(len(shape) - 1)):

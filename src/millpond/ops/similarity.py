@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from millpond.ops.c_functions import CFunction, contiguous_rows
+from millpond.ops.c_functions import CFunction, contiguous, contiguous_rows
 from millpond.ops.dispatch import DECLINED, Declined, operation
 
 __all__ = ["distinctiveness", "mean_unit_key"]
@@ -25,7 +25,7 @@ def distinctiveness(keys: Tensor, chunk: int, out: Tensor) -> None:
 @distinctiveness.kernel("cpu")
 def _distinctiveness(keys: Tensor, chunk: int, out: Tensor) -> Declined | None:
     run = _C_DISTINCTIVENESS.of(keys.dtype)
-    if run is None or not (contiguous_rows(keys) and out.is_cpu and out.is_contiguous()):
+    if run is None or not (contiguous_rows(keys) and contiguous(out)):
         return DECLINED
     run(keys.data_ptr(), *keys.shape, out.data_ptr())
     return None

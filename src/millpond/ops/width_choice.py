@@ -38,15 +38,13 @@ class _Group(ctypes.Structure):
     """As in width_choice.cpp."""
 
     _fields_ = (
-        ("columns", ctypes.c_int64),
-        ("count", ctypes.c_int64),
-        ("scale", ctypes.c_void_p),
-        ("epsilon", ctypes.c_float),
-        ("g", ctypes.c_void_p),
-        ("k", ctypes.c_void_p),
-        ("slope", ctypes.c_void_p),
-        ("intercept", ctypes.c_void_p),
-        ("threshold", ctypes.c_void_p),
+        *(
+            ("columns", ctypes.c_int64),
+            ("count", ctypes.c_int64),
+            ("scale", ctypes.c_void_p),
+            ("epsilon", ctypes.c_float),
+        ),
+        *((name, ctypes.c_void_p) for name in ("g", "k", "slope", "intercept", "threshold")),
     )
 
 

@@ -24,20 +24,8 @@ if TYPE_CHECKING:
     from millpond.kv_quantization.tier import QuantizedTier
     from millpond.positions import Rope
 
-__all__ = [
-    "LAYER_SHARE",
-    "SEPARATOR",
-    "TEXT",
-    "Needs",
-    "Policy",
-    "Scorer",
-    "Shape",
-    "View",
-    "check_between",
-    "check_whole",
-    "keep_top",
-    "selection_scratch",
-]
+__all__ = ["LAYER_SHARE", "SEPARATOR", "TEXT", "Needs", "Policy", "Scorer", "Shape", "View"]
+__all__ += ["check_between", "check_whole", "keep_top", "selection_scratch"]
 
 LAYER_SHARE = 2.0
 """`Needs.layer_share` of the policies here that have layer budgets. Ours: it bounds the scratch of a compaction."""
@@ -48,33 +36,33 @@ class View:
     """One layer's memory behind the pinned prompt, oldest first: n tokens in each of H KV heads.
 
     Every tensor is a view of the cache's own storage (read-only by contract) except `protected`. After the first
-    compaction the heads hold different tokens, so times and places are per head.
+    compaction the heads hold different tokens, so times and grid positions are per head.
 
     Attributes:
         keys: [H, n, D] as stored, rotary embedding applied.
         values: [H, n, D].
         time_us: int64 [H, n], stream time of the token's frame group in microseconds, ascending. Tokens of one group, and
             only those, share a time; a remembered turn carries the time at which it was said.
-        place: int16 [H, n, 2], row and column on the frame's merged grid; `TEXT` or `SEPARATOR` for tokens without one.
+        grid_position: int16 [H, n, 2], row and column on the frame's merged grid; `TEXT` or `SEPARATOR` for tokens without one.
         protected: bool [H, n], tokens that must be kept (the latest frames, recent text). Every head has equally many.
         layer, layers: index of this layer and number of layers.
         block: tokens of one frame group as they arrived last.
-        chunk: tokens of one head that may be worked on at once where an intermediate of width D is needed; keeps the
+        chunk: tokens of one head that may be worked on at once where an intermediate [n, D] is needed; keeps the
             scratch of a compaction bounded.
         queries: [H, g, w, D], the proxy's queries, grouped by KV head, rotary embedding applied at their own positions; None
             unless the policy needs a `proxy`.
         prompt_keys: [H, P, D], the pinned prompt's keys, which share the softmax with the memory's; with `queries`.
-        sums: float32 [H, n], attention that the token received from all stream tokens after it, summed over queries and the
+        accumulated_attention: float32 [H, n], attention that the token received from all stream tokens after it, summed over queries and the
             group's heads; None unless the policy needs `accumulated_attention`.
-        deeper: float32 [H, n], what the policy left in `carried_scores` at the next deeper layer for the same token of the same head. NaN
-            where that layer did not hold it, and for tokens without a place, which cannot be told apart. None unless the policy
-            needs `deeper_scores`; None too at the deepest layer, beside a layer that keeps all it has and was not asked, and where
-            packed tokens are chosen from.
-        carry: float32 [H, n], to be written: what the policy leaves for the next shallower layer; NaN where it leaves nothing.
-            None unless the policy needs `deeper_scores`, and where packed tokens are chosen from.
-        change: what carries `millpond.policies.merging.change` out in the cache; None: it is run at once.
+        deeper_scores: float32 [H, n], what the policy left in `carried_scores` at the next deeper layer for the same token of the
+            same head. NaN where that layer did not hold it, and for tokens on no grid, which cannot be told apart. None unless the
+            policy needs `deeper_scores`; None too at the deepest layer, after a layer that keeps all it has and was not asked, and
+            where quantized tokens are chosen from.
+        carried_scores: float32 [H, n], to be written: what the policy leaves for the next shallower layer; NaN where it leaves
+            nothing. None unless the policy needs `deeper_scores`, and where quantized tokens are chosen from.
+        change: what carries `millpond.policies.scoring.merging.change` out in the cache; None: it is run at once.
         positions: int32 [H, n, axes], at which each key is rotated; None unless the policy needs `positions`.
-        rope: the rotary embedding, to turn keys to another position; None unless the policy needs `positions`, and outside a session.
+        rope: the rotary embedding, to rerotate keys to another position; None unless the policy needs `positions`, and outside a session.
     """
 
     keys: Tensor
@@ -106,7 +94,7 @@ class View:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a policy needs from the cache beside keys, values, times and places. What goes with what: `millpond.policies.composition`.
+    """What a policy needs from the cache beside keys, values, times and grid positions; see `millpond.policies.composition`.
 
     Attributes:
         proxy: whose queries `View.queries` shows: those of the latest stream tokens that ran (never a question's), or those of the chat
@@ -116,7 +104,7 @@ class Needs:
         deeper_scores: a compaction asks from the deepest layer up, and each layer sees what the policy left at the next deeper one
             (`View.deeper_scores`, `View.carried_scores`).
         merging: `Policy.merge` changes what stays.
-        positions: `View.positions` and `View.rope`, to turn keys.
+        positions: `View.positions` and `View.rope`, to rerotate keys.
         whole_frames: `slots` must be a multiple of `View.block`; the plan rounds the memory down to it.
         retrieved_frames: frame groups that a question retrieves from host memory, to which what is not kept then goes. Above 0, `keep`
             must choose the same tokens in every head of every layer, and forget frames in stream order.
@@ -206,7 +194,7 @@ class Policy(ABC):
         """In what proportion the layers share the memory, asked before each compaction of a policy that needs a `layer_share` above 1.
 
         `views` gives one layer at a time, in order. The cache turns the weights into whole numbers whose sum is exact, within
-        `layer_share` and with room for what is protected in each layer.
+        `layer_share` and with what is protected in each layer.
         """
         return [1.0 for _ in views]
 
@@ -228,7 +216,7 @@ class Scorer(Policy):
         """How much each token is worth keeping: a new tensor, float32 [H, n], which the selection overwrites."""
 
     def protected(self, view: View, slots: int) -> Tensor:
-        """The tokens that stay whatever their score, of which `slots` have room: bool [H, n], the view's own among them."""
+        """The tokens that stay whatever their score, of which `slots` fit: bool [H, n], the view's own among them."""
         return view.protected
 
     def keep(self, view: View, slots: int) -> Tensor:
@@ -272,7 +260,7 @@ def keep_top(scores: Tensor, protected: Tensor, slots: int) -> Tensor:
     """The protected tokens and the best of the others, in stream order; of equals the older one stays.
 
     Protection is a mask that is applied to the ranking, never a large score: in bfloat16 `max + 1` is no protection. A score
-    that is not a number counts as the least, an infinite one for less than protection.
+    that is not a number ranks last, an infinite one below protection.
 
     Args:
         scores: float [H, n]; overwritten.

@@ -1,6 +1,6 @@
 """What goes with what: one table of the pairs that do not, and the base of policies that stand around another one.
 
-Whatever is not in the table works, and a test tries every wrapper around every policy. Knows policies by their needs alone.
+Whatever is not in the table works, and a test tries every wrapper around every policy.
 """
 
 from __future__ import annotations
@@ -16,20 +16,8 @@ from torch import Tensor
 from millpond.errors import PolicyError
 from millpond.policies.base import Policy, View
 
-__all__ = [
-    "ADMISSION",
-    "HOST_MEMORY",
-    "LAYER_BUDGETS",
-    "NO_HOST_MEMORY",
-    "POND_CACHE",
-    "QUANTIZED_TIER",
-    "REFUSED",
-    "SEPARATORS",
-    "TURNS",
-    "Wrapper",
-    "check",
-    "features",
-]
+__all__ = ["ADMISSION", "HOST_MEMORY", "LAYER_BUDGETS", "NO_HOST_MEMORY", "POND_CACHE", "QUANTIZED_TIER", "REFUSED"]
+__all__ += ["SEPARATORS", "TURNS", "Wrapper", "check", "features"]
 
 # What a policy may bring ...
 QUERIES, ACCUMULATED, POSITIONS = "a proxy's queries", "accumulated attention", "positions"
@@ -60,10 +48,10 @@ REFUSED: dict[tuple[str, str], str] = {
     (MERGING, QUANTIZED_TIER): _TWICE,
     (MERGING, RETRIEVAL): _TWICE,
     (MERGING, NO_CAP): _NOTHING_LEAVES,
-    (POSITIONS, QUANTIZED_TIER): "packed tokens show none",
-    (WHOLE_FRAMES, QUANTIZED_TIER): "single tokens are packed",
+    (POSITIONS, QUANTIZED_TIER): "quantized tokens show none",
+    (WHOLE_FRAMES, QUANTIZED_TIER): "single tokens are quantized",
     (RETRIEVAL, QUANTIZED_TIER): "what leaves the memory can go to one place only",
-    (QUANTIZED_TIER, LAYER_BUDGETS): "tokens are packed with equal layers only",
+    (QUANTIZED_TIER, LAYER_BUDGETS): "tokens are quantized with equal layers only",
     (QUANTIZED_TIER, NO_CAP): _NOTHING_LEAVES,
     (WHOLE_FRAMES, LAYER_BUDGETS): "layers would differ by single tokens",
     (RETRIEVAL, LAYER_BUDGETS): "frames leave all layers at once",

@@ -1,4 +1,4 @@
-"""A policy with layer budgets: an allocator shares the memory out between the layers. Chooses no token itself."""
+"""A policy with layer budgets: an allocator shares the memory out between the layers."""
 
 from __future__ import annotations
 

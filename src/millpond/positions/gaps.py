@@ -5,8 +5,6 @@ its row and column axes, everything from its base to the furthest row or column 
 one position a group. What lies between those pieces is free; closing moves whole pieces, so that a grid stays a grid and everything
 stays in order. Where a grid's base is another's too (all groups of one Qwen2-VL segment count rows and columns from one base) they
 move as one piece on those axes.
-
-Knows integers only: nothing of keys, caches or models.
 """
 
 from __future__ import annotations
@@ -45,15 +43,14 @@ class Closing:
 
     def leaving(self, wanted: int) -> Closing:
         """The same, with the newest gaps left open that together are `wanted` positions wide, or as many as there are."""
-        return replace(
-            self, before=max(0, self.before - max(0, wanted - self.after)), after=max(0, self.after - wanted)
-        )
+        before = max(0, self.before - max(0, wanted - self.after))
+        return replace(self, before=before, after=max(0, self.after - wanted))
 
     def shifts(self, positions: Tensor, grid_position: Tensor) -> Tensor:
         """How far each token of one head moves back on each axis, int64 [n, axes].
 
         Args:
-            positions: int32 [n, axes], in the order of the stream. place: int16 [n, 2], see `millpond.policies.base`.
+            positions: int32 [n, axes], in the order of the stream. grid_position: int16 [n, 2], see `millpond.policies.base`.
         """
         along, across = self._moves(_Head(positions, grid_position))
         shift = torch.empty(positions.shape, dtype=torch.int64, device=positions.device)
@@ -79,7 +76,7 @@ def measure(heads: Iterable[tuple[Tensor, Tensor]], clock: Clock) -> Closing:
     """The most that all heads can close alike.
 
     Args:
-        heads: positions and places of each, as in `Closing.shifts`.
+        heads: positions and grid positions of each, as in `Closing.shifts`.
     """
     base = clock.base if clock.base is not None else clock.next
     before = after = tail = clock.next

@@ -1,8 +1,7 @@
 """Two clocks: storage slots (the cache counts those) and stream positions (counted here).
 
 The session owns a `Clock`; nothing reads `rope_deltas`, which lives on the model and would be shared by every session
-on it. `Rope` turns stored keys from old positions to new ones, so that a stream can run past the trained range.
-Knows nothing about caches, policies or files.
+on it. `Rope` rerotates stored keys from old positions to new ones, so that a stream can run past the trained range.
 """
 
 from __future__ import annotations
@@ -72,22 +71,21 @@ class Rope:
         axis: int64 [D/2], the position axis that each frequency reads (all 0 for 1-D RoPE; M-RoPE's sections otherwise).
         limit: positions that the weights were trained on (`max_position_embeddings`).
 
-    The layout is the "rotate half" one of the Llama and Qwen families: frequency i turns components i and i + D/2.
-    A width smaller than the head's (partial rotary) leaves the remaining components as they are.
+    The layout is the "rotate half" one of the Llama and Qwen families: frequency i rotates components i and i + D/2.
+    Fewer frequencies than D/2 (partial rotary) leave the remaining components as they are.
     """
 
     inv_freq: Tensor
     axis: Tensor
     limit: int
 
-    def rotate_(self, keys: Tensor, delta: Tensor, chunk: int | None = None) -> None:
-        """Turn keys in place by `delta` positions; turned in float32, stored back in the keys' dtype.
+    def rotate_(self, keys: Tensor, delta: Tensor) -> None:
+        """Rotate keys in place by `delta` positions; in float32, stored back in the keys' dtype.
 
         Compiled where that is possible, and then without scratch.
 
         Args:
             keys: [..., n, D], already roped at some position p.
             delta: int64 [..., n, axes], broadcastable to the keys; the keys end up roped at p + delta.
-            chunk: tokens turned at a time where there is no kernel; all at once by default. With it, delta is [n, axes].
         """
-        ops.rerotate(keys, delta, self.axis, self.inv_freq, chunk)
+        ops.rerotate(keys, delta, self.axis, self.inv_freq)

@@ -1,4 +1,4 @@
-"""Whose turn it is: one thread at a time, and an error rather than a wait for oneself. Knows nothing about what is guarded."""
+"""One thread at a time, and an error rather than a wait for oneself."""
 
 from __future__ import annotations
 

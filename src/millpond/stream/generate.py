@@ -1,4 +1,4 @@
-"""An answer, token by token, and its ids as pieces of text. Knows the way into the pond, but not what is asked about."""
+"""An answer, token by token, and its ids as pieces of text."""
 
 from __future__ import annotations
 

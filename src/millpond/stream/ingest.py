@@ -1,6 +1,6 @@
 """Frames on their way in: given a time, queued at model resolution, and run through the model by whole blocks.
 
-Owns what waits for its block, and the stream's times. Knows nothing about questions but which frames one is shown.
+Owns what waits for its block, the stream's times, and which frames a question is shown.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from millpond.cache.plan import Plan
 from millpond.errors import SourceError
 from millpond.frames import Frame
 from millpond.models.base import Grid, Tokens
-from millpond.stream.recent_frames import RecentFrames, Shot
+from millpond.stream.recent_frames import Groups, Shot, blocks_of, with_block
 from millpond.stream.runner import Runner, dated
 from millpond.stream.step import Step
 
-__all__ = ["Ingest", "IngestState", "Standing"]
+__all__ = ["Ingest", "Standing"]
 
 # Beyond these a stream's microseconds leave 64 bits, or its positions (up to 25 a second) 32; the clock could never go back.
 _FARTHEST_SECONDS = 10**11
@@ -35,13 +35,15 @@ class Standing:
     """How far the frames of a stream have come. Replaced as a whole, so that a frame is in or is not.
 
     Attributes:
-        waiting: (time_us, prepared frame) of those whose block is not full. grid: of these; None without any.
+        waiting: those whose block is not full. grid: of these; None without any.
+        recent: those that have run and are kept as pixels.
         video_open: the last token in memory leaves a video open: where the next frame goes.
         last_us: time of the latest frame; None before the first. interval_us: since the one before it.
         frames, dropped, skipped, reduced: raw frames taken in, lost, left out and thinned, as in `millpond.Usage`.
     """
 
     waiting: tuple[Shot, ...] = ()
+    recent: Groups = ()
     grid: Grid | None = None
     video_open: bool = True  # the opening ends where the first frame goes
     last_us: int | None = None
@@ -57,20 +59,8 @@ class Standing:
         return replace(self, waiting=left, grid=self.grid if left else None)
 
 
-@dataclass(frozen=True)
-class IngestState:
-    """What a copy of an intake is made from.
-
-    Attributes:
-        at: how far the frames have come. recent: the groups of those kept to be shown again.
-    """
-
-    at: Standing
-    recent: tuple[tuple[Shot, ...], ...]
-
-
 class Ingest:
-    """The frames of one stream, until they are in its flow.
+    """The frames of one stream, until they have run.
 
     Attributes:
         at: how far they have come.
@@ -78,13 +68,7 @@ class Ingest:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._recent_frames = RecentFrames(runner)
         self.at = Standing()
-
-    @property
-    def waiting(self) -> tuple[Shot, ...]:
-        """The frames whose block is not full."""
-        return self.at.waiting
 
     def feed(self, source: Frame | Iterable[Any], turn: Callable[[], AbstractContextManager[None]]) -> int:
         """Take in everything that a source gives; see `millpond.Session.feed`. The stream is held, by `turn`, a frame at a time."""
@@ -115,7 +99,7 @@ class Ingest:
             if isinstance(opened, frames.Source) and opened is not source:
                 opened.close()
             with turn():
-                self.book()
+                self.update_ledger()
                 self.at = replace(self.at, dropped=self.at.dropped + getattr(opened, "dropped", 0) - dropped)
                 self._digest(partial=False)
                 self._ensure_capacity_for_waiting()
@@ -131,13 +115,12 @@ class Ingest:
             raise SourceError(f"a source must give frames, not {type(frame).__name__}")
         last = self.at.last_us
         if not math.isfinite(frame.seconds) or abs(frame.seconds) > _FARTHEST_SECONDS:
-            raise SourceError(
-                f"a frame's time must lie within {_FARTHEST_SECONDS:.0e} s of 0, not at {frame.seconds:g} s"
-            )
+            far = f"within {_FARTHEST_SECONDS:.0e} s of 0, not at {frame.seconds:g} s"
+            raise SourceError(f"a frame's time must lie {far}")
         time_us = round(frame.seconds * 1e6)
         if offset is None:
-            again = last is not None and time_us <= last
-            offset = last + max(self.at.interval_us, 1) - time_us if last is not None and again else 0
+            # A source whose times begin again goes on one frame interval behind the last.
+            offset = 0 if last is None or time_us > last else last + max(self.at.interval_us, 1) - time_us
         if last is not None and time_us + offset - last > _LONGEST_GAP_SECONDS * 1_000_000:
             raise SourceError(
                 f"a frame at {frame.seconds:g} s comes {(time_us + offset - last) / 1e6:.3g} s after the one before it, which is more "
@@ -146,7 +129,7 @@ class Ingest:
         return offset
 
     def make_fit(self, plan: Plan) -> None:
-        """Run the complete groups that wait, if another plan has smaller blocks and no room for so many frames."""
+        """Run the complete groups that wait, if another plan has smaller blocks, in which so many frames do not fit."""
         if _nbytes(self.at.waiting) > plan.waiting_bytes:
             self._digest(partial=False)
 
@@ -188,18 +171,19 @@ class Ingest:
                 if len(self.at.waiting) >= count:
                     # A block that the model could not take is dropped, not tried for ever.
                     self.at = replace(self.at.without(count), dropped=self.at.dropped + count)
-                    self.book()
+                    self.update_ledger()
                 raise
 
     def _reopen(self, time_us: int) -> None:
         """Open a video again behind a turn."""
-        tokens = self._reopening(time_us)
-        self._runner.prepare_block(len(tokens))
-        step = Step(self._runner, self)
+        runner = self._runner
+        tokens = dated(runner.family.embed(runner.family.reopening()), time_us)
+        runner.prepare_block(len(tokens))
+        step = Step(runner, self)
         try:
-            self._runner.put(tokens, text=True)
-            self._recent_frames.clear()  # a video's time begins with its first frame: none of those before could stand in it
-            self.at = replace(self.at, video_open=True)
+            runner.put(tokens, text=True)
+            # A video's time begins with its first frame: none of those before could stand in it.
+            self.at = replace(self.at, video_open=True, recent=())
             step.commit()
         except BaseException:
             step.roll_back()
@@ -215,32 +199,30 @@ class Ingest:
         try:
             runner.put(tokens, text=False, admitted=admitted)
             runner.admission_state = seen
-            at = self.at.without(len(block))
+            at = replace(self.at.without(len(block)), recent=self._recent_with(block))
             for index, verdict in enumerate(verdicts):
-                of_it = min(size, len(block) - index * size)
-                at = replace(
-                    at,
-                    skipped=at.skipped + of_it * (verdict == "drop"),
-                    reduced=at.reduced + of_it * (verdict == "reduced"),
+                skipped, reduced = (
+                    min(size, len(block) - index * size) * (verdict == of) for of in ("drop", "reduced")
                 )
+                at = replace(at, skipped=at.skipped + skipped, reduced=at.reduced + reduced)
             self.at = at
-            self._recent_frames.keep(block)
             step.commit()
         except BaseException:
             step.roll_back()
             raise
+
+    def _recent_with(self, block: Sequence[Shot]) -> Groups:
+        """The recent frames when a block has run."""
+        size = self._runner.family.frames_per_group
+        return with_block(self.at.recent, block, size, -(-self._runner.recent_frames // size))
 
     def encode(self, shots: Sequence[Shot]) -> Tokens:
         """Frames as the decoder takes them; all of one size."""
         with self._runner.timed("vision"):
             return self._runner.family.encode([frame for _, frame in shots], [time for time, _ in shots])
 
-    def _reopening(self, time_us: int) -> Tokens:
-        """What stands between a turn and the frames that go on behind it."""
-        return dated(self._runner.family.embed(self._runner.family.reopening()), time_us)
-
     def _ensure_capacity_for_waiting(self) -> None:
-        """Make room for an incomplete group now, so that a question can show it without touching the memory."""
+        """Ensure capacity for an incomplete group now, so that a question can show it without touching the memory."""
         if self.at.grid is not None:
             reopening = 0 if self.at.video_open else len(self._runner.family.reopening())
             with self._runner.timed("compaction"):
@@ -250,42 +232,42 @@ class Ingest:
         """What a question sees of the latest frames; nothing is taken in.
 
         Returns:
-            The ids that reopen the video, where that is needed; and blocks of frames to `encode`: those to be seen once more, and last
-            the waiting ones, which may be none.
+            The ids that reopen the video, where that is needed; and blocks of frames to `encode`: the recent ones, and last the waiting
+            ones, which may be none.
         """
-        blocks: list[Sequence[Shot]] = [*self._recent_frames.blocks(len(self.at.waiting)), self.at.waiting]
-        reopening = self._runner.family.reopening() if any(blocks) and not self.at.video_open else []
+        runner, size, waiting = self._runner, self._runner.family.frames_per_group, self.at.waiting
+        count = -(-max(0, runner.recent_frames - len(waiting)) // size)
+        recent = blocks_of(self.at.recent, count, size, runner.pond.plan.block_groups)
+        blocks: list[Sequence[Shot]] = [*recent, waiting]
+        reopening = runner.family.reopening() if any(blocks) and not self.at.video_open else []
         return reopening, blocks
 
     def close_video(self) -> None:
         """A turn that is remembered ends the video, with the frames that it was shown."""
-        self._recent_frames.keep(self.at.waiting)
-        self.at = replace(self.at.without(len(self.at.waiting)), video_open=False)
+        left = self.at.without(len(self.at.waiting))
+        self.at = replace(left, recent=self._recent_with(self.at.waiting), video_open=False)
 
-    def book(self) -> None:
-        """Write down what the waiting frames and those for recent frames take."""
+    def update_ledger(self) -> None:
+        """Enter in the ledger what the waiting frames and the recent ones take."""
         # The frames of a block go from one account to the other, so the one that shrinks comes first.
-        sizes = {
-            "waiting frames": _nbytes(self.at.waiting),
-            "recent pixels": sum(map(_nbytes, self._recent_frames.groups)),
-        }
-        ledger = self._runner.pond.ledger
+        recent = sum(map(_nbytes, self.at.recent))
+        ledger, sizes = self._runner.pond.ledger, {"waiting frames": _nbytes(self.at.waiting), "recent pixels": recent}
         for name in sorted(sizes, key=lambda name: sizes[name] - ledger.account(name)):
             ledger.hold(name, sizes[name])
 
-    def state(self) -> IngestState:
+    def state(self) -> Standing:
         """Everything that frames on their way in go on with."""
-        return IngestState(self.at, self._recent_frames.groups)
+        return self.at
 
-    def restore(self, state: IngestState) -> None:
-        """Go on where a `state` stood; can be repeated. What that takes is for `book` to write down."""
-        self._recent_frames.groups, self.at = state.recent, state.at
+    def restore(self, state: Standing) -> None:
+        """Go on where a `state` stood; can be repeated. What that takes is for `update_ledger` to enter."""
+        self.at = state
 
     def fork(self, runner: Runner) -> Ingest:
         """The same for a copy of the runner."""
         other = Ingest(runner)
         other.restore(self.state())
-        other.book()
+        other.update_ledger()
         return other
 
     def usage(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""The one way into the pond: tokens get positions, room is made, they run through the decoder and stay.
+"""The one way into the pond: tokens get positions and capacity, run through the decoder and stay.
 
-Owns the memory of one stream, its clock and its budget. Knows tokens, not frames or questions.
+Owns the memory of one stream, its clock and its budget. Takes tokens; frames and questions become tokens elsewhere.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from millpond.policies.base import SEPARATOR
 from millpond.policies.composition import SEPARATORS, check
 from millpond.positions import Clock
 from millpond.stream.consumers import FramesAsPixels
-from millpond.stream.state import OpenStep, RunnerMark, RunnerState
+from millpond.stream.state import RunnerMark, RunnerState
 
 __all__ = ["Runner", "dated", "grid_positions"]
 
@@ -43,7 +43,7 @@ class Runner:
 
     Args:
         family: an adapted model.
-        config: without a budget only for a policy that has no cap, without a host budget where nothing is recalled, or only planned.
+        config: without a budget only for a policy that has no cap, without a host budget where nothing is retrieved, or only planned.
 
     Attributes:
         config: as given, with the budget that is in force.
@@ -70,7 +70,7 @@ class Runner:
         self.grid: Grid | None = None
         self.tokens = self.reanchorings = 0
         self.seconds = dict.fromkeys(("source", "vision", "decoder", "compaction", "answers", "total"), 0.0)
-        self.open_step: OpenStep | None = None
+        self.roll_back_open_step: Callable[[], None] | None = None
         self._opening = family.opening(config.system)
         self._proxy_tokens = len(family.question("", after_video=True)) if self.policy.needs.proxy == "prompt" else 0
         self.plan_for(None)  # refuse now what can never work
@@ -98,10 +98,8 @@ class Runner:
         pond = Pond(self.family.geometry, plan, self.policy, self.family.device)
         pond.rope = self.family.rope
         pond.ledger.hold("admission", plan.state_bytes)
-        if self.config.host_budget is not None:
-            pond.host = HostCache(
-                self.family.geometry, self.family.rope, self.config.host_budget, self.config.host_path
-            )
+        if (budget := self.config.host_budget) is not None:
+            pond.host = HostCache(self.family.geometry, self.family.rope, budget, self.config.host_path)
         return pond
 
     def check_model(self) -> None:
@@ -112,9 +110,8 @@ class Runner:
         """
         weight, geometry = self.family.model.get_input_embeddings().weight, self.family.geometry
         if weight.dtype != geometry.dtype:
-            raise ModelError(
-                f"the model was {geometry.dtype} when it was adapted and is {weight.dtype} now: cast it before, and begin a new session"
-            )
+            changed = f"was {geometry.dtype} when it was adapted and is {weight.dtype} now"
+            raise ModelError(f"the model {changed}: cast it before, and begin a new session")
         if self._pond is not None and self.family.device != self._pond.device:
             raise ModelError(
                 f"the model has moved to {self.family.device} and the stream's memory is on {self._pond.device}: "
@@ -133,7 +130,7 @@ class Runner:
     # --- tokens -------------------------------------------------------------------------------------------------
 
     def append(self, tokens: Tokens, *, text: bool) -> None:
-        """Make room for stream tokens, run them through the decoder and keep them."""
+        """Free slots for stream tokens, run them through the decoder and keep them."""
         self.prepare_block(len(tokens))
         self.put(tokens, text=text)
 
@@ -144,7 +141,7 @@ class Runner:
             self._stay_in_range(tokens if clock is None else clock)
 
     def put(self, tokens: Tokens, *, text: bool, admitted: Tensor | None = None) -> None:
-        """Run stream tokens, for which there is room, through the decoder and keep them; a `Step` takes back what a fault leaves.
+        """Run stream tokens, for which there is capacity, through the decoder and keep them; a `Step` takes back what a fault leaves.
 
         `admitted`, int64 [m], names those that are let in; every token takes its position on the clock all the same.
         """
@@ -169,17 +166,16 @@ class Runner:
 
     def run(self, tokens: Tokens) -> Tensor:
         """One forward of the decoder over a turn behind the live tokens; returns hidden states [n, hidden]."""
-        return self._forward(
-            tokens, self.family.assign_positions(tokens, self.clock), text=not bool(tokens.visual.any())
-        )
+        positions = self.family.assign_positions(tokens, self.clock)
+        return self._forward(tokens, positions, text=not bool(tokens.visual.any()))
 
     @property
     def retrievable_tokens(self) -> int:
-        """Tokens that a question would recall from host memory now."""
+        """Tokens that a question would retrieve from host memory now."""
         return 0 if self.pond.host is None else min(self.pond.plan.retrieved_tokens, self.pond.host.tokens)
 
     def ask(self, question: Tokens) -> Tensor:
-        """Run a question behind the live tokens and what it recalls; returns hidden states [n, hidden]."""
+        """Run a question behind the live tokens and what it retrieves; returns hidden states [n, hidden]."""
         if not self.retrievable_tokens:
             return self.run(question)
         retrieval = Retrieval(self.pond, self.family.rope, self.clock, closed=self.positions == "contiguous")
@@ -241,10 +237,10 @@ class Runner:
         self.pond.truncate(mark)
         self.clock = clock
 
-    def settle(self) -> None:
+    def finish_roll_back(self) -> None:
         """Put back a step whose taking back was interrupted."""
-        if self.open_step is not None:
-            self.open_step.roll_back()
+        if self.roll_back_open_step is not None:
+            self.roll_back_open_step()
 
     # --- the budget ---------------------------------------------------------------------------------------------
 
@@ -283,7 +279,7 @@ class Runner:
             return
         plan = self.plan_for(grid)
         if self._pond is not None and not self.policy.capped:
-            plan = plan.with_slots(max(plan.slots, self._pond.capacity))
+            plan = plan.with_slots(max(plan.slots, self._pond.plan.slots))
         self._move(plan, self.config, grid)
 
     def resize(self, budget: str | int, make_fit: Callable[[Plan], None]) -> None:
@@ -340,7 +336,7 @@ class Runner:
         return RunnerState(*stream, self.pond.state())
 
     def restore(self, state: RunnerState) -> None:
-        """Go on, with a memory of its own, where the `state` of a flow with the same settings stood."""
+        """Go on, with a memory of its own, where the `state` of a runner with the same settings stood."""
         pond = self._allocate(state.pond.plan)
         pond.restore(state.pond)
         self._pond, self.config, self.grid = pond, replace(self.config, budget=state.budget), state.grid
@@ -348,7 +344,7 @@ class Runner:
         self.seconds, self.admission_state = dict(state.seconds), state.admission
 
     def fork(self) -> Runner:
-        """A second flow on a copy of the memory."""
+        """A second runner on a copy of the memory."""
         other = Runner(self.family, self.config)
         other.restore(self.state())
         return other
@@ -364,7 +360,7 @@ class Runner:
         }
 
     def memory(self) -> tuple[LayerMemory, ...]:
-        """Time and place of every kept token, per layer and head."""
+        """Time and grid position of every kept token, per layer and head."""
         return tuple(LayerMemory.of(*kept, self.pond.quantized_tokens) for kept in self.pond.kept())
 
 
@@ -374,7 +370,7 @@ def dated(tokens: Tokens, time_us: int) -> Tokens:
 
 
 def grid_positions(tokens: Tokens, *, text: bool) -> Tensor:
-    """int16 [n, 2] as the pond stores them: `TEXT` for a turn, `SEPARATOR` for a frame's tokens without a place."""
+    """int16 [n, 2] as the pond stores them: `TEXT` for a turn, `SEPARATOR` for a frame's tokens that lie on no grid."""
     if text:
         return tokens.grid_position
     return torch.where(tokens.visual[:, None], tokens.grid_position, torch.tensor(SEPARATOR, dtype=torch.int16))

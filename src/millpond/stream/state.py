@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from millpond.cache.pond_state import Mark, PondState
 from millpond.models.base import Grid
 from millpond.positions import Clock
 
-__all__ = ["OpenStep", "RunnerMark", "RunnerState"]
-
-
-class OpenStep(Protocol):
-    """A step of a stream that is neither in nor taken back."""
-
-    def roll_back(self) -> None:
-        """Take it back."""
+__all__ = ["RunnerMark", "RunnerState"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,8 +2,8 @@
 
 A step remembers what the stream was when it began, and puts it back when anything is raised before it is committed, a
 KeyboardInterrupt or the end of a generator included. Memory is not copied for that: what a step appends lies behind what was there,
-and is forgotten by its length. Only what a forward changes in place is copied: the queries of a
-proxy text and the sums of attention. The latest frames' queries, where a policy looks at those, stay what each layer saw last.
+and is forgotten by its length. Only what a forward changes in place is copied: the queries of a proxy text and
+accumulated attention. The latest frames' queries, where a policy looks at those, stay what each layer saw last.
 
 Moves of the memory (compaction, re-anchoring, another size) stand outside of steps and are whole by themselves.
 """
@@ -19,7 +19,7 @@ __all__ = ["Step", "Waiting"]
 
 
 class Waiting(Protocol):
-    """What stands in front of a flow and goes back with it: a `millpond.stream.ingest.Ingest`."""
+    """What stands in front of a runner and goes back with it: a `millpond.stream.ingest.Ingest`."""
 
     def state(self) -> Any:
         """What it goes on with; never changed afterwards."""
@@ -27,17 +27,17 @@ class Waiting(Protocol):
     def restore(self, state: Any) -> None:
         """Go back to a state; can be repeated."""
 
-    def book(self) -> None:
-        """Write down in the ledger what it holds now."""
+    def update_ledger(self) -> None:
+        """Enter in the ledger what it holds now."""
 
 
 class Step:
-    """Begun when made; then `commit`, or `roll_back`. Until then it is the runner's `open_step`: where rolling back is interrupted too, the
+    """Begun when made; then `commit`, or `roll_back`. Until then it is the runner's `roll_back_open_step`: where rolling back is interrupted too, the
     session's next call goes on with it.
 
     Args:
-        flow: the stream. intake: what waits in front of it.
-        queries, sums: whether the step's forwards note queries, or add to the sums of attention; what there was is copied then.
+        runner: the stream. ingest: what waits in front of it.
+        queries, accumulated_attention: whether the step's forwards note queries, or accumulate attention; what there was is copied then.
     """
 
     def __init__(
@@ -46,17 +46,17 @@ class Step:
         self._runner, self._ingest = runner, ingest
         self._mark: RunnerMark | None = None  # until the step is in, or has been taken back
         self._standing = ingest.state()
-        runner.open_step = self
+        runner.roll_back_open_step = self.roll_back
         try:
             self._mark = runner.mark(queries=queries, accumulated_attention=accumulated_attention)
         except BaseException:
-            self._let_go()
+            self._close()
             raise
 
     def commit(self) -> None:
         """The step is in: from here on nothing takes it back."""
         self._mark = None
-        self._let_go()
+        self._close()
 
     def roll_back(self) -> None:
         """Put everything back, unless the step is in already. Whatever interrupts this, it can be called again."""
@@ -64,9 +64,9 @@ class Step:
             self._runner.rewind(self._mark)
             self._ingest.restore(self._standing)
             self._mark = None
-        self._let_go()
+        self._close()
 
-    def _let_go(self) -> None:
+    def _close(self) -> None:
         self._runner.pond.release()
-        self._ingest.book()
-        self._runner.open_step = None
+        self._ingest.update_ledger()
+        self._runner.roll_back_open_step = None

@@ -1,7 +1,4 @@
-"""One turn: a question, the latest frames that it is shown, its answer; taken back afterwards, or kept as part of the stream.
-
-Knows the way into the pond and what waits in front of it; nothing about threads.
-"""
+"""One turn: a question, the recent frames that it is shown, its answer; taken back afterwards, or kept as part of the stream."""
 
 from __future__ import annotations
 
@@ -47,21 +44,21 @@ class Turn(Step):
             BudgetError: the question does not fit.
         """
         runner, ingest, pond = self._runner, self._ingest, self._runner.pond
-        reopening, (*again, waiting) = ingest.shown()
-        after_video = any((*again, waiting)) or ingest.at.video_open
+        reopening, (*recent, waiting) = ingest.shown()
+        after_video = any((*recent, waiting)) or ingest.at.video_open
         if self._remember:
             runner.ask_proxy()  # while its reserve is free, and before it could see the question
         retrieved = runner.retrievable_tokens
         most = len(reopening) + len(runner.family.question(question, after_video=after_video)) + 1
-        pond.ensure_turn_capacity(retrieved + most + self._most_tokens([*again, waiting]))
+        pond.ensure_turn_capacity(retrieved + most + self._most_tokens([*recent, waiting]))
         if reopening:
-            # Frames seen again may be older than the turn in front, and are cut out; what is kept follows that turn.
+            # Recent frames may be older than the turn in front, and are cut out; what is kept follows that turn.
             time_us = waiting[0][0] if waiting else self.time_us
             runner.run(dated(runner.family.embed(reopening), time_us))
         before = pond.length
-        for block in again:
+        for block in recent:
             runner.run(ingest.encode(block))
-        seen_again = pond.length - before
+        recent_tokens = pond.length - before
         if waiting:
             runner.run(ingest.encode(waiting))
         behind = pond.length
@@ -70,10 +67,10 @@ class Turn(Step):
         )
         if self._remember:
             pond.cut(behind, retrieved)
-            pond.cut(before, seen_again)
+            pond.cut(before, recent_tokens)
 
     def commit(self) -> None:
-        """End the turn: kept, with room made again for the next, or taken back."""
+        """End the turn: kept, with the reserve freed for the next, or taken back."""
         if not self._remember:
             self.roll_back()
             return

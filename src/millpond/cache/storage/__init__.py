@@ -17,7 +17,7 @@ __all__ = ["ArenaStorage", "MixedPrecisionStorage", "PerLayerStorage", "Storage"
 
 
 def make_storage(policy: Policy, geometry: Geometry, plan: Plan, device: torch.device, ledger: Ledger) -> Storage:
-    """The storage that a policy needs, allocated as a plan says and held in the books.
+    """The storage that a policy needs, allocated as a plan says and entered in the ledger.
 
     Raises:
         BudgetError: the machine does not have it.

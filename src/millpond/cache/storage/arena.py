@@ -1,8 +1,8 @@
-"""Storage for layers of different length: one allocation a kind for the whole pond, cut into regions that can move."""
+"""Storage for layers of different length: one allocation per kind of tensor for the whole pond, cut into regions that can move."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
 
@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from millpond.cache.plan import Plan
-from millpond.cache.storage.base import Relocation, Step, Storage
+from millpond.cache.storage.base import Relocation, Step, Storage, StorageState
 from millpond.cache.storage.exchange import Slab, zeros
 from millpond.cache.storage.layer import VECTORS, PondLayer
-from millpond.cache.storage.state import StorageState
 from millpond.memory.geometry import Geometry
 from millpond.memory.ledger import Ledger
 from millpond.memory.resumable import Pieces, Steps
@@ -39,10 +38,10 @@ class ArenaStorage(Storage):
     def nbytes(self) -> int:
         return self.arena.nbytes
 
-    def settling(self, lengths: Sequence[int], free: int, chunk: int) -> list[Step]:
-        # Beside its memory every layer keeps the same room: blocks and turns are equally long in all of them.
+    def finishing(self, lengths: Sequence[int], free: int, chunk: int) -> list[Step]:
+        # Beside its memory every layer keeps the same headroom: blocks and turns are equally long in all of them.
         moves = self.arena.cutting([length + free for length in lengths], lengths, chunk)
-        return [*moves, *super().settling(lengths, free, chunk)]
+        return [*moves, *super().finishing(lengths, free, chunk)]
 
     def resized(self, plan: Plan, length: int) -> list[Slab]:
         arena, layers = self.arena, self.layers
@@ -54,11 +53,11 @@ class ArenaStorage(Storage):
             return Relocation()
         lengths = [layer.length for layer in self.layers]
         headroom = (new.slots * len(lengths) - sum(lengths)) // len(lengths)
-        forth = self.arena.unpacking([length + headroom for length in lengths], old.chunk)
-        back = self.arena.unpacking(self.arena.capacities, old.chunk)
-        # With the scratch of a plan that leaves room for it.
+        forth = self.arena.scattering([length + headroom for length in lengths], old.chunk)
+        back = self.arena.scattering(self.arena.capacities, old.chunk)
+        # With the scratch of a plan that has it.
         return Relocation(
-            pack=[self._with_scratch(old, self.arena.packing(old.chunk))],
+            before=[self._with_scratch(old, self.arena.gathering(old.chunk))],
             forth=[self._with_scratch(new, forth)],
             back=[self._with_scratch(old, back)],
         )
@@ -117,7 +116,7 @@ class Arena:
         """Bytes allocated."""
         return sum(flat.untyped_storage().nbytes() for flat in self._flat.values())
 
-    def cutting(self, capacities: Sequence[int], lengths: Sequence[int], chunk: int) -> list[Callable[[], None]]:
+    def cutting(self, capacities: Sequence[int], lengths: Sequence[int], chunk: int) -> list[Step]:
         """The steps that give the layers regions of other sizes; every live row keeps its bytes and its slot. See `Steps`.
 
         Args:
@@ -129,30 +128,26 @@ class Arena:
         moves = self._moves(self._starts(self.capacities), self._starts(capacities), lengths, chunk)
         return [*moves, partial(self._bind, capacities)]
 
-    def packing(self, chunk: int) -> list[Callable[[], None]]:
-        """The steps that move all live rows to the front; then the layers are without storage until `unpacking` is done."""
+    def gathering(self, chunk: int) -> list[Step]:
+        """The steps that move all live rows to the front; then the layers are without storage until `scattering` is done."""
         lengths = [layer.length for layer in self._layers]
         return [*self._moves(self._starts(self.capacities), self._starts(lengths), lengths, chunk), self._unbind]
 
-    def unpacking(self, capacities: Sequence[int], chunk: int) -> list[Callable[[], None]]:
+    def scattering(self, capacities: Sequence[int], chunk: int) -> list[Step]:
         """The reverse: regions of these sizes."""
         lengths = [layer.length for layer in self._layers]
-        return [
-            *self._moves(self._starts(lengths), self._starts(capacities), lengths, chunk),
-            partial(self._bind, capacities),
-        ]
+        moves = self._moves(self._starts(lengths), self._starts(capacities), lengths, chunk)
+        return [*moves, partial(self._bind, capacities)]
 
     def flat(self, kind: str) -> Tensor:
         """One kind's storage, [slots x H, ...]."""
         return self._flat[kind]
 
     def replace(self, kind: str, flat: Tensor) -> None:
-        """Put other storage in place of a packed arena's; its rows are the caller's matter."""
+        """Put other storage in place of that of a gathered arena; its rows are the caller's matter."""
         self._flat[kind] = flat
 
-    def _moves(
-        self, old: Sequence[int], new: Sequence[int], lengths: Sequence[int], chunk: int
-    ) -> list[Callable[[], None]]:
+    def _moves(self, old: Sequence[int], new: Sequence[int], lengths: Sequence[int], chunk: int) -> list[Step]:
         """Steps that move the live rows of every head of every layer from row `old` on to row `new` on, a step a kind."""
         counts = [length for length in lengths for _ in range(self._heads)]
         moves = list(zip(old, new, counts, strict=True))
@@ -205,11 +200,10 @@ class Arena:
 
 def _slab(arena: Arena, kind: str, slots: int, live: int) -> Slab:
     """One kind of an arena's storage, which has its heads one behind the other: [1, n x H, ...]."""
-    heads = len(arena.flat(kind)) // arena.slots
-    return Slab.like(
-        lambda: arena.flat(kind)[None],
-        lambda tensor: arena.replace(kind, tensor[0]),
-        arena.slots * heads,
-        slots * heads,
-        live * heads,
-    )
+    rows = len(arena.flat(kind))
+    heads = rows // arena.slots
+
+    def put(tensor: Tensor) -> None:
+        arena.replace(kind, tensor[0])
+
+    return Slab(lambda: arena.flat(kind)[None], put, rows, slots * heads, live * heads)

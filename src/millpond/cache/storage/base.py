@@ -1,8 +1,7 @@
 """What every kind of storage does: tokens are appended, truncated, compacted, moved to another size and copied in place.
 
 A kind says what differs: how many tokens may leave at once, where they go, what is done around a change of size. Everything that moves
-is given as steps (see `millpond.memory.resumable.Steps`), which whoever holds the storage carries out. Knows layers and bytes; not what is
-worth keeping.
+is given as steps (see `millpond.memory.resumable.Steps`), which whoever holds the storage carries out. Does not choose what is kept.
 """
 
 from __future__ import annotations
@@ -18,17 +17,24 @@ from torch import Tensor
 from millpond import ops
 from millpond.cache.plan import Plan
 from millpond.cache.storage.exchange import Slab
-from millpond.cache.storage.layer import PondLayer
-from millpond.cache.storage.state import StorageState
+from millpond.cache.storage.layer import LayerState, PondLayer
 from millpond.memory.geometry import Geometry
 from millpond.memory.ledger import Ledger
+from millpond.memory.resumable import Step
 from millpond.policies.base import View
 
-__all__ = ["Choose", "Relocation", "Step", "Storage"]
+__all__ = ["Choose", "Relocation", "Step", "Storage", "StorageState"]
 
-Step = Callable[[], None]
 Choose = Callable[[View, int], Tensor]
 """A policy's `keep`, held to its contract."""
+
+
+@dataclass(frozen=True, eq=False)
+class StorageState:
+    """What a storage holds: each layer's live tokens, and the slots that each layer has."""
+
+    layers: tuple[LayerState, ...]
+    capacities: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -36,11 +42,11 @@ class Relocation:
     """What a storage does around the exchange of its tensors for larger or smaller ones.
 
     Attributes:
-        pack: once, before anything is exchanged. clear: in front of an exchange, in either direction.
+        before: once, before anything is exchanged. clear: in front of an exchange, in either direction.
         forth, back: behind the exchange to the new sizes, and behind the one back to the old ones.
     """
 
-    pack: list[Step] = field(default_factory=list)
+    before: list[Step] = field(default_factory=list)
     clear: list[Step] = field(default_factory=list)
     forth: list[Step] = field(default_factory=list)
     back: list[Step] = field(default_factory=list)
@@ -50,7 +56,7 @@ class Storage:
     """The tokens of all layers.
 
     Args:
-        geometry: shapes and dtype. layers: one for each decoder layer. ledger: the books; "storage" is held in them from the start.
+        geometry: shapes and dtype. layers: one for each decoder layer. ledger: "storage" is held in it from the start.
 
     Attributes:
         layers: to which transformers appends.
@@ -63,8 +69,6 @@ class Storage:
     def __init__(self, geometry: Geometry, layers: Sequence[PondLayer], ledger: Ledger) -> None:
         self.geometry, self.layers, self.ledger = geometry, list(layers), ledger
         self.ahead = [0] * geometry.layers
-
-    # --- how much -----------------------------------------------------------------------------------------------
 
     @property
     def length(self) -> int:
@@ -97,7 +101,7 @@ class Storage:
         return 0
 
     def groups_of(self, plan: Plan) -> int:
-        """Groups that there is room for in a plan's storage."""
+        """Groups that a plan's storage has space for."""
         return 0
 
     @property
@@ -115,8 +119,6 @@ class Storage:
         """Bytes of a buffer that holds nothing between forwards, and is given back while tensors are exchanged."""
         return 0
 
-    # --- append, truncate ---------------------------------------------------------------------------------------
-
     def write_metadata(self, time_us: Tensor, grid_position: Tensor, positions: Tensor) -> None:
         """Write the metadata of the n tokens that every layer appends next: int64 [n], int16 [n, 2], int [n, axes]."""
         ops.write_metadata(time_us, grid_position, positions, [layer.metadata() for layer in self.layers])
@@ -129,7 +131,7 @@ class Storage:
     def truncating(self, length: int) -> list[Step]:
         """The steps that forget everything from slot `length` of the first layer on, and as much in the others."""
         lengths = [min(layer.length, length + ahead) for layer, ahead in zip(self.layers, self.ahead, strict=True)]
-        return [partial(layer.settle, each) for layer, each in zip(self.layers, lengths, strict=True)]
+        return [partial(layer.set_length, each) for layer, each in zip(self.layers, lengths, strict=True)]
 
     def cutting_out(self, start: int, count: int, chunk: int) -> list[Step]:
         """The steps that take `count` slots from slot `start` of the first layer on out; what lies behind them moves down."""
@@ -146,8 +148,6 @@ class Storage:
             layer.reset()
         self.ahead = [0] * len(self.layers)
 
-    # --- compact ------------------------------------------------------------------------------------------------
-
     def targets(self, plan: Plan, tokens: int, slots: int) -> list[int]:
         """To how many tokens in full each of the passes compacts that take `tokens` to `slots`."""
         return [slots]
@@ -161,7 +161,7 @@ class Storage:
         return slots
 
     def groups_beside(self, leave: int) -> int:
-        """Quantized groups of a layer that there is room for when `leave` more tokens are quantized."""
+        """Quantized groups of a layer that fit when `leave` more tokens are quantized."""
         return 0
 
     def surviving(self, index: int, view: View, start: int, groups: int, choose: Choose) -> Tensor | None:
@@ -185,14 +185,12 @@ class Storage:
         """A layer's steps that forget all quantized groups but `stay`, which `surviving` gave."""
         return []
 
-    def settling(self, lengths: Sequence[int], free: int, chunk: int) -> list[Step]:
-        """The steps behind those of the layers, which hold so many tokens then, and on average `free` slots that are not in use."""
-        return [partial(self._settle, [length - lengths[0] for length in lengths])]
+    def finishing(self, lengths: Sequence[int], free: int, chunk: int) -> list[Step]:
+        """The steps after those of the layers, which hold so many tokens then, and on average `free` slots that are not in use."""
+        return [partial(self._set_ahead, [length - lengths[0] for length in lengths])]
 
-    def _settle(self, ahead: list[int]) -> None:
+    def _set_ahead(self, ahead: list[int]) -> None:
         self.ahead = ahead
-
-    # --- resize -------------------------------------------------------------------------------------------------
 
     def resized(self, plan: Plan, length: int) -> list[Slab]:
         """Every tensor, as it becomes as large as a plan says, with at most `length` live slots on average over the layers."""
@@ -207,22 +205,15 @@ class Storage:
         """A plan of more slots on the storage of the old one; None: that cannot be."""
         return new.with_slots(old.slots)
 
-    # --- state --------------------------------------------------------------------------------------------------
-
     def accumulated(self, length: int) -> list[Tensor]:
         """Views of the attention summed up by all tokens in front of slot `length` of the first layer, quantized ones included."""
         each = zip(self.layers, self.ahead, strict=True)
-        return [
-            accumulated_attention
-            for layer, ahead in each
-            for accumulated_attention in layer.accumulated(length + ahead)
-        ]
+        return [attention for layer, ahead in each for attention in layer.accumulated(length + ahead)]
 
     def state(self) -> StorageState:
         """What is live, between forwards."""
-        return StorageState(
-            tuple(layer.state() for layer in self.layers), tuple(layer.capacity for layer in self.layers)
-        )
+        layers, capacities = zip(*((layer.state(), layer.capacity) for layer in self.layers), strict=True)
+        return StorageState(layers, capacities)
 
     def restore(self, state: StorageState) -> None:
         """Copy what the `state` of a storage of the same kind and plan says."""

@@ -1,4 +1,4 @@
-"""Where the packed tokens of one layer are unpacked for attention, beside its full ones; one for all layers."""
+"""Where the quantized tokens of one layer are dequantized for attention, beside its full ones; one for all layers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["DequantizationBuffer"]
 class DequantizationBuffer:
     """Where one layer's tokens of both kinds lie side by side in the model's dtype: keys, values [1, H, n, D], shared.
 
-    What a layer laid out is gone when the next one is.
+    What one layer put here is gone when the next one has.
     """
 
     def __init__(
@@ -41,15 +41,13 @@ class DequantizationBuffer:
         self.keys = self.values = self.keys.new_empty(0)
         self.ledger.hold("dequantization buffer", 0)
 
-    def lay_out(self, quantized_store: QuantizedStore, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Unpack a quantized store and put a layer's full keys and values [1, H, n, D] behind it; returns views of both."""
-        quantized = quantized_store.tokens
+    def dequantize(self, store: QuantizedStore, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Dequantize a store and put a layer's full keys and values [1, H, n, D] behind it; returns views of both."""
+        quantized = store.tokens
         end = quantized + keys.shape[2]
         with self.ledger.borrow("scratch", self.quantization_bytes):
-            for head in range(keys.shape[1]):
-                quantized_store.read(
-                    head, 0, quantized, self.keys[0, head, :quantized], self.values[0, head, :quantized], self.step
-                )
+            for head, (own, other) in enumerate(zip(self.keys[0], self.values[0], strict=True)):
+                store.read(head, 0, quantized, own[:quantized], other[:quantized], self.step)
         self.keys[:, :, quantized:end].copy_(keys)
         self.values[:, :, quantized:end].copy_(values)
         return self.keys[:, :, :end], self.values[:, :, :end]

@@ -1,13 +1,14 @@
 """Tensors of a pond's storage that are replaced by larger or smaller ones, one at a time, without ever passing the cap.
 
-A tensor is replaced by allocating its successor beside it where the cap has room for both. Where it has not, its live rows wait in
-the unused tails of the other tensors while it is freed first. Knows bytes; not what they mean.
+A tensor is replaced by allocating its successor beside it where both fit under the cap. Where they do not, its live rows wait in the
+unused tails of the other tensors while it is freed first. Knows bytes; not what they mean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -40,33 +41,24 @@ class Slab:
 
     Attributes:
         get, put: read and replace the tensor; putting one is a single step.
-        row: shape of a row. dtype, device: of the tensor.
-        heads: H. old, new: n before and after. live: rows of each head in use.
+        old, new: n before and after. live: rows of each head in use.
     """
 
     get: Callable[[], Tensor]
     put: Callable[[Tensor], None]
-    row: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    heads: int
     old: int
     new: int
     live: int
 
-    @classmethod
-    def like(cls, get: Callable[[], Tensor], put: Callable[[Tensor], None], old: int, new: int, live: int) -> Slab:
-        """A slab of the shape and dtype of what `get` gives."""
-        like = get()
-        return cls(get, put, tuple(like.shape[2:]), like.dtype, like.device, like.shape[0], old, new, live)
-
     def nbytes(self, rows: int) -> int:
         """Bytes of `rows` rows of every head."""
-        return self.heads * rows * prod(self.row) * self.dtype.itemsize
+        like = self.get()
+        return like.shape[0] * rows * prod(like.shape[2:]) * like.itemsize
 
     def allocate(self, rows: int) -> Tensor:
         """Zeroed, [H, rows, ...]."""
-        return zeros((self.heads, rows, *self.row), self.dtype, self.device)
+        like = self.get()
+        return zeros((like.shape[0], rows, *like.shape[2:]), like.dtype, like.device)
 
     def spans(self, first: int, last: int) -> list[Tensor]:
         """Bytes of the rows from `first` to `last` of each head, uint8 views."""
@@ -83,7 +75,7 @@ def attribute(holder: Any, name: str, new: int, live: int, batched: bool = False
     def put(tensor: Tensor) -> None:
         setattr(holder, name, tensor[None] if batched else tensor)
 
-    return Slab.like(get, put, get().shape[1], new, live)
+    return Slab(get, put, get().shape[1], new, live)
 
 
 def feasible(slabs: Sequence[Slab], held: int, limit: int | None) -> bool:
@@ -136,7 +128,7 @@ class Exchange:
                 return
             self._parked = slab, self._park(slab)
         parked = self._parked[1]
-        slab.put(slab.get().new_empty((slab.heads, 0, *slab.row)))
+        slab.put(slab.get()[:, :0].clone())
         self._ledger.hold("storage", self._nbytes() + slab.nbytes(rows))
         new = slab.allocate(rows)
         for head, spans in zip(new, parked, strict=True):
@@ -149,20 +141,14 @@ class Exchange:
 
     def _park(self, slab: Slab) -> list[list[Tensor]]:
         """Copy a slab's live rows into the tails of the others; for each head the spans where they lie, in order."""
-        headroom = iter(
-            [
-                tail
-                for other in self._slabs
-                if other is not slab
-                for tail in other.spans(other.live, other.get().shape[1])
-            ]
-        )
-        tail, parked = next(headroom), []
+        others = [other for other in self._slabs if other is not slab]
+        tails = chain.from_iterable(other.spans(other.live, other.get().shape[1]) for other in others)
+        tail, parked = next(tails), []
         for rows in slab.spans(0, slab.live):
             spans, first = [], 0
             while first < len(rows):
                 if not len(tail):
-                    tail = next(headroom)  # there is one more: `feasible` made sure
+                    tail = next(tails)  # there is one more: `feasible` made sure
                     continue
                 span = tail[: len(rows) - first]
                 span.copy_(rows[first : first + len(span)])

@@ -1,12 +1,13 @@
 """One decoder layer's keys, values and token metadata in storage that is allocated once.
 
-Appending copies into place, compaction moves the survivors down in place, a rollback is an integer. Knows nothing about
-budgets, policies or positions' meaning; `millpond.cache.pond` owns those.
+Appending copies in place, compaction moves the survivors down in place, a rollback is an integer. Knows nothing about budgets or
+policies; `millpond.cache.pond` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -15,18 +16,32 @@ from transformers.cache_utils import CacheLayerMixin
 
 from millpond import ops
 from millpond.cache.storage.exchange import Slab, attribute, zeros
-from millpond.cache.storage.state import LayerState
 from millpond.errors import BudgetError, ModelError
 from millpond.memory.geometry import Geometry
-from millpond.memory.resumable import InPlace, Pieces
+from millpond.memory.resumable import InPlace, Pieces, Step
 from millpond.ops.metadata import LayerMetadata
 from millpond.positions import Rope
 
-__all__ = ["METADATA", "VECTORS", "PondLayer", "turning"]
+__all__ = ["METADATA", "VECTORS", "LayerState", "PondLayer", "rerotation"]
 
 VECTORS = ("keys", "values")
 METADATA = ("time_us", "grid_position", "positions", "accumulated_attention")
 """Attributes of a layer that hold its tensors; `accumulated_attention` may be None."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerState:
+    """The live tokens of one layer. The tensors are views of the storage that gave them.
+
+    Attributes:
+        length: tokens that are stored as they came. tensors: [H, length, ...] by the layer's names for them.
+        groups: quantized groups. quantized: [H, groups, ...] by name.
+    """
+
+    length: int
+    tensors: Mapping[str, Tensor]
+    groups: int = 0
+    quantized: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class PondLayer(CacheLayerMixin):
@@ -40,9 +55,9 @@ class PondLayer(CacheLayerMixin):
     Attributes:
         keys, values: [1, H, capacity, D], storage; the first `length` slots are live.
         time_us: int64 [H, capacity], stream time of each token in microseconds.
-        place: int16 [H, capacity, 2], row and column on the frame's grid (see `millpond.policies.base`).
+        grid_position: int16 [H, capacity, 2], row and column on the frame's grid (see `millpond.policies.base`).
         positions: int32 [H, capacity, axes], rotary position of each stored key.
-        sums: float32 [H, capacity], attention received; None unless the geometry has it.
+        accumulated_attention: float32 [H, capacity]; None unless the geometry has it.
         length: live slots.
     """
 
@@ -66,9 +81,8 @@ class PondLayer(CacheLayerMixin):
         self.time_us = zeros((heads, capacity), torch.int64, self.device)
         self.grid_position = zeros((heads, capacity, 2), torch.int16, self.device)
         self.positions = zeros((heads, capacity, self.geometry.axes), torch.int32, self.device)
-        self.accumulated_attention = (
-            zeros((heads, capacity), torch.float32, self.device) if self.geometry.accumulated_attention else None
-        )
+        summed = self.geometry.accumulated_attention
+        self.accumulated_attention = zeros((heads, capacity), torch.float32, self.device) if summed else None
 
     @property
     def capacity(self) -> int:
@@ -89,8 +103,6 @@ class PondLayer(CacheLayerMixin):
         """Bytes allocated, not the bytes of live tokens."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors())
 
-    # --- what transformers calls --------------------------------------------------------------------------------
-
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the storage exists from the start."""
 
@@ -100,7 +112,7 @@ class PondLayer(CacheLayerMixin):
         """Copy the new keys and values [1, H, n, D] in place behind the live ones; return views of all live slots.
 
         Raises:
-            BudgetError: no room (the caller did not `ensure_capacity` the block first).
+            BudgetError: no slots are free (the caller did not `ensure_capacity` the block first).
             ModelError: a batch above 1, or states of another dtype or shape than the cache was made for.
         """
         if key_states.shape[0] != 1:
@@ -108,9 +120,8 @@ class PondLayer(CacheLayerMixin):
         heads, head_dim = self.geometry.kv_heads, self.geometry.head_dim
         if key_states.shape[1] != heads or key_states.shape[3] != head_dim or key_states.dtype != self.dtype:
             got = f"{key_states.shape[1]} x {key_states.shape[3]} {key_states.dtype}"
-            raise ModelError(
-                f"the cache was made for {heads} KV heads x {head_dim} {self.dtype}, the model gives {got}"
-            )
+            made = f"{heads} KV heads x {head_dim} {self.dtype}"
+            raise ModelError(f"the cache was made for {made}, the model gives {got}")
         start, end = self.length, self.length + key_states.shape[2]
         if end > self.capacity:
             raise BudgetError(
@@ -137,13 +148,11 @@ class PondLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise ModelError("a pond cache holds one stream: beam search is not possible")
 
-    # --- what the pond calls ------------------------------------------------------------------------------------
-
     def metadata(self) -> LayerMetadata:
         """What `millpond.ops.write_metadata` writes into, behind the live slots."""
         return self.length, self.time_us, self.grid_position, self.positions, self.accumulated_attention
 
-    def compaction(self, keep: Tensor, start: int, chunk: int) -> list[Callable[[], None]]:
+    def compaction(self, keep: Tensor, start: int, chunk: int) -> list[Step]:
         """The steps that move the kept tokens down in place, head by head; the rest is forgotten. See `Steps`.
 
         Args:
@@ -151,26 +160,25 @@ class PondLayer(CacheLayerMixin):
             chunk: survivors moved at a time.
         """
         live = [tensor.narrow(1, start, self.length - start) for tensor in self.tensors()]
-        return [InPlace(ops.move_rows, keep, live, chunk).run, partial(self.settle, start + keep.shape[1])]
+        return [InPlace(ops.move_rows, keep, live, chunk).run, partial(self.set_length, start + keep.shape[1])]
 
-    def settle(self, length: int) -> None:
+    def set_length(self, length: int) -> None:
         """From now on so many slots are live."""
         self.length = length
 
     def attended(self) -> tuple[Tensor, Tensor]:
-        """Keys [H, n, D] that the forward just run could see, and their `accumulated_attention` [H, n], to be changed and given to `credit`."""
-        assert self.accumulated_attention is not None
-        return self.keys[0, :, : self.length], self.accumulated_attention[:, : self.length]
+        """Keys [H, n, D] that the forward just run could see, and their `accumulated_attention` [H, n], to be changed and given to `write_back`."""
+        return self.keys[0, :, : self.length], self.accumulated(self.length)[0]
 
-    def credit(self, accumulated_attention: Tensor) -> None:
+    def write_back(self, attention: Tensor) -> None:
         """Write back what `attended` gave: nothing to do, it was the storage itself."""
 
     def in_order(self, head: int) -> tuple[Tensor, Tensor]:
-        """int32 [n, axes] positions and int16 [n, 2] places of a head's live tokens in the order of the stream."""
+        """int32 [n, axes] positions and int16 [n, 2] grid positions of a head's live tokens in the order of the stream."""
         return self.positions[head, : self.length], self.grid_position[head, : self.length]
 
-    def turning(self, head: int, rope: Rope, by: Tensor, chunk: int) -> list[Callable[[], None]]:
-        """The steps that turn one head's live keys by `by`, int64 [n, axes] in the order of `in_order`, and write the new positions down."""
+    def rerotation(self, head: int, rope: Rope, by: Tensor, chunk: int) -> list[Step]:
+        """The steps that rerotate one head's live keys by `by`, int64 [n, axes] in the order of `in_order`, and write the new positions down."""
         positions = self.positions[head, : self.length]
         moved = Pieces()
 
@@ -181,17 +189,15 @@ class PondLayer(CacheLayerMixin):
         def write(index: int, rows: Tensor) -> None:
             positions[index * chunk : index * chunk + len(rows)] = rows
 
-        return [
-            turning(self.keys[0, head, : self.length], rope, by, chunk),
-            partial(moved.run, -(-len(positions) // chunk), make, write),
-        ]
+        keys = rerotation(self.keys[0, head, : self.length], rope, by, chunk)
+        return [keys, partial(moved.run, -(-len(positions) // chunk), make, write)]
 
     def kept(self, start: int) -> tuple[Tensor, Tensor]:
-        """Stream times int64 [H, n] and places int16 [H, n, 2] of all live tokens from slot `start` on, quantized ones in front."""
+        """Stream times int64 [H, n] and grid positions int16 [H, n, 2] of all live tokens from slot `start` on, quantized ones in front."""
         return self.time_us[:, start : self.length], self.grid_position[:, start : self.length]
 
     def accumulated(self, length: int) -> list[Tensor]:
-        """Views of the sums of the tokens in front of slot `length` and of the quantized ones."""
+        """Views of the attention summed up by the tokens in front of slot `length`, and by the quantized ones."""
         assert self.accumulated_attention is not None
         return [self.accumulated_attention[:, :length]]
 
@@ -211,6 +217,6 @@ class PondLayer(CacheLayerMixin):
         self.length = state.length
 
 
-def turning(keys: Tensor, rope: Rope, by: Tensor, chunk: int) -> Callable[[], None]:
-    """A step that turns keys [n, D] in place by `by`, int64 [n, axes]; what has turned does not turn again when it is repeated."""
+def rerotation(keys: Tensor, rope: Rope, by: Tensor, chunk: int) -> Step:
+    """A step that rerotates keys [n, D] in place by `by`, int64 [n, axes]; what is done is not done again when it is repeated."""
     return InPlace(ops.rerotate, keys, by, rope.axis, rope.inv_freq, chunk).run

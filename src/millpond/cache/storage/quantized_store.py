@@ -1,8 +1,8 @@
-"""One layer's packed tokens, in storage that is allocated once. Knows nothing about what is worth packing."""
+"""One layer's quantized tokens, in storage that is allocated once. Does not choose what is quantized."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -13,18 +13,18 @@ from millpond.cache.storage.exchange import Slab, attribute
 from millpond.cache.storage.layer import METADATA, PondLayer
 from millpond.kv_quantization.quantizer import KVQuantizer
 from millpond.memory.geometry import Geometry
-from millpond.memory.resumable import InPlace, Pieces
+from millpond.memory.resumable import InPlace, Pieces, Step
 from millpond.positions import Rope
 
 __all__ = ["QuantizedStore"]
 
 
 class QuantizedStore:
-    """One layer's packed tokens: `capacity` groups of storage for each head, allocated once.
+    """One layer's quantized tokens: `capacity` groups of storage for each head, allocated once.
 
     Attributes:
         key_codes, key_scales, value_codes, value_scales: as in `KVQuantizer`, [H, capacity, ...].
-        time_us, place, positions, sums: as in `PondLayer`, [H, capacity, G, ...].
+        time_us, grid_position, positions, accumulated_attention: as in `PondLayer`, [H, capacity, G, ...].
         groups: live groups, in the order in which they were written.
     """
 
@@ -39,9 +39,8 @@ class QuantizedStore:
         self.time_us = torch.zeros(heads, capacity, size, dtype=torch.int64, device=device)
         self.grid_position = torch.zeros(heads, capacity, size, 2, dtype=torch.int16, device=device)
         self.positions = torch.zeros(heads, capacity, size, geometry.axes, dtype=torch.int32, device=device)
-        self.accumulated_attention = (
-            torch.zeros(heads, capacity, size, device=device) if geometry.accumulated_attention else None
-        )
+        summed = geometry.accumulated_attention
+        self.accumulated_attention = torch.zeros(heads, capacity, size, device=device) if summed else None
 
     @property
     def capacity(self) -> int:
@@ -66,7 +65,7 @@ class QuantizedStore:
         return tensor[:, : self.groups].flatten(1, 2)
 
     def put(self, layer: PondLayer, leave: Tensor, first: int, step: int) -> None:
-        """Pack tokens of a layer behind the `first` groups, which are the live ones. Can be repeated until the layer's tokens move.
+        """Quantize tokens of a layer behind the `first` groups, which are the live ones. Can be repeated until the layer's tokens move.
 
         Args:
             leave: int64 [H, n], slots, ascending; n is a multiple of G. step: tokens coded at a time.
@@ -88,45 +87,45 @@ class QuantizedStore:
                     mine[head, to].flatten(0, 1).copy_(getattr(layer, name)[head].index_select(0, part))
         self.groups = first + groups
 
-    def dropping(self, stay: Tensor) -> list[Callable[[], None]]:
+    def dropping(self, stay: Tensor) -> list[Step]:
         """The steps that forget all groups but `stay`, int64 [H, g] ascending. See `Steps`."""
         live = [tensor[:, : self.groups] for tensor in self.tensors()]
-        return [InPlace(ops.move_rows, stay, live, 1).run, partial(self._settle, stay.shape[1])]
+        return [InPlace(ops.move_rows, stay, live, 1).run, partial(self._set_groups, stay.shape[1])]
 
-    def _settle(self, groups: int) -> None:
+    def _set_groups(self, groups: int) -> None:
         self.groups = groups
 
     def read(
         self, head: int, first: int, last: int, keys: Tensor | None, values: Tensor | None, step: int | None = None
     ) -> None:
-        """Unpack the tokens `first` to `last` of a head, whole groups, into [last - first, D] each, `step` at a time."""
+        """Dequantize the tokens `first` to `last` of a head, whole groups, into [last - first, D] each, `step` at a time."""
         part = slice(first // self.quantizer.group, last // self.quantizer.group)
         if keys is not None:
             self.quantizer.dequantize_keys(self.key_codes[head, part], self.key_scales[head, part], keys, step)
         if values is not None:
             self.quantizer.dequantize_values(self.value_codes[head, part], self.value_scales[head, part], values, step)
 
-    def turning(self, head: int, rope: Rope, by: Tensor, step: int) -> Callable[[], None]:
-        """The step that turns one head's packed keys by `by`, int64 [n, axes], and writes the new positions down. See `Steps`.
+    def rerotation(self, head: int, rope: Rope, by: Tensor, step: int) -> Step:
+        """The step that rerotates one head's quantized keys by `by`, int64 [n, axes], and writes the new positions down. See `Steps`.
 
-        Tokens of a group may move differently, so a group is unpacked, turned in float32 and packed again: half a step of error
-        each time, where storing keys unturned would cost a rotation of every packed key in every forward.
+        Tokens of a group may move differently, so a group is dequantized, rerotated in float32 and quantized again: half a step of
+        error each time, where storing keys without rotation would cost one of every quantized key in every forward.
         """
         size, each = self.quantizer.group, step // self.quantizer.group
 
         def make(index: int) -> tuple[Tensor, ...]:
             part = slice(index * each, min((index + 1) * each, self.groups))
-            turn = by[part.start * size : part.stop * size]
-            if not bool(turn.any()):
+            shift = by[part.start * size : part.stop * size]
+            if not bool(shift.any()):
                 return ()
-            keys = torch.empty(len(turn), self.key_scales.shape[3], device=by.device)
+            keys = torch.empty(len(shift), self.key_scales.shape[3], device=by.device)
             self.read(head, part.start * size, part.stop * size, keys, None)
-            rope.rotate_(keys, turn)
+            rope.rotate_(keys, shift)
             codes = torch.empty_like(self.key_codes[head, part])
             scales = torch.empty_like(self.key_scales[head, part])
             self.quantizer.quantize_keys(keys, codes, scales)
             positions = self.positions[head, part]
-            return codes, scales, positions + turn.to(torch.int32).view_as(positions)
+            return codes, scales, positions + shift.to(torch.int32).view_as(positions)
 
         def write(index: int, *made: Tensor) -> None:
             for mine, new in zip((self.key_codes, self.key_scales, self.positions), made, strict=False):

@@ -44,16 +44,16 @@ def apportion(total: int, weights: Sequence[float], minimum: Sequence[int], most
     Weights that are not numbers, or not positive, count as next to nothing; if none is left, all are equal.
 
     Returns:
-        int a weight, least <= share <= most, with the sum min(total, sum of most) exactly.
+        int a weight, minimum <= share <= most, with the sum min(total, sum of most) exactly.
 
     Raises:
-        PolicyError: not even the least fit, or the counts differ.
+        PolicyError: not even the minimum fits, or the counts differ.
     """
     if not len(weights) == len(minimum) == len(most):
         raise PolicyError(f"there are {len(weights)} layer budgets for {len(minimum)} layers")
     total = min(total, sum(most))
     if sum(minimum) > total:
-        raise PolicyError(f"{sum(minimum)} tokens must stay, and there is room for {total}")
+        raise PolicyError(f"{sum(minimum)} tokens must stay, and {total} fit")
     known = [weight if 0 < weight < math.inf else 0.0 for weight in weights]
     peak = max(known)
     shares = [max(weight / peak, 1e-9) for weight in known] if peak else [1.0] * len(known)

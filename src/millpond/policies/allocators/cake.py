@@ -1,4 +1,4 @@
-"""CAKE's layer budgets: by how wide and how changing a layer's attention is. Knows neither time nor place."""
+"""CAKE's layer budgets: by how wide and how changing a layer's attention is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""InfiniteVGGT's layer budgets: by how many directions a layer's keys point in. Knows neither time nor place."""
+"""InfiniteVGGT's layer budgets: by how many directions a layer's keys point in."""
 
 from __future__ import annotations
 
@@ -41,11 +41,9 @@ class Diversity(Allocator):
         weights = []
         for view in views:
             firsts = skip(view) if skip is not None else [0] * view.heads
-            lengths = [
-                float(mean_unit_key(keys[first:], view.chunk).square().sum())
-                for keys, first in zip(view.keys, firsts, strict=True)
-                if first < len(keys)
-            ]
+            pairs = zip(view.keys, firsts, strict=True)
+            counted = [keys[first:] for keys, first in pairs if first < len(keys)]
+            lengths = [float(mean_unit_key(keys, view.chunk).square().sum()) for keys in counted]
             alike = sum(lengths) / max(1, len(lengths))
             weights.append(math.exp((1 - alike) / self.temperature))
         return weights

@@ -1,4 +1,4 @@
-"""CAKE's score of a token: attention that is high or changes. Knows neither time nor place, nor other layers."""
+"""CAKE's score of a token: attention that is high or changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""H2O: heavy hitters, by the attention that they have received so far, and the latest tokens. Knows neither time nor place."""
+"""H2O: heavy hitters, by the attention that they have received so far, and the latest tokens."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class H2O(Scorer):
 
     def score(self, view: View) -> Tensor:
         if view.accumulated_attention is None:
-            raise PolicyError("h2o: nobody summed up the attention: only a Session does")
+            raise PolicyError("h2o: attention has not been accumulated: only a Session does that")
         return view.accumulated_attention.clone()
 
     def protected(self, view: View, slots: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""HERMES: recency in shallow layers, attention in deep ones, a mix between. Knows a token by its time and place, scores by neither."""
+"""HERMES: recency in shallow layers, attention in deep ones, a mix between."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class HERMES(Scorer):
     the deeper score.
 
     The last `deep` share of the layers sum up what they forget: one of their slots goes to the mean of the values of all forgotten
-    tokens, and of their keys, turned to one position before they are averaged. In the next compaction that token is one like any
+    tokens, and of their keys, rerotated to one position before they are averaged. In the next compaction that token is one like any
     other: it competes by the attention that it gets, and counts as one in the next mean.
 
     Published: what the authors' programs run. `load_model` of each sets a `shallow` share of 0.1 where the class has 0.3 (LLaVA-OneVision:
@@ -44,10 +44,10 @@ class HERMES(Scorer):
     than ten layers, such as Minnow with four, has no shallow layer at 0.1: its first one begins the mix.
 
     Ours: theirs appends the summary behind everything that it keeps, one position further; here no token can be added, so the summary
-    takes the slot of the latest token that is forgotten, with its position, time and place. A token is blended with itself, in the
+    takes the slot of the latest token that is forgotten, with its position, time and grid position. A token is blended with itself, in the
     same head; theirs with what lies at the same index of the next layer, stretched where lengths differ, which is another token
     from the second compaction on. A token that the next deeper layer no longer holds keeps its own score, and so do text and
-    separators, which have no place to know them by. The chat template's tokens ask for every layer, where the authors run three
+    separators, which cannot be told apart. The chat template's tokens ask for every layer, where the authors run three
     generic questions (and earlier turns of the user, which would not be agnostic); heads choose for themselves, where theirs share
     the mean over heads. The latest frame is protected, theirs competes. Positions are the session's matter (`positions="contiguous"`).
 
@@ -84,9 +84,8 @@ class HERMES(Scorer):
 
     def merge(self, view: View, keep: Tensor) -> None:
         if self._sums_up(view, keep.shape[1]):
-            scores = (
-                self.score(view) if view.carried_scores is None else view.carried_scores.clone()
-            )  # those that chose
+            carried = view.carried_scores  # those that chose
+            scores = self.score(view) if carried is None else carried.clone()
             summaries = self._chosen(view, scores, keep.shape[1])[1]
             for head, summary in enumerate(summaries.tolist()):
                 _sum_up(view, head, keep[head], summary)
@@ -119,9 +118,9 @@ class HERMES(Scorer):
         return scores
 
     def _sums_up(self, view: View, slots: int) -> bool:
-        """In a deep layer, where there is room for more than what is protected and one token."""
-        room = slots - int(view.protected[0].sum())
-        return view.layer >= int(view.layers * (1 - self.deep)) and room > 0 and slots > 1
+        """In a deep layer, where more fits than what is protected and one token."""
+        free = slots - int(view.protected[0].sum())
+        return view.layer >= int(view.layers * (1 - self.deep)) and free > 0 and slots > 1
 
     def mix(self, layer: int, layers: int) -> tuple[float, float, float]:
         """The weight of recency in a layer, how steeply recency falls, and the share of the next deeper layer's score."""
@@ -135,38 +134,34 @@ class HERMES(Scorer):
 
     def scratch(self, shape: Shape) -> int:
         choosing = super().scratch(shape) + proxy_scratch(shape)
-        # The choice, once more with the summary, and twice while it is sorted; which tokens go, and their order.
+        # The choice, again with the summary, and twice while it is sorted; which tokens go, and their order.
         summary = shape.of_all(torch.int64, torch.int64, torch.int64, torch.int64, torch.bool, torch.int32)
         merging = shape.of_all(torch.float32, torch.int64) + _mean_scratch(shape)
         return max(choosing, summary, merging) + shape.of_all(torch.float32)
 
 
 def _sum_up(view: View, head: int, keep: Tensor, summary: int) -> None:
-    """Make a kept token the mean of itself and of all that is forgotten; keys are turned to its position first.
+    """Make a kept token the mean of itself and of all that is forgotten; keys are rerotated to its position first.
 
     Keys or values that are not finite numbers count for nothing; where nothing counts, nothing changes.
     """
     if view.positions is None or view.rope is None:
-        raise PolicyError("hermes: nobody showed positions to turn keys along: only a Session does")
+        raise PolicyError("hermes: the view shows no positions to rerotate keys to: only a Session does")
     gone = torch.ones(view.tokens, dtype=torch.bool, device=keep.device)
     gone[keep] = False
     gone[summary] = True
     keys, values, positions = view.keys[head], view.values[head], view.positions[head]
     totals, count = torch.zeros(2, keys.shape[1], device=keys.device), 0
     for part in gone.nonzero()[:, 0].split(max(1, view.chunk)):
-        turned, own = keys[part].float(), values[part].float()
-        sound = turned.isfinite().all(1) & own.isfinite().all(1)
-        view.rope.rotate_(turned, (positions[summary] - positions[part]).long())
-        for total, rows in zip(totals, (turned, own), strict=True):
+        rotated, own = keys[part].float(), values[part].float()
+        sound = rotated.isfinite().all(1) & own.isfinite().all(1)
+        view.rope.rotate_(rotated, (positions[summary] - positions[part]).long())
+        for total, rows in zip(totals, (rotated, own), strict=True):
             total += rows.masked_fill_(~sound[:, None], 0).sum(0)
         count += int(sound.sum())
     if count:
-        mean = totals / count
-        change(
-            view,
-            head,
-            Steps([partial(_put, tensor, summary, own) for tensor, own in zip((keys, values), mean, strict=True)]),
-        )
+        means = zip((keys, values), totals / count, strict=True)
+        change(view, head, Steps([partial(_put, tensor, summary, mean) for tensor, mean in means]))
 
 
 def _put(rows: Tensor, at: int, row: Tensor) -> None:
@@ -174,12 +169,11 @@ def _put(rows: Tensor, at: int, row: Tensor) -> None:
 
 
 def _mean_scratch(shape: Shape) -> int:
-    """The most bytes that `_sum_up` allocates: masks, a chunk of keys and values, and what turns keys (float64 angles and halves)."""
+    """The most bytes that `_sum_up` allocates: masks, a chunk of keys and values, and what rotates keys (float64 angles and halves)."""
     head_dim = shape.head_dim
     rows = 2 * 4 * head_dim + 2 * head_dim + (3 * 8 + 7 * 4) * head_dim // 2 + 96
-    return (
-        shape.of_head(torch.int64, torch.bool, torch.bool, torch.bool, torch.bool) + shape.chunk * rows + 32 * head_dim
-    )
+    masks = shape.of_head(torch.int64, torch.bool, torch.bool, torch.bool, torch.bool)
+    return masks + shape.chunk * rows + 32 * head_dim
 
 
 def _recency(tokens: int, steepness: float, device: torch.device) -> Tensor:

@@ -20,17 +20,17 @@ __all__ = ["InfiniPotV"]
 class InfiniPotV(Policy):
     """Keep what the latest frames do not already show (TaR), then what carries weight (VaN).
 
-    TaR scores a past token by how unlike the latest frames its key is at the same place,
+    TaR scores a past token by how unlike the latest frames its key is at the same grid position,
 
         s(t, i, j) = -1/r * sum over the r recent frames t' of cos(K[t, i, j], K[t', i, j]),
 
-    computed as one dot product with the mean unit key of its place. `tar_first` frame groups and a share `alpha` of what is left of
+    computed as one dot product with the mean unit key of its position. `tar_first` frame groups and a share `alpha` of what is left of
     the memory, less the recent frames (kept whole), go to the best of these. VaN scores every token by ||V||, average-pooled over its frame's grid, and
     fills what is left. The pooling kernel follows the layer's coefficient of variation CV = std / mean of the value norms:
     even norms (low CV) mean strong locality and a large kernel.
 
-    Choices where the paper is silent: a place that no recent frame has (the frame size changed) scores 0, neither alike nor
-    opposite; text and separators have no place and do not compete in TaR, in VaN they count with their own norm; the average
+    Choices where the paper is silent: a position that no recent frame has (the frame size changed) scores 0, neither alike nor
+    opposite; text and separators have no grid position and do not compete in TaR, in VaN they count with their own norm; the average
     is taken over the tokens that exist, so neither borders nor holes of earlier passes weigh it down. The paper's CV
     thresholds are not published; these are ours.
 
@@ -87,12 +87,12 @@ class InfiniPotV(Policy):
         return round((1 - self.alpha) * max(0.0, slots - self.tar_first * group))
 
     def scratch(self, shape: Shape) -> int:
-        # Frames and places of one head, when they are pooled, take no more than the ranking.
+        # Frames and grid positions of one head, when they are pooled, take no more than the ranking.
         marks = shape.of_all(torch.bool, torch.bool)
         return super().scratch(shape) + marks + _redundancy_scratch(shape)
 
 
 def _redundancy_scratch(shape: Shape) -> int:
-    """The most bytes that temporal redundancy takes for a head: the table of mean unit keys, and four float32 chunks of full width."""
+    """The most bytes that temporal redundancy takes for a head: the table of mean unit keys, and four float32 chunks [chunk, D]."""
     table = 4 * (shape.head_dim + 1) * max(shape.block, shape.chunk)
     return table + 4 * 4 * shape.chunk * shape.head_dim

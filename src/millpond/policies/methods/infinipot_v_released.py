@@ -14,7 +14,7 @@ from millpond.policies.base import Needs, Policy, Shape, View
 
 __all__ = ["InfiniPotVReleased"]
 
-# torch adds the columns of a matrix up in an order that depends on a column's place among groups of four vector registers (64
+# torch adds the columns of a matrix up in an order that depends on a column's position among groups of four vector registers (64
 # floats at the most), and in another one where the matrix is narrower than a register (16 floats at the most). Pieces that are
 # cut at multiples of the first and never narrower than the second give the same bits as the whole.
 _GROUP, _REGISTER = 64, 16
@@ -28,7 +28,7 @@ class InfiniPotVReleased(Policy):
     """What the authors' program keeps, for comparison with published numbers.
 
     It differs from the paper (and from `infinipot-v`) from the second pass on: the survivors of each head are laid out as
-    (frame, place) again although they no longer lie on a grid. Pooling, when on, goes by quarter of the layers and counts the
+    (frame, grid position) again although they no longer lie on a grid. Pooling, when on, goes by quarter of the layers and counts the
     padding. Its crashes are PolicyErrors here.
 
     In float32 on a CPU even ties fall as they do there, because every sum is taken in the same order, although no r x f x p x D product
@@ -71,9 +71,8 @@ class InfiniPotVReleased(Policy):
             recent = int((frames + 1) * self.query_ratio)
             if recent and frames * block - round((1 - self.tar_ratio) * frames * block) >= recent * block:
                 return frames * block
-        raise PolicyError(
-            f"{self.name}: with tar_ratio {self.tar_ratio} and query_ratio {self.query_ratio} no memory works"
-        )
+        ratios = f"tar_ratio {self.tar_ratio} and query_ratio {self.query_ratio}"
+        raise PolicyError(f"{self.name}: with {ratios} no memory works")
 
     def recent(self, frames: int) -> int:
         return int(frames * self.query_ratio)
@@ -81,23 +80,20 @@ class InfiniPotVReleased(Policy):
     def keep(self, view: View, slots: int) -> Tensor:
         frame = view.block
         if view.tokens % frame or slots % frame:
-            raise PolicyError(
-                f"{self.name} needs whole frames: {view.tokens} tokens and {slots} slots, {frame} tokens a frame"
-            )
+            given = f"{view.tokens} tokens and {slots} slots, {frame} tokens a frame"
+            raise PolicyError(f"{self.name} needs whole frames: {given}")
         if bool((view.grid_position[:, :, 0] < 0).any()):
             raise PolicyError(f"{self.name} knows frames only: no remembered turns, no separators")
         latest = int(view.tokens // frame * self.query_ratio)
         if latest < 1:
-            raise PolicyError(
-                f"{self.name}: {self.query_ratio} of {view.tokens // frame} frames is less than one; raise the budget"
-            )
+            share = f"{self.query_ratio} of {view.tokens // frame} frames"
+            raise PolicyError(f"{self.name}: {share} is less than one; raise the budget")
         # In this order, which is the released one: with other ratios than a half the rounding depends on it.
         by_redundancy = slots - round((1 - self.tar_ratio) * (slots // frame) * frame)
         recent = latest * frame
         if by_redundancy < recent:
-            raise PolicyError(
-                f"{self.name}: {by_redundancy} slots for TaR cannot hold the {latest} recent frames of {frame} tokens"
-            )
+            frames = f"the {latest} recent frames of {frame} tokens"
+            raise PolicyError(f"{self.name}: {by_redundancy} slots for TaR cannot hold {frames}")
         kernel, axes = self._pooling(view)
         keep = torch.empty(view.heads, slots, dtype=torch.int64, device=view.keys.device)
         for head in range(view.heads):

@@ -1,4 +1,4 @@
-"""InfiniteVGGT's rolling memory: KeyDiff behind an immovable first frame. Knows time only to find that frame."""
+"""InfiniteVGGT's rolling memory: KeyDiff behind an immovable first frame."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KeyDiff: the keys that point least in the common direction. Knows neither time nor place."""
+"""KeyDiff: the keys that point least in the common direction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KVMerger: runs of like neighbours become one token each. Knows neither time nor place."""
+"""KVMerger: runs of like neighbours become one token each."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class KVMerger(Policy):
     s the mean distance of the run's other tokens from the pivot. Protected tokens and heavy hitters join no run. The published rule
     joins wherever the cosine passes a fixed threshold, which meets no fixed number of tokens: here the number is exact, and
     `threshold` only says which tokens are too unlike their pivot to be averaged in; they are forgotten. Where too few neighbours are
-    left to join, the tokens with the least attention go. Attention is that of the latest tokens; keys are merged as they lie in
+    left to join, those with the least attention go. Attention is that of the latest tokens; keys are merged as they lie in
     the cache, rotary embedding applied. Repeated compactions merge what was merged before, with no memory of its weight.
 
     Attributes:
         window: latest tokens that ask. Ours, SnapKV's: 32.
         heavy: share of the memory for heavy hitters, which stay as they are. Ours: a quarter.
-        threshold: least cosine with the pivot. Published: between 0.75 and 0.8.
+        threshold: minimum cosine with the pivot. Published: between 0.75 and 0.8.
     """
 
     name: ClassVar[str] = "kvmerger"
@@ -82,8 +82,8 @@ class KVMerger(Policy):
 
     def _runs(self, view: View, head: int, attention: Tensor, slots: int) -> Tensor:
         """For each token the pivot of its run, int64 [n]; a token that joins no run is its own."""
-        fixed, room = view.protected[head].clone(), slots - int(view.protected[head].sum())
-        heavy = min(int(self.heavy * slots), max(0, room - 1), int((~fixed).sum()))
+        fixed, free = view.protected[head].clone(), slots - int(view.protected[head].sum())
+        heavy = min(int(self.heavy * slots), max(0, free - 1), int((~fixed).sum()))
         fixed[attention.masked_fill(fixed, -torch.inf).topk(heavy).indices] = True
         after = torch.arange(1, view.tokens + 1, device=attention.device)
         after[-1] = -1

@@ -1,4 +1,4 @@
-"""MiKV: important tokens as they are, the others in few bits instead of none. Knows no scores: those are another policy's."""
+"""MiKV: important tokens as they are, the others in few bits instead of none."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ __all__ = ["MiKV"]
 
 @dataclass(frozen=True)
 class MiKV(Wrapper):
-    """Keep what another policy finds important in full precision, and pack what it would forget.
+    """Keep what another policy finds important in full precision, and quantize what it would forget.
 
-    Of the remembered tokens a share `full_share`, chosen by `base`, stays as it is; what leaves it is packed by the codec of
-    KIVI, keys per channel and values per token in groups of `group`. When the packed tokens have used up their room, `base`
+    Of the remembered tokens a share `full_share`, chosen by `base`, stays as it is; what leaves it is quantized as in
+    KIVI, keys per channel and values per token in groups of `group`. When the quantized tokens have used up their storage, `base`
     chooses again, among them and the protected ones, and whole groups go, those with the fewest tokens that it would keep: a
-    group is packed once. The paper's channel balancer, which the keys' own channels make needless, is left out.
+    group is quantized once. The paper's channel balancer, which the keys' own channels make needless, is left out.
 
     Attributes:
-        bits: of a packed number: 2, 3, 4 or 8.
+        bits: of a quantized number: 2, 3, 4 or 8.
         full_share: of the remembered tokens, those in full precision. Published: 0.2 and more.
         base: the policy that scores, by name or itself. Not every one goes: `millpond.policies.composition`.
-        group: tokens that are packed together, and channels of a value that share a step. KIVI's: 32.
+        group: tokens that are quantized together, and channels of a value that share a step. KIVI's: 32.
     """
 
     adds: ClassVar[str] = QUANTIZED_TIER
@@ -49,7 +49,7 @@ class MiKV(Wrapper):
 
     @cached_property
     def tier(self) -> QuantizedTier:
-        """How much is packed, and how."""
+        """How much is quantized, and how."""
         return QuantizedTier(KVQuantizer(self.bits, self.group), self.full_share)
 
     @property

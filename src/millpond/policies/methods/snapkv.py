@@ -1,4 +1,4 @@
-"""SnapKV: what the latest tokens look at, pooled along the stream. Knows neither time nor place."""
+"""SnapKV: what the latest tokens look at, pooled along the stream."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SnapKV(Scorer):
 
     Attributes:
         window: latest tokens that ask. Published: 32.
-        kernel: odd width of the pooling, 1 for none. Published: 5.
+        kernel: odd size of the pooling, 1 for none. Published: 5.
         pooling: "avg" as in the released default, or "max".
     """
 

@@ -1,4 +1,4 @@
-"""StreamingVLM's layout: a text sink, a text window and a window of the latest vision. Looks at kind and time, not at keys."""
+"""StreamingVLM's layout: a text sink, a text window and a window of the latest vision."""
 
 from __future__ import annotations
 

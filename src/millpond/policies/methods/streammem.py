@@ -1,4 +1,4 @@
-"""StreamMem: what the chat template's own tokens look at, and one merged token a frame. Knows no place."""
+"""StreamMem: what the chat template's own tokens look at, and one merged token a frame."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class StreamMem(Policy):
 
     def keep(self, view: View, slots: int) -> Tensor:
         scores = proxy_attention(view, latest=False).nan_to_num_(0)
-        room = min(int(self.prototypes * slots), slots - int(view.protected[0].sum()))
+        free = min(int(self.prototypes * slots), slots - int(view.protected[0].sum()))
         keep = keep_top(scores.clone(), view.protected, slots)
         must = view.protected.clone()
         for head in range(view.heads):
             best = _best_of_the_lost(view.time_us[head], scores[head], keep[head])
-            must[head, best[scores[head, best].topk(min(room, len(best))).indices]] = True
+            must[head, best[scores[head, best].topk(min(free, len(best))).indices]] = True
         return keep_top(scores, must, slots)
 
     def merge(self, view: View, keep: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Attention of a few proxy queries over the whole memory: softmax(q k / sqrt(D)) over the prompt and the view.
 
 The latest tokens' queries see what their model showed them: nothing newer than themselves. A proxy text's queries see all of the
-memory and the prompt; the text's own keys, which a compaction never sees, do not count. Knows nothing about what asks.
+memory and the prompt; the text's own keys, which a compaction never sees, do not count.
 """
 
 from __future__ import annotations
@@ -13,16 +13,8 @@ from millpond import ops
 from millpond.errors import PolicyError
 from millpond.policies.base import TEXT, Shape, View
 
-__all__ = [
-    "accumulation_scratch",
-    "attention_moments",
-    "attention_scratch",
-    "attention_spread",
-    "moments_scratch",
-    "proxy_attention",
-    "proxy_scratch",
-    "spread_scratch",
-]
+__all__ = ["accumulation_scratch", "attention_moments", "attention_scratch", "attention_spread"]
+__all__ += ["moments_scratch", "proxy_attention", "proxy_scratch", "spread_scratch"]
 
 # Query heads to a KV head of the widest models at hand.
 _WIDEST_GROUP = 16
@@ -109,8 +101,8 @@ def spread_scratch(shape: Shape, queries: int) -> int:
 
 
 def accumulation_scratch(head_dim: int, chunk: int) -> int:
-    """The most bytes that adding up a block's attention takes, for `View.sums`."""
-    # `chunk` of its queries at a time (or one token's group), turned to their positions.
+    """The most bytes that adding up a block's attention takes, for `View.accumulated_attention`."""
+    # `chunk` of its queries at a time (or one token's group), rotated to their positions.
     rows = max(chunk, _WIDEST_GROUP)
     return attention_scratch(rows, head_dim, chunk) + rows * (16 + 30 * head_dim)
 
@@ -124,7 +116,7 @@ def _proxy(view: View) -> tuple[Tensor, Tensor]:
 def _own(view: View, head: int) -> Tensor:
     """Where the latest tokens, whose queries are shown, lie among a head's: int64 [w].
 
-    Remembered turns came behind them and asked nothing. Of those that are gone already, the place of the oldest that is left.
+    Remembered turns came behind them and asked nothing. Of those that are gone already, that of the oldest that is left.
     """
     assert view.queries is not None
     count = view.queries.shape[2]

@@ -1,6 +1,6 @@
-"""The same token in two layers: found by its stream time and its place, head by head.
+"""The same token in two layers: found by its stream time and its grid position, head by head.
 
-After the first compaction layers and heads hold different tokens, so the i-th of one is not the i-th of another. Knows no scores.
+After the first compaction layers and heads hold different tokens, so the i-th of one is not the i-th of another.
 """
 
 from __future__ import annotations
@@ -8,24 +8,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["carried_scores_of", "matching_scratch", "order_keys"]
+__all__ = ["match_scores", "matching_scratch", "order_keys"]
 
 
-def carried_scores_of(
-    scores: Tensor, time_us: Tensor, grid_position: Tensor, to_time_us: Tensor, to_place: Tensor
+def match_scores(
+    scores: Tensor, time_us: Tensor, grid_position: Tensor, to_time_us: Tensor, to_position: Tensor
 ) -> Tensor:
     """What one layer's scores say of another layer's tokens: float32 [H, m], NaN where that layer does not hold the token.
 
-    Tokens without a place (text, separators) are NaN too: several share a time and a place, and cannot be told apart.
+    Tokens on no grid (text, separators) are NaN too: several share a time, and cannot be told apart.
 
     Args:
-        scores: float32 [H, n]. time_us, place: int64 [H, n] and int16 [H, n, 2] of the same tokens, as in `View`.
-        to_time_us, to_place: int64 [H, m] and int16 [H, m, 2] of the other layer's tokens.
+        scores: float32 [H, n]. time_us, grid_position: int64 [H, n] and int16 [H, n, 2] of the same tokens, as in `View`.
+        to_time_us, to_position: int64 [H, m] and int16 [H, m, 2] of the other layer's tokens.
     """
     out = torch.empty(to_time_us.shape, device=scores.device)
     for head, row in enumerate(out):
         held, order = _keys(time_us[head], time_us[head], grid_position[head]).sort(stable=True)
-        wanted = _keys(time_us[head], to_time_us[head], to_place[head])
+        wanted = _keys(time_us[head], to_time_us[head], to_position[head])
         at = torch.searchsorted(held, wanted).clamp_(max=len(held) - 1)
         same = held[at] == wanted
         del held, wanted
@@ -33,21 +33,21 @@ def carried_scores_of(
         del order
         # A time that the layer does not hold has the rank of the next one.
         same &= time_us[head][at] == to_time_us[head]
-        same &= to_place[head, :, 0] >= 0
+        same &= to_position[head, :, 0] >= 0
         row.copy_(scores[head][at]).masked_fill_(~same, torch.nan)
     return out
 
 
 def matching_scratch(tokens: int) -> int:
-    """The most bytes that `carried_scores_of` allocates for layers of at most `tokens` tokens, beside its result."""
+    """The most bytes that `match_scores` allocates for layers of at most `tokens` tokens, beside its result."""
     return 72 * tokens + 64
 
 
 def order_keys(time: Tensor, grid_position: Tensor) -> Tensor:
-    """One number for each token's time and place, int64 [n], that ascends in the order of the stream.
+    """One number for each token's time and grid position, int64 [n], that ascends in the order of the stream.
 
     Args:
-        time: int64 [n], below 2^31; overwritten. place: int16 [n, 2], which orders a frame by rows.
+        time: int64 [n], below 2^31; overwritten. grid_position: int16 [n, 2], which orders a frame by rows.
     """
     time.bitwise_left_shift_(32)
     time.add_(grid_position[:, 0].to(torch.int64).add_(2).bitwise_left_shift_(16))

@@ -1,7 +1,4 @@
-"""Folding tokens that are about to be forgotten into tokens that stay: weighted means of keys and values, in place and in chunks.
-
-Knows neither why a token goes nor which one stays.
-"""
+"""Folding tokens that are about to be forgotten into tokens that stay: weighted means of keys and values, in place and in chunks."""
 
 from __future__ import annotations
 

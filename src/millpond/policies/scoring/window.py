@@ -24,11 +24,11 @@ def pool_in_front(scores: Tensor, window: int, kernel: int, pooling: Literal["av
 
 
 def keep_window(view: View, window: int, slots: int) -> Tensor:
-    """The protected tokens and as many of the latest `window` as there is room for: bool [H, n]."""
+    """The protected tokens and as many of the latest `window` as fit: bool [H, n]."""
     protected = view.protected.clone()
-    room = slots - int(protected[0].sum())
+    free = slots - int(protected[0].sum())
     # In every head equally many, and no more than fit beside the protected ones.
-    protected[:, max(0, view.tokens - min(window, room)) :] = True
+    protected[:, max(0, view.tokens - min(window, free)) :] = True
     return protected
 
 
