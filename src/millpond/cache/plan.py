@@ -32,6 +32,7 @@ _RESERVE_SHARE, _RESERVE_MIN, _RESERVE_MAX = 8, 32, 512
 # Groups that run through the model together: large blocks feed the matrix units, small ones cost less headroom.
 _BLOCK_GROUPS = (4, 2, 1)
 _CHUNK_MIN, _CHUNK_MAX = 16, 512
+_STRAIGHT_TRIES = 8
 
 
 @dataclass(frozen=True)
@@ -263,7 +264,7 @@ def split_budget(
     tier, remembered = policy.needs.quantized_tier, policy.minimum_memory(group_tokens)
     # Tokens are quantized by whole groups, so up to a group less one leave beside those that must.
     remembered += tier.quantizer.group - 1 if tier else 0
-    fewest = _first(lambda slots: split(slots)[0].left >= remembered, fewest)
+    fewest = _first(lambda slots: _shared(claimed(replace(start, slots=slots))).left >= remembered, fewest)
     minimum = total(fewest)
     if budget < minimum:
         raise BudgetError(
@@ -272,7 +273,8 @@ def split_budget(
             f"{geometry.bytes_per_token} bytes a token)",
             minimum=minimum,
         )
-    return made(_first(lambda slots: total(slots) > budget, fewest + 1) - 1)
+    # By their own bytes alone the slots would be these; a slot more is too many.
+    return made(_most(total, budget, fewest, (budget - minimum) // geometry.bytes_per_token + 1))
 
 
 def _turn(reserve_tokens: int | None, geometry: Geometry, split: Split) -> Line:
@@ -317,3 +319,22 @@ def _first(holds: Callable[[int], bool], start: int) -> int:
     while not holds(start + step - 1):
         step *= 2
     return bisect_left(range(start + step - 1), True, start, key=holds)
+
+
+def _most(size: Callable[[int], int], limit: int, low: int, step: int) -> int:
+    """The greatest integer whose size, which never falls, keeps to a limit, as that of `low` does and that of `low + step` should not."""
+    high, at_low, at_high = low + step, size(low), size(low + step)
+    while at_high <= limit:
+        low, at_low, high, step = high, at_high, high + 2 * step, 2 * step
+        at_high = size(high)
+    tries = 0
+    while high - low > 1:
+        # Sizes grow almost evenly, so a straight line soon meets the limit; where it does not, halving does.
+        ahead = (limit - at_low) * (high - low) // (at_high - at_low) if tries < _STRAIGHT_TRIES else (high - low) // 2
+        middle, tries = min(max(low + ahead, low + 1), high - 1), tries + 1
+        at_middle = size(middle)
+        if at_middle > limit:
+            high, at_high = middle, at_middle
+        else:
+            low, at_low = middle, at_middle
+    return low

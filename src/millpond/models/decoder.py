@@ -14,7 +14,12 @@ from millpond.memory.geometry import Geometry
 from millpond.models.base import Family, Tokens
 from millpond.models.chat import Chat
 from millpond.models.query_recorder import QueryRecorder, See
-from millpond.models.transformers_insides import cache_argument, layers_of_different_lengths, warn_above_last_tested
+from millpond.models.transformers_insides import (
+    cache_argument,
+    causal_mask,
+    layers_of_different_lengths,
+    warn_above_last_tested,
+)
 from millpond.positions import Rope
 
 # These change their frequencies with the length of the sequence, so a stored key could not be turned afterwards.
@@ -92,14 +97,16 @@ class DecoderFamily(Family):
 
     @torch.no_grad()
     def forward(self, tokens: Tokens, positions: Tensor, cache: Any) -> Tensor:
-        # No mask: at batch 1 the cache's own sizes give the causal one, and a 2-D mask could hide the newest keys.
+        # No 2-D mask, which could hide the newest keys: at batch 1 the cache's own sizes give the causal one.
         uneven, copies = getattr(cache, "uneven", False), getattr(cache, "copies", False)
+        embeds = tokens.embeds[None]
         with (
             layers_of_different_lengths(self.decoder) if uneven else nullcontext(),
             torch.inference_mode() if copies else nullcontext(),
         ):
             out = self.decoder(
-                inputs_embeds=tokens.embeds[None],
+                inputs_embeds=embeds,
+                attention_mask=None if uneven or not copies else causal_mask(self.decoder, cache, embeds),
                 position_ids=(positions[:1] if len(positions) == 1 else positions[:, None]).to(self.device),
                 use_cache=True,
                 **{self._cache_argument: cache},

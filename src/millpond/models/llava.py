@@ -41,7 +41,7 @@ class Llava(DecoderFamily):
 
     def pixels(self, frames: list[np.ndarray]) -> Tensor:
         """Prepared frames -> float32 [1, n, 3, side, side]."""
-        return normalise(frames, self._mean, self._std)[None]
+        return normalise(torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2), self._mean, self._std)[None]
 
     @torch.no_grad()
     def encode(self, frames: list[np.ndarray], times_us: list[int]) -> Tokens:

@@ -43,10 +43,11 @@ def centre_crop(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     return pixels[top : top + height, left : left + width].copy()
 
 
-def normalise(frames: Sequence[np.ndarray], mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 frames of one size, n x [H, W, 3] -> float32 [n, 3, H, W], (x / 255 - mean) / std."""
-    stacked = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).to(torch.float32) * (1 / 255)
-    return (stacked - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 [n, 3, ...] -> float32 of the same shape and layout, (x / 255 - mean) / std colour by colour."""
+    colours = 1, 3, *(1 for _ in pixels.shape[2:])
+    scaled = pixels.to(torch.float32).mul_(1 / 255)
+    return scaled.sub_(torch.tensor(mean).view(colours)).div_(torch.tensor(std).view(colours))
 
 
 def by_colour(numbers: dict[str, Any], name: str, otherwise: Sequence[float]) -> tuple[float, ...]:

@@ -115,13 +115,13 @@ class Qwen2VL(DecoderFamily):
         """Prepared frames, completed to whole groups -> ([patches, 3 x temporal x patch x patch], grid [1, 3])."""
         span, patch, merge = self.frames_per_group, self.patch, self.merge
         frames = frames + [frames[-1]] * (-len(frames) % span)
-        pixels = normalise(frames, self.mean, self.std)
-        count, colours, height, width = pixels.shape
+        pixels = torch.from_numpy(np.stack(frames))
+        count, height, width, colours = pixels.shape
         groups, rows, cols = count // span, height // patch, width // patch
-        pixels = pixels.view(groups, span, colours, rows // merge, merge, patch, cols // merge, merge, patch)
-        # Patches that merge into one token lie one behind the other.
-        flat = pixels.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(groups * rows * cols, colours * span * patch * patch)
-        return flat, torch.tensor([[groups, rows, cols]])
+        pixels = pixels.view(groups, span, rows // merge, merge, patch, cols // merge, merge, patch, colours)
+        # Patches that merge into one token lie one behind the other. They are put in order while a number is a byte.
+        pixels = pixels.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(groups * rows * cols, colours, span * patch * patch)
+        return normalise(pixels, self.mean, self.std).flatten(1), torch.tensor([[groups, rows, cols]])
 
     @torch.no_grad()
     def encode(self, frames: list[np.ndarray], times_us: list[int]) -> Tokens:
@@ -132,18 +132,19 @@ class Qwen2VL(DecoderFamily):
         if layout is None:
             layout = vision_layout(self.model.model.visual, grid)
             self._layouts = {**dict(list(self._layouts.items())[1 - _LAYOUTS :]), shape: layout}
-        out = self.model.model.visual(flat.to(device, self.vision_dtype), grid_thw=grid, **layout)
+        with torch.inference_mode():
+            out = self.model.model.visual(flat.to(device, self.vision_dtype), grid_thw=grid, **layout)
         groups, high, wide = shape
         rows, cols = high // self.merge, wide // self.merge
         grid_position = np.empty((groups, rows, cols, 2), dtype=np.int16)
         grid_position[..., 0], grid_position[..., 1] = np.arange(rows)[:, None], np.arange(cols)
         times = np.array(times_us[:: self.frames_per_group], dtype=np.int64)
         return Tokens(
-            embeds=out.pooler_output.to(self.geometry.dtype),
+            embeds=out.pooler_output.to(self.geometry.dtype, copy=True),  # the copies are ordinary tensors
             grid_position=torch.from_numpy(grid_position.reshape(-1, 2)),
             time_us=torch.from_numpy(times.repeat(rows * cols)),
             visual=torch.ones(groups * rows * cols, dtype=torch.bool),
-            deepstack=tuple(getattr(out, "deepstack_features", None) or ()),
+            deepstack=tuple(layer.clone() for layer in getattr(out, "deepstack_features", None) or ()),
         )
 
     # --- positions ----------------------------------------------------------------------------------------------

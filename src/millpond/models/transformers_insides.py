@@ -75,6 +75,20 @@ def vision_layout(tower: Any, grid: Tensor) -> dict[str, Tensor]:
     return layout
 
 
+def causal_mask(decoder: Any, cache: Any, embeds: Tensor) -> Tensor | None:
+    """The mask of a forward over embeds [1, n, hidden] behind what `cache` holds in every layer, in the one form in which every layer
+    takes it without a conversion of its own: float [1, 1, n, keys], 0 where seen.
+
+    None where a decoder does without, or makes a better one itself: for one token, on an empty cache, and for attention that is
+    neither "sdpa" nor "eager".
+    """
+    count = embeds.shape[1]
+    if count == 1 or decoder.config._attn_implementation.removeprefix("millpond_") not in ("sdpa", "eager"):
+        return None
+    keys, _ = cache.get_mask_sizes(count, 0)
+    return _additive(count, keys, embeds) if keys > count else None
+
+
 # --- layers that hold different numbers of tokens -----------------------------------------------------------------
 
 # transformers builds one mask for all layers, from the first one's length. Its documented door to attention, the
@@ -136,10 +150,16 @@ def _causal(query: Tensor, keys: int, additive: bool) -> Tensor | None:
     count = query.shape[2]
     if count == 1:
         return None
-    seen = torch.ones(count, keys, dtype=torch.bool, device=query.device).tril_(keys - count)[None, None]
-    if not additive:
-        return seen
-    return torch.zeros_like(seen, dtype=query.dtype).masked_fill_(~seen, torch.finfo(query.dtype).min)
+    if additive:
+        return _additive(count, keys, query)
+    return torch.ones(count, keys, dtype=torch.bool, device=query.device).tril_(keys - count)[None, None]
+
+
+def _additive(count: int, keys: int, like: Tensor) -> Tensor:
+    """The least number where one of the last `count` of `keys` tokens does not look, else 0: [1, 1, count, keys], dtype and device as `like`."""
+    least = torch.finfo(like.dtype).min
+    mask = torch.full((count, keys), least, dtype=like.dtype, device=like.device)
+    return mask.triu_(keys - count + 1)[None, None]
 
 
 def _eager(
