@@ -88,7 +88,9 @@ def test_the_wheel_carries_what_runs_models_and_nothing_that_trains_minnow(
     with zipfile.ZipFile(build_meta.build_wheel(".")) as wheel:
         names = set(wheel.namelist())
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"millpond"}
-    assert "millpond/minnow/weights/model.safetensors" in names
+    source = ROOT / "src"
+    carried = {str(path.relative_to(source)) for path in source.glob("millpond/**/*") if path.is_file()}
+    assert {name for name in carried if not name.endswith((".pyc", ".so"))} <= names, "data among them: weights, digits"
     assert {name for name in names if name.startswith("millpond/minnow/") and name.endswith(".py")} == {
         f"millpond/minnow/{name}.py" for name in ("__init__", "checkpoint", "familiar")
     }
