@@ -359,3 +359,11 @@ def test_a_packed_model_is_neither_copied_nor_saved_nor_cast_wrongly(stored: Pat
     want = model(ids).logits
     got = model.to(torch.bfloat16)(ids).logits.float()  # the tables stay what the kernels read
     assert float((got - want).norm() / want.norm()) < 0.1
+
+
+def test_a_folder_keeps_the_names_of_its_format(stored: Path, calibrated: Path) -> None:
+    written = json.loads((stored / "millpond_precision.json").read_text())
+    assert set(written) == {"source", "widths", "layers", "columns", "files", "version", "seal"}
+    assert (written["widths"], written["version"]) == ([3, 8], 2)
+    decided = json.loads((calibrated / "calibration.json").read_text())
+    assert set(decided) == {"version", "memory", "widths", "targets", "sha256", "seal"}

@@ -90,9 +90,8 @@ class Timeline:
         figure = Figure(figsize=(11, 5.5), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        segments = [([since, since + last - first + 1], [first - 1, last]) for since, first, last in self.runs]
-        for times, steps in segments:
-            axes.plot(times, steps, color="0.55", linewidth=0.8)
+        for since, first, last in self.runs:
+            axes.plot([since, since + last - first + 1], [first - 1, last], color="0.55", linewidth=0.8)
         for kind, colour in (("hidden", "tab:blue"), ("internal", "tab:orange")):
             stays = [stay for stay in self.stays if stay.kind == kind]
             axes.hlines(

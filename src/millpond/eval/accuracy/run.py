@@ -13,6 +13,10 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+import torch
+from transformers.utils import logging
+
+from millpond import models
 from millpond.errors import MillpondError
 from millpond.eval.accuracy.cell import Cell
 from millpond.eval.accuracy.trial import Outcome, watch
@@ -122,11 +126,6 @@ _family = None  # one per worker process
 
 
 def _trial(study: Study, seed: int, cells: list[Cell]) -> list[Outcome]:
-    import torch
-    from transformers.utils import logging
-
-    from millpond import models
-
     global _family
     if _family is None:
         torch.set_num_threads(1)

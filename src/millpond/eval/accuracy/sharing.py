@@ -10,17 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
 from millpond.cache import Pond
-from millpond.models.base import Tokens
-
-if TYPE_CHECKING:
-    from millpond.models.base import Family
-    from millpond.models.query_recorder import See
+from millpond.models.base import Family, Tokens
+from millpond.models.query_recorder import See
 
 
 @dataclass(frozen=True)

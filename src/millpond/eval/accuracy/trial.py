@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,10 +13,8 @@ from millpond.errors import BudgetError, PolicyError
 from millpond.eval.accuracy.cell import LAST_FRAMES, Cell
 from millpond.eval.accuracy.sharing import SharedStream
 from millpond.eval.streams import Stream
+from millpond.models.base import Family
 from millpond.session import Session
-
-if TYPE_CHECKING:
-    from millpond.models.base import Family
 
 
 @dataclass(frozen=True)
