@@ -39,10 +39,8 @@ class Pond(Transactional, Cache):
     """A `transformers.Cache` of preallocated layers with a hard cap in bytes.
 
     Args:
-        geometry: shapes and dtype of the model's cache.
-        plan: the split budget.
-        policy: chooses what survives a compaction.
-        device: of the storage.
+        geometry: shapes and dtype of the model's cache. plan: the split budget.
+        policy: chooses what survives a compaction. device: of the storage.
 
     Attributes:
         ledger: who holds how many bytes of the cap.
@@ -51,8 +49,7 @@ class Pond(Transactional, Cache):
         recent: what of the stream's newest part can still be protected.
         host: where frames go that are not kept; None where they are forgotten.
         rope: of the model, shown to a policy that rerotates keys; a session's runner sets it.
-        compactions: passes so far.
-        evicted: tokens forgotten so far (per head; all heads forget equally many).
+        compactions: passes so far. evicted: tokens forgotten so far (per head; all heads forget equally many).
     """
 
     copies = True

@@ -48,17 +48,14 @@ class PondLayer(CacheLayerMixin):
     """A preallocated cache layer for batch 1.
 
     Args:
-        geometry: shapes and dtype.
-        capacity: token slots to allocate.
-        device: where the storage lives.
+        geometry: shapes and dtype. capacity: token slots to allocate. device: where the storage lives.
 
     Attributes:
         keys, values: [1, H, capacity, D], storage; the first `length` slots are live.
         time_us: int64 [H, capacity], stream time of each token in microseconds.
         grid_position: int16 [H, capacity, 2], row and column on the frame's grid (see `millpond.policies.base`).
         positions: int32 [H, capacity, axes], rotary position of each stored key.
-        accumulated_attention: float32 [H, capacity]; None unless the geometry has it.
-        length: live slots.
+        accumulated_attention: float32 [H, capacity]; None unless the geometry has it. length: live slots.
     """
 
     is_sliding = False

@@ -8,10 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from millpond.cache.storage.dequantization import DequantizationBuffer
 from millpond.cache.storage.exchange import Slab
 from millpond.cache.storage.layer import LayerState, PondLayer
-from millpond.cache.storage.quantized_store import QuantizedStore
+from millpond.cache.storage.quantized_store import DequantizationBuffer, QuantizedStore
 from millpond.memory.geometry import Geometry
 from millpond.memory.resumable import Step
 from millpond.policies.scoring.matching import order_keys
