@@ -20,8 +20,7 @@ from millpond.answer import LayerMemory
 from millpond.cache.consumers import make_plan
 from millpond.cache.host import HostCache
 from millpond.cache.plan import Plan
-from millpond.cache.pond import Pond
-from millpond.cache.pond_state import Mark, PondState
+from millpond.cache.pond import Mark, Pond, PondState
 from millpond.cache.rerotation import stay_in_range
 from millpond.cache.retrieval import Retrieval
 from millpond.config import SessionConfig
@@ -116,7 +115,8 @@ class Runner:
         try:
             pond = self._pond = self._allocate(plan)
             with torch.no_grad():
-                self.append(self.family.embed(self._opening), text=True)
+                self.prepare_block(len(self._opening))
+                self.put(self.family.embed(self._opening), text=True)
         except BaseException:
             self._pond, self.clock, self.tokens = None, Clock(), 0
             raise
@@ -155,11 +155,6 @@ class Runner:
             yield
         finally:
             self.seconds[stage] += perf_counter() - began
-
-    def append(self, tokens: Tokens, *, text: bool) -> None:
-        """Free slots for stream tokens, run them through the decoder and keep them."""
-        self.prepare_block(len(tokens))
-        self.put(tokens, text=text)
 
     def prepare_block(self, tokens: int, clock: int | None = None) -> None:
         """Compact and re-anchor, if need be, in front of a block of `tokens` tokens that takes `clock` positions, by default as many."""

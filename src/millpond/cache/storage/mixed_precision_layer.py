@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,9 +42,7 @@ class MixedPrecisionLayer(PondLayer):
     def nbytes(self) -> int:
         return super().nbytes + sum(tensor.untyped_storage().nbytes() for tensor in self.store.tensors())
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = super().update(key_states, value_states)
         return self.buffer.dequantize(self.store, keys, values) if self.store.groups else (keys, values)
 
