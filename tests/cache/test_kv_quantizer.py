@@ -77,14 +77,14 @@ def test_packing_is_the_identity_on_every_code(bits: int, width: int) -> None:
     quantizer = KVQuantizer(bits, 4)
     codes = (torch.arange(8 * width) * 7 % 2**bits).float().view(2, 4, width)
     quantized = torch.full((2, 4, quantizer.row_bytes(width)), 255, dtype=torch.uint8)
-    quantizer._pack(codes, quantized)
+    quantizer._write_words(codes, quantized)
     assert torch.equal(unpack_codes(quantized, bits, width), codes)
     assert quantizer.row_bytes(128) == 128 * bits // 8  # no bit is wasted at a head's width
 
 
 def test_three_bits_lie_in_three_bytes_lowest_first() -> None:
     quantized = torch.zeros(1, 3, dtype=torch.uint8)
-    KVQuantizer(3, 1)._pack(torch.tensor([[1.0, 2, 3, 4, 5, 6, 7, 0]]), quantized)
+    KVQuantizer(3, 1)._write_words(torch.tensor([[1.0, 2, 3, 4, 5, 6, 7, 0]]), quantized)
     word = sum(code << (3 * place) for place, code in enumerate([1, 2, 3, 4, 5, 6, 7, 0]))
     assert quantized[0].tolist() == list(word.to_bytes(3, "little"))
 

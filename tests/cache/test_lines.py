@@ -78,7 +78,7 @@ def test_an_account_that_no_line_names_is_refused() -> None:
     ledger = Ledger(None, LINES)
     for entry in (ledger.account, lambda name: ledger.hold(name, 1), lambda name: ledger.borrow(name, 1).__enter__()):
         with pytest.raises(
-            BudgetError, match="no line of the plan is booked under 'a stranger'; there are: storage, scratch"
+            BudgetError, match="no line of the plan has the account 'a stranger'; there are: storage, scratch"
         ):
             entry("a stranger")
     assert ledger.held == 0

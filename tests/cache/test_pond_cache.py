@@ -35,7 +35,7 @@ def test_a_small_budget_is_held_while_generating_ten_times_as_much(attn: str) ->
     def watch(keys, values, layer, *args, **kwargs):  # type: ignore[no-untyped-def]
         result = original(keys, values, layer, *args, **kwargs)
         lengths.append(cache.layers[layer].length)
-        assert cache.nbytes <= 60_000
+        assert cache.storage.nbytes <= 60_000
         assert cache.ledger.held <= 60_000
         return result
 
@@ -74,7 +74,7 @@ def test_a_prompt_above_the_cap_is_refused_by_name_and_runs_in_chunks() -> None:
     cache = PondCache(model, 60_000, Newest())
     out = generate(model, cache, length=300, new=5, prefill_chunk_size=cache.headroom)
     assert out.shape == (1, 305)
-    assert cache.nbytes <= 60_000
+    assert cache.storage.nbytes <= 60_000
 
 
 def test_the_least_budget_works_and_one_byte_less_does_not() -> None:

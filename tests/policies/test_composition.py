@@ -14,6 +14,7 @@ from millpond import PolicyError, PondCache, Session, policies
 from millpond.cache import Pond
 from millpond.cache.consumers import make_plan
 from millpond.cache.host import HostCache
+from millpond.cache.storage.arena import ArenaStorage
 from millpond.kv_quantization.quantizer import KVQuantizer
 from millpond.kv_quantization.tier import QuantizedTier
 from millpond.memory.geometry import Geometry
@@ -77,7 +78,7 @@ def test_every_wrapper_around_every_policy_works_or_is_refused_in_one_line(
     pond = session._runner.pond
     assert pond.evicted > 0
     assert (pond.quantized_tokens > 0) == (wrapper == "mikv")
-    assert pond.storage.layer_budgets == (wrapper != "mikv")
+    assert isinstance(pond.storage, ArenaStorage) == (wrapper != "mikv")
     assert bool(merged) == policy.inner.needs.merging
     assert held_bytes(session) <= session.usage.peak_bytes <= session.plan.budget
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from millpond import MillpondError, ModelError, Session
-from millpond.cache.pond import Pond
-from millpond.cache.pond_state import Mark
+from millpond.cache.pond import Mark, Pond
 from millpond.frames import Frame
 from millpond.models.base import Family
 from millpond.stream.step import Step

@@ -50,8 +50,7 @@ class Arrivals:
     """What a pass brings, and where it goes: worked out by `HostCache.arrange`, written by `register` and `offloading`.
 
     Attributes:
-        ring: the host cache's afterwards.
-        frames: in stream order.
+        ring: the host cache's afterwards. frames: in stream order.
     """
 
     ring: Ring

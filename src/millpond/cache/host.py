@@ -56,15 +56,13 @@ class HostCache:
     """Frames outside the device, oldest first.
 
     Args:
-        geometry: of the pond's cache.
-        rope: takes the rotation out of keys.
+        geometry: of the pond's cache. rope: takes the rotation out of keys.
         budget: bytes of everything held here.
         folder: where a file without a name holds the storage, mapped into memory; None for plain memory. The file is gone with
             the cache.
 
     Attributes:
-        ring: which frames and tokens are held.
-        bytes_out: moved to the device.
+        ring: which frames and tokens are held. bytes_out: moved to the device.
         seconds: spent on moving and on scoring.
         span: most positions that a frame took on the first axis, from its first token to its last.
 
@@ -80,8 +78,6 @@ class HostCache:
         self._moved = torch.zeros(geometry.axes, dtype=torch.int64)  # by how much re-anchoring moved the stream so far
         self._buffer: Tensor | None = None
         self._rows = self._slots = 0
-
-    # --- size ---------------------------------------------------------------------------------------------------
 
     @staticmethod
     def token_bytes(geometry: Geometry) -> int:
@@ -168,8 +164,6 @@ class HostCache:
             yield
         finally:
             self.seconds += perf_counter() - began
-
-    # --- in -----------------------------------------------------------------------------------------------------
 
     def arrange(self, time_us: Tensor, group_tokens: int) -> Arrivals:
         """Find space for the frame tokens that leave, in stream order; nothing that is held changes.
@@ -296,8 +290,6 @@ class HostCache:
     def move(self, moved: Tensor) -> None:
         """The stream's positions moved back, to what `moved` gave. Distances to what is stored here stay."""
         self._moved = moved
-
-    # --- out ----------------------------------------------------------------------------------------------------
 
     def key_sums(self, index: int, at_most: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """One layer's sums of keys, float32 [H, n, D], and the frames' tokens, int64 [n], views of at most so many frames at a time.

@@ -7,7 +7,7 @@ Every allocation goes through the ledger. The pond never sees frames, questions 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,13 +17,13 @@ from transformers.cache_utils import Cache
 
 from millpond.cache.compaction import choose_groups, choose_tokens
 from millpond.cache.compaction_state import CompactionState
-from millpond.cache.host import HostCache
+from millpond.cache.host import HostCache, HostCacheState
 from millpond.cache.plan import Plan
-from millpond.cache.pond_state import Mark, PondState
-from millpond.cache.proxy_queries import ProxyQueries, accumulate_attention
+from millpond.cache.proxy_queries import ProxyQueries, QueriesState, accumulate_attention
 from millpond.cache.recent import RecentWindow
 from millpond.cache.resize import Resizing, most_tokens, reachable
 from millpond.cache.storage import make_storage
+from millpond.cache.storage.base import StorageState
 from millpond.errors import BudgetError
 from millpond.memory.geometry import Geometry
 from millpond.memory.ledger import Ledger
@@ -32,17 +32,48 @@ from millpond.policies.base import TEXT, Policy, View
 from millpond.policies.composition import check
 from millpond.positions import Rope
 
-__all__ = ["Pond"]
+__all__ = ["Mark", "Pond", "PondState"]
+
+
+@dataclass(frozen=True, eq=False)
+class PondState:
+    """Everything that a stream's memory goes on with. Its tensors are views of the pond that gave it.
+
+    Attributes:
+        plan: how the budget is split. storage, queries, host: the tokens; the proxy's queries; host memory, None without any.
+        recent, compactions, evicted: as in `Pond`.
+    """
+
+    plan: Plan
+    storage: StorageState
+    queries: QueriesState
+    host: HostCacheState | None
+    recent: RecentWindow
+    compactions: int
+    evicted: int
+
+
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """Where a step of a stream began: what is needed to take back what it appends.
+
+    Attributes:
+        length: live slots of the first layer. recent: as in the pond.
+        queries, accumulated_attention: copies of what a forward changes in place; None and empty where it does not.
+    """
+
+    length: int
+    recent: RecentWindow
+    queries: QueriesState | None
+    accumulated_attention: tuple[Tensor, ...]
 
 
 class Pond(Transactional, Cache):
     """A `transformers.Cache` of preallocated layers with a hard cap in bytes.
 
     Args:
-        geometry: shapes and dtype of the model's cache.
-        plan: the split budget.
-        policy: chooses what survives a compaction.
-        device: of the storage.
+        geometry: shapes and dtype of the model's cache. plan: the split budget.
+        policy: chooses what survives a compaction. device: of the storage.
 
     Attributes:
         ledger: who holds how many bytes of the cap.
@@ -51,8 +82,7 @@ class Pond(Transactional, Cache):
         recent: what of the stream's newest part can still be protected.
         host: where frames go that are not kept; None where they are forgotten.
         rope: of the model, shown to a policy that rerotates keys; a session's runner sets it.
-        compactions: passes so far.
-        evicted: tokens forgotten so far (per head; all heads forget equally many).
+        compactions: passes so far. evicted: tokens forgotten so far (per head; all heads forget equally many).
     """
 
     copies = True
@@ -104,8 +134,6 @@ class Pond(Transactional, Cache):
     def quantized_tokens(self) -> int:
         """Those of them that are stored in few bits."""
         return self.storage.quantized_tokens
-
-    # --- growing ------------------------------------------------------------------------------------------------
 
     def ensure_capacity(self, tokens: int) -> None:
         """Free slots for a block of `tokens` stream tokens beside the turn's reserve: the cap holds before it runs.
@@ -193,8 +221,6 @@ class Pond(Transactional, Cache):
             with self.ledger.borrow("scratch", self.plan.scratch_bytes):
                 self.carry_out(Steps(self.storage.cutting_out(start, count, self.plan.chunk)))
 
-    # --- steps of a stream --------------------------------------------------------------------------------------
-
     def mark(self, *, queries: bool = False, accumulated_attention: bool = False) -> Mark:
         """Remember what there is, to `rewind` to it until `release`.
 
@@ -229,8 +255,6 @@ class Pond(Transactional, Cache):
     def release(self) -> None:
         """The bytes that a mark's copies took are free: whoever had it has let go of it."""
         self.ledger.hold("undo", 0)
-
-    # --- shrinking ----------------------------------------------------------------------------------------------
 
     def compact(self, slots: int) -> None:
         """Keep `slots` tokens behind the prompt in every head of every layer, chosen by the policy, in place.
@@ -306,8 +330,6 @@ class Pond(Transactional, Cache):
             **({} if self.host is None else self.host.usage()),
         }
 
-    # --- storage ------------------------------------------------------------------------------------------------
-
     def resize(self, plan: Plan) -> None:
         """Move to the storage of another plan while the stream runs; shrinking compacts at once.
 
@@ -331,8 +353,6 @@ class Pond(Transactional, Cache):
     def _adopt(self, plan: Plan) -> None:
         self.plan = plan
         self.ledger.adopt(plan.budget if self.policy.capped else None, plan.lines)
-
-    # --- state --------------------------------------------------------------------------------------------------
 
     def state(self) -> PondState:
         """Everything that the stream's memory goes on with."""

@@ -73,16 +73,14 @@ class ProxyQueries:
         self.counts = list(state.counts)
 
 
-def accumulate_attention(
-    layer: PondLayer, group: int, queries: Tensor, positions: Tensor, rope: Rope, chunk: int
-) -> None:
+def accumulate_attention(layer: PondLayer, group: int, queries: Tensor, at: Tensor, rope: Rope, chunk: int) -> None:
     """Add to each live token's sum the attention that the block just run pays it; called behind the layer's attention.
 
     The rows of the softmax are built anew from the block's queries, a piece at a time.
 
     Args:
         group: query heads that share a KV head. chunk: rows of a head at a time.
-        queries: [n, H * g, D] of the last n live tokens, without their rotation. positions: int64 [axes, n].
+        queries: [n, H * g, D] of the last n live tokens, without their rotation. at: their positions, int64 [axes, n].
     """
     count, at_once = queries.shape[0], max(1, chunk // group)
     keys, attention = layer.attended()
@@ -92,7 +90,7 @@ def accumulate_attention(
         own = torch.arange(before + first, before + last, device=keys.device)
         for head in range(keys.shape[0]):
             piece = queries[first:last, head * group : (head + 1) * group].transpose(0, 1).to(torch.float32, copy=True)
-            rope.rotate_(piece, positions[:, first:last].T)
+            rope.rotate_(piece, at[:, first:last].T)
             rows = piece.reshape(-1, piece.shape[2])
             ops.add_attention(rows, keys[head, :0], keys[head], attention[head], chunk, own.repeat(group))
     layer.write_back(attention)

@@ -97,6 +97,9 @@ def _heads(pond: Pond) -> Iterator[tuple[Tensor, Tensor]]:
             yield layer.in_order(head)
 
 
+_Shifts = Callable[[PondLayer, int], Tensor]
+
+
 class _Reanchoring:
     """Rerotates every stored key, head by head, then the proxy's queries, what host memory knows, and the clock. A `Move`.
 
@@ -108,14 +111,7 @@ class _Reanchoring:
     """
 
     def __init__(
-        self,
-        pond: Pond,
-        rope: Rope,
-        shifts: Callable[[PondLayer, int], Tensor],
-        spatial: int,
-        temporal: int,
-        clock: Clock,
-        end: Clock,
+        self, pond: Pond, rope: Rope, shifts: _Shifts, spatial: int, temporal: int, clock: Clock, end: Clock
     ) -> None:
         self._pond, self._rope, self._shifts = pond, rope, shifts
         # The proxy's tokens stand at the end of the stream, behind every gap, and move with its newest token.

@@ -71,13 +71,7 @@ class Resizing:
     """
 
     def __init__(
-        self,
-        storage: Storage,
-        ledger: Ledger,
-        old: Plan,
-        new: Plan,
-        limit: int | None,
-        adopt: Callable[[Plan], None],
+        self, storage: Storage, ledger: Ledger, old: Plan, new: Plan, limit: int | None, adopt: Callable[[Plan], None]
     ) -> None:
         self.refused: BudgetError | None = None
         slabs = _slabs(storage, new, _longest(storage))

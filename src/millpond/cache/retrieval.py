@@ -24,8 +24,7 @@ class Retrieval:
     between frames close to the clock's step. On M-RoPE the rows and columns of a frame of the window's own segment stay.
 
     Args:
-        pond: with a host cache.
-        clock: where the question begins.
+        pond: with a host cache. clock: where the question begins.
         closed: whether gaps between retrieved frames close.
 
     Attributes:

@@ -19,8 +19,7 @@ class QuantizedTier:
     """How much of a memory is quantized, and how.
 
     Attributes:
-        quantizer: how.
-        full_share: of the remembered tokens, how many stay as they are.
+        quantizer: how. full_share: of the remembered tokens, how many stay as they are.
 
     Raises:
         PolicyError: a share that is not between 0 and 1.

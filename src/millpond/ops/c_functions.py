@@ -23,11 +23,9 @@ class CFunction:
     """One C function, looked up when it is first asked for.
 
     Args:
-        file: its C++ file.
-        name: without the "millpond_" that all carry, and without a dtype.
+        file: its C++ file. name: without the "millpond_" that all carry, and without a dtype.
         arguments: a letter for each: p an address (an int, an array, `byref` or None), n an int64, f a float32.
-        result: a letter, or nothing.
-        by_dtype: whether there is one for float32 and one for bfloat16.
+        result: a letter, or nothing. by_dtype: whether there is one for float32 and one for bfloat16.
     """
 
     def __init__(self, file: str, name: str, arguments: str, result: str = "", *, by_dtype: bool = False) -> None:

@@ -17,23 +17,23 @@ constexpr int64_t BATCH = 64;  // tokens whose roots and divisions are done toge
 
 // Temporal redundancy of one head.
 template <typename T>
-void redundancy(const T* keys, const int16_t* place, const uint8_t* recent, int64_t tokens, int64_t width, float floor,
+void redundancy(const T* keys, const int16_t* grid_position, const uint8_t* recent, int64_t tokens, int64_t width, float floor,
                 float* table, int64_t span, float* out) {
-    int64_t rows = 0, cols = 0;  // the grid that holds every place of the recent frames
+    int64_t rows = 0, cols = 0;  // the grid that holds every grid position of the recent frames
     for (int64_t n = 0; n < tokens; ++n) {
-        out[n] = recent[n] || place[2 * n] < 0 ? -std::numeric_limits<float>::infinity() : 0.0f;
-        if (recent[n] && place[2 * n] >= 0) {
-            rows = std::max<int64_t>(rows, place[2 * n] + 1);
-            cols = std::max<int64_t>(cols, place[2 * n + 1] + 1);
+        out[n] = recent[n] || grid_position[2 * n] < 0 ? -std::numeric_limits<float>::infinity() : 0.0f;
+        if (recent[n] && grid_position[2 * n] >= 0) {
+            rows = std::max<int64_t>(rows, grid_position[2 * n] + 1);
+            cols = std::max<int64_t>(cols, grid_position[2 * n + 1] + 1);
         }
     }
-    // The table has one mean unit key for each of `span` places; frames of several sizes may take more than one round.
+    // The table has one mean unit key for each of `span` grid positions; frames of several sizes may take more than one round.
     float* seen = table + span * width;
     for (int64_t base = 0; base < rows * cols; base += span) {
         std::fill(table, table + span * (width + 1), 0.0f);
         for (int64_t n = 0; n < tokens; ++n) {
-            const int64_t at = place[2 * n] * cols + place[2 * n + 1] - base;
-            if (!recent[n] || place[2 * n] < 0 || at < 0 || at >= span) continue;
+            const int64_t at = grid_position[2 * n] * cols + grid_position[2 * n + 1] - base;
+            if (!recent[n] || grid_position[2 * n] < 0 || at < 0 || at >= span) continue;
             const T* key = keys + n * width;
             add_scaled(key, 1.0f / (std::sqrt(square_of(key, width)) + floor), width, table + at * width);
             seen[at] += 1.0f;
@@ -50,7 +50,7 @@ void redundancy(const T* keys, const int16_t* place, const uint8_t* recent, int6
                 filled = 0;
             }
             if (n == tokens) break;
-            const int64_t row = place[2 * n], col = place[2 * n + 1], at = row * cols + col - base;
+            const int64_t row = grid_position[2 * n], col = grid_position[2 * n + 1], at = row * cols + col - base;
             if (recent[n] || row < 0 || row >= rows || col >= cols || at < 0 || at >= span || seen[at] == 0) continue;
             fetch(keys + (n + AHEAD) * width, width);
             dot_and_square(keys + n * width, table + at * width, width, dots[filled], squares[filled]);
@@ -78,17 +78,17 @@ void window_sums(const float* grid, float* half, float* sums, int64_t rows, int6
     }
 }
 
-// One head: replace each placed token's value by the mean over the existing tokens of its frame in a kernel x kernel window.
-void pool(float* values, const int64_t* time_us, const int16_t* place, int64_t tokens, int64_t kernel) {
+// One head: replace the value of each token on the grid by the mean over the existing tokens of its frame in a kernel x kernel window.
+void pool(float* values, const int64_t* time_us, const int16_t* grid_position, int64_t tokens, int64_t kernel) {
     const int64_t reach = kernel / 2;
     std::vector<float> grid, half, sums, counts;
     int64_t counted_rows = 0, counted_cols = 0;  // the complete grid that `counts` stands for
     for (int64_t first = 0; first < tokens;) {
         int64_t last = first, rows = 0, cols = 0, placed = 0;
         for (; last < tokens && time_us[last] == time_us[first]; ++last) {
-            rows = std::max<int64_t>(rows, place[2 * last] + 1);
-            cols = std::max<int64_t>(cols, place[2 * last + 1] + 1);
-            placed += place[2 * last] >= 0;
+            rows = std::max<int64_t>(rows, grid_position[2 * last] + 1);
+            cols = std::max<int64_t>(cols, grid_position[2 * last + 1] + 1);
+            placed += grid_position[2 * last] >= 0;
         }
         const int64_t wide = cols + 2 * reach, high = rows + 2 * reach;
         if (placed * placed < rows * cols) {  // few are left of this frame: look at each pair
@@ -96,15 +96,15 @@ void pool(float* values, const int64_t* time_us, const int16_t* place, int64_t t
             for (int64_t n = first; n < last; ++n) {
                 int64_t near = 0;
                 for (int64_t m = first; m < last; ++m)
-                    if (place[2 * m] >= 0 && std::abs(place[2 * m] - place[2 * n]) <= reach &&
-                        std::abs(place[2 * m + 1] - place[2 * n + 1]) <= reach) {
+                    if (grid_position[2 * m] >= 0 && std::abs(grid_position[2 * m] - grid_position[2 * n]) <= reach &&
+                        std::abs(grid_position[2 * m + 1] - grid_position[2 * n + 1]) <= reach) {
                         sums[n - first] += values[m];
                         ++near;
                     }
                 if (near) sums[n - first] /= static_cast<float>(near);
             }
             for (int64_t n = first; n < last; ++n)
-                if (place[2 * n] >= 0) values[n] = sums[n - first];
+                if (grid_position[2 * n] >= 0) values[n] = sums[n - first];
         } else if (placed) {
             const bool complete = placed == rows * cols;
             half.resize(static_cast<size_t>(high * wide));
@@ -112,8 +112,8 @@ void pool(float* values, const int64_t* time_us, const int16_t* place, int64_t t
                 if (pass && complete && rows == counted_rows && cols == counted_cols) break;
                 grid.assign(static_cast<size_t>(high * wide), 0.0f);
                 for (int64_t n = first; n < last; ++n)
-                    if (place[2 * n] >= 0)
-                        grid[(place[2 * n] + reach) * wide + place[2 * n + 1] + reach] = pass ? 1.0f : values[n];
+                    if (grid_position[2 * n] >= 0)
+                        grid[(grid_position[2 * n] + reach) * wide + grid_position[2 * n + 1] + reach] = pass ? 1.0f : values[n];
                 std::vector<float>& into = pass ? counts : sums;
                 into.resize(static_cast<size_t>(rows * wide));
                 window_sums(grid.data(), half.data(), into.data(), rows, cols, kernel);
@@ -123,8 +123,8 @@ void pool(float* values, const int64_t* time_us, const int16_t* place, int64_t t
                 }
             }
             for (int64_t n = first; n < last; ++n)
-                if (place[2 * n] >= 0) {
-                    const int64_t at = place[2 * n] * wide + place[2 * n + 1];
+                if (grid_position[2 * n] >= 0) {
+                    const int64_t at = grid_position[2 * n] * wide + grid_position[2 * n + 1];
                     values[n] = sums[at] / counts[at];
                 }
         }
@@ -157,12 +157,12 @@ int64_t kernel_of(const float* norms, int64_t count, const float* thresholds) {
 
 // A layer as `View` has it: the distance between heads of each tensor, in elements.
 struct Sizes {
-    int64_t heads, tokens, width, key_stride, value_stride, time_stride, place_stride;
+    int64_t heads, tokens, width, key_stride, value_stride, time_stride, grid_stride;
 };
 
 // The selection of infinipot-v in one layer.
 template <typename T>
-void infinipot_v(const T* keys, const T* values, const int64_t* time_us, const int16_t* place, const uint8_t* recent,
+void infinipot_v(const T* keys, const T* values, const int64_t* time_us, const int16_t* grid_position, const uint8_t* recent,
                  const Sizes& size, int64_t by_redundancy, int64_t slots, int64_t kernel, const float* thresholds, float floor,
                  int64_t span, float* scores, float* table, uint32_t* work, uint8_t* marked, int64_t* keep) {
     const int64_t tokens = size.tokens;
@@ -171,11 +171,11 @@ void infinipot_v(const T* keys, const T* values, const int64_t* time_us, const i
     std::memcpy(marked, recent, static_cast<size_t>(size.heads * tokens));
     for (int64_t h = 0; by_redundancy > protected_ && h < size.heads; ++h) {
         uint8_t* mark = marked + h * tokens;
-        redundancy(keys + h * size.key_stride, place + h * size.place_stride, mark, tokens, size.width, floor, table, span, scores);
+        redundancy(keys + h * size.key_stride, grid_position + h * size.grid_stride, mark, tokens, size.width, floor, table, span, scores);
         rank(scores, mark, tokens);
         int64_t* chosen = keep + h * slots;
         best(scores, tokens, by_redundancy, work, chosen);
-        // A head with too few placed tokens was filled up with text, which does not compete here.
+        // A head with too few tokens on the grid was filled up with text, which does not compete here.
         for (int64_t j = 0; j < by_redundancy; ++j)
             if (scores[chosen[j]] > -std::numeric_limits<float>::infinity()) mark[chosen[j]] = 1;
     }
@@ -183,7 +183,7 @@ void infinipot_v(const T* keys, const T* values, const int64_t* time_us, const i
     if (kernel == 0) kernel = kernel_of(scores, size.heads * tokens, thresholds);
     for (int64_t h = 0; h < size.heads; ++h) {
         float* row = scores + h * tokens;
-        if (kernel > 1) pool(row, time_us + h * size.time_stride, place + h * size.place_stride, tokens, kernel);
+        if (kernel > 1) pool(row, time_us + h * size.time_stride, grid_position + h * size.grid_stride, tokens, kernel);
         rank(row, marked + h * tokens, tokens);
         best(row, tokens, slots, work, keep + h * slots);
     }
@@ -196,22 +196,22 @@ extern "C" {
 // The tokens that infinipot-v keeps of a layer, int64 [heads, slots]: `recent` marks the latest frames, `kernel` is 0 where the value norms
 // choose it by `thresholds` [3]. To work in: `scores` float32 [heads, tokens], `table` float32 [span, width + 1], `work` uint32 [2 tokens],
 // `marked` [heads, tokens].
-void millpond_infinipot_v_f32(const float* keys, const float* values, const int64_t* time_us, const int16_t* place,
+void millpond_infinipot_v_f32(const float* keys, const float* values, const int64_t* time_us, const int16_t* grid_position,
                               const uint8_t* recent, int64_t heads, int64_t tokens, int64_t width, int64_t key_stride,
-                              int64_t value_stride, int64_t time_stride, int64_t place_stride, int64_t by_redundancy, int64_t slots,
+                              int64_t value_stride, int64_t time_stride, int64_t grid_stride, int64_t by_redundancy, int64_t slots,
                               int64_t kernel, const float* thresholds, float floor, int64_t span, float* scores, float* table,
                               uint32_t* work, uint8_t* marked, int64_t* keep) {
-    const Sizes size{heads, tokens, width, key_stride, value_stride, time_stride, place_stride};
-    infinipot_v(keys, values, time_us, place, recent, size, by_redundancy, slots, kernel, thresholds, floor, span, scores, table,
+    const Sizes size{heads, tokens, width, key_stride, value_stride, time_stride, grid_stride};
+    infinipot_v(keys, values, time_us, grid_position, recent, size, by_redundancy, slots, kernel, thresholds, floor, span, scores, table,
                 work, marked, keep);
 }
-void millpond_infinipot_v_bf16(const uint16_t* keys, const uint16_t* values, const int64_t* time_us, const int16_t* place,
+void millpond_infinipot_v_bf16(const uint16_t* keys, const uint16_t* values, const int64_t* time_us, const int16_t* grid_position,
                               const uint8_t* recent, int64_t heads, int64_t tokens, int64_t width, int64_t key_stride,
-                              int64_t value_stride, int64_t time_stride, int64_t place_stride, int64_t by_redundancy, int64_t slots,
+                              int64_t value_stride, int64_t time_stride, int64_t grid_stride, int64_t by_redundancy, int64_t slots,
                               int64_t kernel, const float* thresholds, float floor, int64_t span, float* scores, float* table,
                               uint32_t* work, uint8_t* marked, int64_t* keep) {
-    const Sizes size{heads, tokens, width, key_stride, value_stride, time_stride, place_stride};
-    infinipot_v(keys, values, time_us, place, recent, size, by_redundancy, slots, kernel, thresholds, floor, span, scores, table,
+    const Sizes size{heads, tokens, width, key_stride, value_stride, time_stride, grid_stride};
+    infinipot_v(keys, values, time_us, grid_position, recent, size, by_redundancy, slots, kernel, thresholds, floor, span, scores, table,
                 work, marked, keep);
 }
 }

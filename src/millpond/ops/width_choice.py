@@ -52,8 +52,7 @@ class Estimators:
     """What does not change from one input to the next, laid out once.
 
     Args:
-        columns: K of the input.
-        lines: for each linear slope, intercept and threshold.
+        columns: K of the input. lines: for each linear slope, intercept and threshold.
         projections: for each linear bfloat16 [k, K], or None for the line.
         scale, epsilon: of an RMS norm in front of the estimates, float32 [K]; None for none.
     """

@@ -5,9 +5,9 @@ Owns the memory of one stream, its clock and its budget. Takes tokens; frames an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -20,7 +20,7 @@ from millpond.answer import LayerMemory
 from millpond.cache.consumers import make_plan
 from millpond.cache.host import HostCache
 from millpond.cache.plan import Plan
-from millpond.cache.pond import Pond
+from millpond.cache.pond import Mark, Pond, PondState
 from millpond.cache.rerotation import stay_in_range
 from millpond.cache.retrieval import Retrieval
 from millpond.config import SessionConfig
@@ -33,9 +33,39 @@ from millpond.policies.base import SEPARATOR
 from millpond.policies.composition import SEPARATORS, check
 from millpond.positions import Clock
 from millpond.stream.consumers import FramesAsPixels
-from millpond.stream.state import RunnerMark, RunnerState
 
-__all__ = ["Runner", "dated", "grid_positions"]
+__all__ = ["Runner", "RunnerMark", "RunnerState", "dated", "grid_positions"]
+
+
+@dataclass(frozen=True, eq=False)
+class RunnerState:
+    """Everything that a stream goes on with, beside the settings with which it began and the frames that wait in front of it.
+
+    Attributes:
+        budget: bytes; None without a cap. grid: the largest frame size planned for.
+        clock, tokens, reanchorings, seconds: as in `Runner`.
+        admission: what the admission remembers of the stream.
+        pond: the memory. Its tensors are views of the pond that gave it.
+    """
+
+    budget: int | None
+    grid: Grid | None
+    clock: Clock
+    tokens: int
+    reanchorings: int
+    seconds: Mapping[str, float]
+    admission: Any
+    pond: PondState
+
+
+@dataclass(frozen=True, eq=False)
+class RunnerMark:
+    """Where a step of a stream began. The attributes are those of `RunnerState`."""
+
+    clock: Clock
+    tokens: int
+    admission: Any
+    pond: Mark
 
 
 class Runner:
@@ -46,12 +76,10 @@ class Runner:
         config: without a budget only for a policy that has no cap, without a host budget where nothing is retrieved, or only planned.
 
     Attributes:
-        config: as given, with the budget that is in force.
-        clock: where the next token stands.
+        config: as given, with the budget that is in force. clock: where the next token stands.
         admission_state: what the admission remembers of the stream; replaced, never changed.
         grid: the largest frame size planned for; None before the first frame.
-        tokens: stream tokens that went in, the prompt among them.
-        reanchorings: how often positions were moved.
+        tokens: stream tokens that went in, the prompt among them. reanchorings: how often positions were moved.
         seconds: spent by stage, see `millpond.Usage`.
 
     Raises:
@@ -86,7 +114,8 @@ class Runner:
         try:
             pond = self._pond = self._allocate(self._planned)
             with torch.no_grad():
-                self.append(self.family.embed(self._opening), text=True)
+                self.prepare_block(len(self._opening))
+                self.put(self.family.embed(self._opening), text=True)
         except BaseException:
             self._pond, self.clock, self.tokens = None, Clock(), 0
             raise
@@ -125,13 +154,6 @@ class Runner:
             yield
         finally:
             self.seconds[stage] += perf_counter() - began
-
-    # --- tokens -------------------------------------------------------------------------------------------------
-
-    def append(self, tokens: Tokens, *, text: bool) -> None:
-        """Free slots for stream tokens, run them through the decoder and keep them."""
-        self.prepare_block(len(tokens))
-        self.put(tokens, text=text)
 
     def prepare_block(self, tokens: int, clock: int | None = None) -> None:
         """Compact and re-anchor, if need be, in front of a block of `tokens` tokens that takes `clock` positions, by default as many."""
@@ -241,8 +263,6 @@ class Runner:
         if self.roll_back_open_step is not None:
             self.roll_back_open_step()
 
-    # --- the budget ---------------------------------------------------------------------------------------------
-
     @property
     def plan(self) -> Plan:
         """How the budget is split now: for the largest frames so far, or for text alone before the first."""
@@ -313,8 +333,6 @@ class Runner:
             if pond is None or (pond.plan is old and not pond.moving):
                 self.config, self.grid = before
             raise
-
-    # --- state --------------------------------------------------------------------------------------------------
 
     def mark(self, *, queries: bool = False, accumulated_attention: bool = False) -> RunnerMark:
         """Where the stream stands, to `rewind` to; see `Pond.mark`."""

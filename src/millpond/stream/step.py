@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from millpond.stream.runner import Runner
-from millpond.stream.state import RunnerMark
+from millpond.stream.runner import Runner, RunnerMark
 
 __all__ = ["Step", "Waiting"]
 

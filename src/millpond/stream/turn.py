@@ -24,8 +24,7 @@ class Turn(Step):
         remember: `commit` keeps the turn in the stream; otherwise it leaves the stream as it was.
 
     Attributes:
-        time_us: stream time at which it is asked.
-        done: the answer, once it has been run.
+        time_us: stream time at which it is asked. done: the answer, once it has been run.
     """
 
     _ingest: Ingest

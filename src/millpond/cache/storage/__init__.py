@@ -6,9 +6,8 @@ import torch
 
 from millpond.cache.plan import Plan
 from millpond.cache.storage.arena import ArenaStorage
-from millpond.cache.storage.base import Storage
+from millpond.cache.storage.base import PerLayerStorage, Storage
 from millpond.cache.storage.mixed_precision import MixedPrecisionStorage
-from millpond.cache.storage.per_layer import PerLayerStorage
 from millpond.memory.geometry import Geometry
 from millpond.memory.ledger import Ledger
 from millpond.policies.base import Policy

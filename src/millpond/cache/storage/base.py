@@ -23,7 +23,7 @@ from millpond.memory.ledger import Ledger
 from millpond.memory.resumable import Step
 from millpond.policies.base import View
 
-__all__ = ["Choose", "Relocation", "Step", "Storage", "StorageState"]
+__all__ = ["Choose", "PerLayerStorage", "Relocation", "Step", "Storage", "StorageState"]
 
 Choose = Callable[[View, int], Tensor]
 """A policy's `keep`, held to its contract."""
@@ -220,3 +220,11 @@ class Storage:
         for layer, each in zip(self.layers, state.layers, strict=True):
             layer.restore(each)
         self.ahead = [layer.length - self.length for layer in self.layers]
+
+
+class PerLayerStorage(Storage):
+    """The plainest storage: every layer has tensors of its own, of `Plan.slots` slots."""
+
+    def __init__(self, geometry: Geometry, plan: Plan, device: torch.device, ledger: Ledger) -> None:
+        layers = [PondLayer(geometry, plan.slots, device) for _ in range(geometry.layers)]
+        super().__init__(geometry, layers, ledger)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,17 +49,14 @@ class PondLayer(CacheLayerMixin):
     """A preallocated cache layer for batch 1.
 
     Args:
-        geometry: shapes and dtype.
-        capacity: token slots to allocate.
-        device: where the storage lives.
+        geometry: shapes and dtype. capacity: token slots to allocate. device: where the storage lives.
 
     Attributes:
         keys, values: [1, H, capacity, D], storage; the first `length` slots are live.
         time_us: int64 [H, capacity], stream time of each token in microseconds.
         grid_position: int16 [H, capacity, 2], row and column on the frame's grid (see `millpond.policies.base`).
         positions: int32 [H, capacity, axes], rotary position of each stored key.
-        accumulated_attention: float32 [H, capacity]; None unless the geometry has it.
-        length: live slots.
+        accumulated_attention: float32 [H, capacity]; None unless the geometry has it. length: live slots.
     """
 
     is_sliding = False
@@ -106,9 +104,7 @@ class PondLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the storage exists from the start."""
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Copy the new keys and values [1, H, n, D] in place behind the live ones; return views of all live slots.
 
         Raises:

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from millpond.cache.plan import Plan
 from millpond.cache.storage.base import Choose, Relocation, Step, Storage
-from millpond.cache.storage.dequantization import DequantizationBuffer
 from millpond.cache.storage.mixed_precision_layer import MixedPrecisionLayer, stream_order
-from millpond.cache.storage.quantized_store import QuantizedStore
+from millpond.cache.storage.quantized_store import DequantizationBuffer, QuantizedStore
 from millpond.errors import BudgetError
 from millpond.kv_quantization.tier import QuantizedTier
 from millpond.memory.geometry import Geometry
@@ -99,8 +98,7 @@ def _surviving_groups(layer: MixedPrecisionLayer, view: View, start: int, groups
 
     Args:
         view: of the layer's full tokens, whose protected ones the policy is shown beside the quantized ones. start: their first slot.
-        groups: how many stay, fewer than there are.
-        choose: the policy's `keep`.
+        groups: how many stay, fewer than there are. choose: the policy's `keep`.
     """
     quantized, size, live = layer.store.tokens, layer.store.quantizer.group, layer.store.groups
     if not groups:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from millpond.cache.storage.dequantization import DequantizationBuffer
 from millpond.cache.storage.exchange import Slab
 from millpond.cache.storage.layer import LayerState, PondLayer
-from millpond.cache.storage.quantized_store import QuantizedStore
+from millpond.cache.storage.quantized_store import DequantizationBuffer, QuantizedStore
 from millpond.memory.geometry import Geometry
 from millpond.memory.resumable import Step
 from millpond.policies.scoring.matching import order_keys
@@ -42,9 +42,7 @@ class MixedPrecisionLayer(PondLayer):
     def nbytes(self) -> int:
         return super().nbytes + sum(tensor.untyped_storage().nbytes() for tensor in self.store.tensors())
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = super().update(key_states, value_states)
         return self.buffer.dequantize(self.store, keys, values) if self.store.groups else (keys, values)
 

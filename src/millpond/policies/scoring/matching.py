@@ -11,28 +11,26 @@ from torch import Tensor
 __all__ = ["match_scores", "matching_scratch", "order_keys"]
 
 
-def match_scores(
-    scores: Tensor, time_us: Tensor, grid_position: Tensor, to_time_us: Tensor, to_position: Tensor
-) -> Tensor:
+def match_scores(scores: Tensor, time_us: Tensor, grid_position: Tensor, to_us: Tensor, to_position: Tensor) -> Tensor:
     """What one layer's scores say of another layer's tokens: float32 [H, m], NaN where that layer does not hold the token.
 
     Tokens on no grid (text, separators) are NaN too: several share a time, and cannot be told apart.
 
     Args:
         scores: float32 [H, n]. time_us, grid_position: int64 [H, n] and int16 [H, n, 2] of the same tokens, as in `View`.
-        to_time_us, to_position: int64 [H, m] and int16 [H, m, 2] of the other layer's tokens.
+        to_us, to_position: int64 [H, m] and int16 [H, m, 2] of the other layer's tokens.
     """
-    out = torch.empty(to_time_us.shape, device=scores.device)
+    out = torch.empty(to_us.shape, device=scores.device)
     for head, row in enumerate(out):
         held, order = _keys(time_us[head], time_us[head], grid_position[head]).sort(stable=True)
-        wanted = _keys(time_us[head], to_time_us[head], to_position[head])
+        wanted = _keys(time_us[head], to_us[head], to_position[head])
         at = torch.searchsorted(held, wanted).clamp_(max=len(held) - 1)
         same = held[at] == wanted
         del held, wanted
         at = order[at]
         del order
         # A time that the layer does not hold has the rank of the next one.
-        same &= time_us[head][at] == to_time_us[head]
+        same &= time_us[head][at] == to_us[head]
         same &= to_position[head, :, 0] >= 0
         row.copy_(scores[head][at]).masked_fill_(~same, torch.nan)
     return out
