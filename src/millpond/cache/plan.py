@@ -94,7 +94,7 @@ class _Total:
     def __get__(self, plan: Plan | None, kind: type[Plan]) -> int:
         if plan is None:
             raise AttributeError("a number of one plan, not of all")
-        found = sum(getattr(line, self._what) for line in plan.lines if self._name in (line.name, line.account))
+        found: int = sum(getattr(line, self._what) for line in plan.lines if self._name in (line.name, line.account))
         plan.__dict__[self._attribute] = found  # which is looked at first from now on; a plan never changes
         return found
 
