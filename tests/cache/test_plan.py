@@ -1,6 +1,7 @@
 """The split: it adds up, it never passes the budget, and the minimum that works is exactly that."""
 
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millpond.cache.consumers import make_plan
-from millpond.cache.plan import Plan
+from millpond.cache.plan import Plan, _most
 from millpond.errors import BudgetError
 from millpond.memory.geometry import Geometry
 from millpond.policies.base import Needs
@@ -116,3 +117,15 @@ def test_other_storage_is_the_memory_s_matter() -> None:
         assert other.total_bytes == plan.total_bytes + (slots - plan.slots) * plan.bytes_per_token
     minimum = plan.with_slots(plan.slots - plan.memory_tokens)
     assert (minimum.memory_tokens, minimum.headroom_tokens) == (16, plan.headroom_tokens - 16)
+
+
+@given(sizes=st.lists(st.integers(1, 50), min_size=2, max_size=60), limit=st.integers(1, 2000), step=st.integers(1, 40))
+def test_the_most_that_fits_is_what_counting_up_finds(sizes: list[int], limit: int, step: int) -> None:
+    """Also where sizes grow unevenly, and where the first guess was too low."""
+    total = list(accumulate(sizes))
+    limit = max(limit, total[0])
+
+    def size(slots: int) -> int:
+        return total[slots] if slots < len(total) else 10**6 * slots
+
+    assert _most(size, limit, 0, step) == max(slots for slots in range(len(total)) if total[slots] <= limit)

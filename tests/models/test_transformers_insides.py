@@ -9,6 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from millpond import ModelError, Session
+from millpond.models import decoder
 from millpond.models import transformers_insides as insides
 from tests.models.tiny import FAMILIES, tiny
 from tests.session.frames import moving
@@ -57,6 +58,26 @@ def test_the_attention_of_uneven_layers_is_the_models_own_where_layers_are_even(
     assert family.decoder.config._attn_implementation == f"millpond_{implementation}"
     for ours, theirs in zip(run(), before, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_ready_mask_gives_what_transformers_own_gives(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, in every layer, on an empty cache and behind a filled one."""
+    family, masks = tiny("qwen2_5_vl", attn_implementation=implementation), []
+
+    def run(mask: object) -> list[torch.Tensor]:
+        monkeypatch.setattr(decoder, "causal_mask", mask)
+        session = Session(family, budget="16MiB")
+        session.feed(list(moving(8)))
+        return [layer.keys for layer in session._runner.pond.layers]
+
+    def ready(*args: object) -> torch.Tensor | None:
+        masks.append(insides.causal_mask(*args))
+        return masks[-1]
+
+    for ours, theirs in zip(run(ready), run(lambda *args: None), strict=True):
+        assert torch.equal(ours, theirs)
+    assert any(mask is not None for mask in masks)
 
 
 def test_another_attention_implementation_is_refused_before_a_forward() -> None:

@@ -83,15 +83,20 @@ Consumer = Callable[[Geometry, Split], Line]
 
 
 class _Total:
-    """A number that is read off a plan's lines: the slots or bytes of those called so, or under such an account."""
+    """A number that is read off a plan's lines, once: the slots or bytes of those called so, or under such an account."""
 
     def __init__(self, what: str, name: str) -> None:
         self._what, self._name = what, name
 
+    def __set_name__(self, owner: type[Plan], attribute: str) -> None:
+        self._attribute = attribute
+
     def __get__(self, plan: Plan | None, kind: type[Plan]) -> int:
         if plan is None:
             raise AttributeError("a number of one plan, not of all")
-        return sum(getattr(line, self._what) for line in plan.lines if self._name in (line.name, line.account))
+        found: int = sum(getattr(line, self._what) for line in plan.lines if self._name in (line.name, line.account))
+        plan.__dict__[self._attribute] = found  # which is looked at first from now on; a plan never changes
+        return found
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class RecentWindow:
             text = (text or 0) + said
             time_us = time_us[shown]
         for time, run in groupby(time_us.tolist()):
-            count = sum(1 for _ in run)
+            count = len(list(run))
             if recent and recent[-1][0] == time:
                 count += recent.pop()[1]
             recent.append((time, count))

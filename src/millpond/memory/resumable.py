@@ -161,15 +161,15 @@ class Mask:
     """
 
     def __init__(self, keep: Tensor, size: int) -> None:
-        self.kept, self._device = keep.shape[1], keep.device
+        self.kept, self._size, self._device = keep.shape[1], size, keep.device
         chosen = np.zeros((len(keep), size), dtype=np.bool_)
-        for row, head in zip(chosen, keep.cpu().numpy(), strict=True):
-            row[head] = True
+        chosen[np.arange(len(keep))[:, None], keep.cpu().numpy()] = True
         self._bits = np.packbits(chosen, axis=1)
 
     def indices(self) -> Tensor:
         """The selection as it was given, int64 [H, S]."""
-        keep = np.empty((len(self._bits), self.kept), dtype=np.int64)
-        for row, bits in zip(keep, self._bits, strict=True):
-            row[:] = np.flatnonzero(np.unpackbits(bits).view(np.bool_))
+        heads = len(self._bits)
+        chosen = np.unpackbits(self._bits, axis=1, count=self._size).view(np.bool_)
+        keep = np.flatnonzero(chosen).reshape(heads, self.kept)
+        keep -= np.arange(heads)[:, None] * self._size
         return torch.from_numpy(keep).to(self._device)

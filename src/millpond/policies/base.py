@@ -125,6 +125,9 @@ class Needs:
     layer_share: float = 1.0
 
 
+_NOTHING = Needs()
+
+
 @dataclass(frozen=True)
 class Shape:
     """The largest view that a policy is shown, for bounds of what it allocates.
@@ -164,7 +167,7 @@ class Policy(ABC):
     @property
     def needs(self) -> Needs:
         """What the cache must show the policy and do for it; a class attribute where no parameter changes it."""
-        return Needs()
+        return _NOTHING
 
     @abstractmethod
     def keep(self, view: View, slots: int) -> Tensor:

@@ -390,6 +390,6 @@ def dated(tokens: Tokens, time_us: int) -> Tokens:
 
 def grid_positions(tokens: Tokens, *, text: bool) -> Tensor:
     """int16 [n, 2] as the pond stores them: `TEXT` for a turn, `SEPARATOR` for a frame's tokens that lie on no grid."""
-    if text:
+    if text or tokens.visual.numpy().all():
         return tokens.grid_position
     return torch.where(tokens.visual[:, None], tokens.grid_position, torch.tensor(SEPARATOR, dtype=torch.int16))
