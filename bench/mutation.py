@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -25,6 +26,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
+from time import monotonic
 from typing import Any
 
 from mutation_sites import Mutant, draw
@@ -63,7 +65,10 @@ def selected(reach: Reach, mutant: Mutant, seconds: float) -> tuple[list[str], b
         if spent + reach.tests[test] <= seconds:
             taken.append(test)
             spent += reach.tests[test]
-    mean = {file: [reach.tests[test] for test in taken if test.startswith(file + "::")] for file in {test.split("::")[0] for test in taken}}
+    mean = {
+        file: [reach.tests[test] for test in taken if test.startswith(file + "::")]
+        for file in {test.split("::")[0] for test in taken}
+    }
     taken.sort(key=lambda test: (fmean(mean[test.split("::")[0]]), test.split("::")[0]))
     return taken, len(taken) < len(order)
 
@@ -130,6 +135,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--size", type=int, default=300)
     parser.add_argument("--seconds", type=float, default=6.0, help="of tests' processor time for one mutant")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="begin no mutant later; they are in random order"
+    )
     parser.add_argument("--only", default="", help="mutate only files whose path contains this")
     parser.add_argument(
         "--reach", type=Path, help="which tests reach which lines: read from here if it is there, else written here"
@@ -144,7 +152,7 @@ def main() -> None:
     preload()
     reach = reached(paths, options.reach)
     mutants = draw(ROOT, [path for path in paths if options.only in path], options.size, options.seed)
-    found = []
+    found, end = [], monotonic() + 60 * options.minutes
     for one in tried(mutants, reach, options.seconds):
         found.append(one)
         line = f"{len(found)}/{len(mutants)} {one['path']}:{one['lines'][0]} {one['how']} {one['seconds']} s"
@@ -152,6 +160,8 @@ def main() -> None:
         if options.log:
             with options.log.open("a") as log:
                 log.write(json.dumps(one) + "\n")
+        if monotonic() > end:
+            break
     from millpond.eval.hardware import describe
 
     result = {
@@ -162,6 +172,7 @@ def main() -> None:
         "machine": describe(),
         "noise": "a shared machine with other jobs running; times are of the processor",
         "seed": options.seed,
+        "drawn": len(mutants),
         "mutants": len(found),
         "places": "drawn first, each file its share; then one change there",
         "tests": {

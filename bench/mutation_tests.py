@@ -124,7 +124,9 @@ def run(tests: Sequence[str], limit: float, path: Path | None = None, source: st
     def work(folder: Path) -> dict[str, Any]:
         if path is not None and source is not None:
             sys.meta_path.insert(0, _Mutated(path, source))
-        for file in dict.fromkeys(map(_file, tests)):  # one at a time: most mutants die before the others need to be collected
+        for file in dict.fromkeys(
+            map(_file, tests)
+        ):  # one at a time: most mutants die before the others need to be collected
             seen = _Seen([test for test in tests if _file(test) == file])
             code = pytest.main(["-x", *_OPTIONS, f"--basetemp={folder}", file], [seen])
             if code:
@@ -163,7 +165,19 @@ def watch(root: Path, paths: Sequence[str], folders: Sequence[str], marks: str) 
     return Reach.of_plain(answer)
 
 
-_OPTIONS = ("-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:xdist", "-p", "no:anyio", "--hypothesis-seed=0")
+_OPTIONS = (
+    "-q",
+    "--no-header",
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "no:randomly",
+    "-p",
+    "no:xdist",
+    "-p",
+    "no:anyio",
+    "--hypothesis-seed=0",
+)
 _HOW = {1: "failed"}
 
 
