@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from millpond.cache import Pond
 from millpond.cache.consumers import make_plan
-from millpond.cache.rerotation import close_gaps, shift_uniformly
+from millpond.cache.rerotation import close_gaps, shift_uniformly, stay_in_range
 from millpond.memory.geometry import Geometry
 from millpond.policies.base import TEXT
 from millpond.positions import Clock, Rope
@@ -197,3 +197,36 @@ def test_half_precision_keys_cost_one_rounding_a_turn(dtype: torch.dtype) -> Non
     turned = keys.clone()
     ROPE.rotate_(turned, delta)
     assert float((turned.double() - want).abs().max()) <= torch.finfo(dtype).eps * 4
+
+
+def test_the_range_is_left_at_its_end_and_the_look_ahead_is_at_most_a_quarter() -> None:
+    def moved(at: int, tokens: int, *, frames: int = 1, closing: bool = False) -> tuple[int, Stream]:
+        stream = Stream(layers=1)
+        for _ in range(frames):
+            stream.frame()
+        shift_uniformly(stream.pond, ROPE, stream.clock, stream.clock.next - at)
+        return stay_in_range(stream.pond, ROPE, stream.clock, tokens, closing=closing), stream
+
+    limit = ROPE.limit
+    assert moved(limit - 7, 7)[0] == 0
+    by, stream = moved(limit - 6, 7)
+    assert by == limit - 6 - limit // 2
+    assert stream.clock.next == limit // 2, "true distances stay, in the first half"
+    assert moved(limit - limit // 4, 10**6)[0] == 0
+    assert moved(limit - limit // 4 + 1, 10**6)[0] == limit // 4 + 1
+    # Behind a closing that made room enough, nothing is shifted.
+    closed = Stream(layers=1, slots=60)
+    closed.frame()
+    closed.frame(after=(limit - 10) // closed.clock.step)
+    before = closed.clock.next
+    assert 0 < stay_in_range(closed.pond, ROPE, closed.clock, 40, closing=True) == before - closed.clock.next
+    assert closed.clock.next < 20
+    assert closed.worst() <= 1e-4
+
+
+def test_an_empty_memory_stays_where_it_is() -> None:
+    stream = Stream(layers=1)
+    stream.pond.truncate(0)
+    stream.clock.next = 10 * ROPE.limit
+    assert stay_in_range(stream.pond, ROPE, stream.clock, 5, closing=True) == 0
+    assert stream.clock.next == 10 * ROPE.limit

@@ -60,3 +60,9 @@ def test_its_parameters_are_the_published_ones_and_bad_ones_are_refused() -> Non
     for bad in ({"text_sink": -1}, {"text_window": 2.5}, {"vision_seconds": 0}, {"vision_seconds": "long"}):
         with pytest.raises(PolicyError, match="streaming-vlm"):
             policies.get("streaming-vlm", **bad)
+
+
+def test_more_room_than_the_layout_needs_shrinks_nothing() -> None:
+    kinds = "t" * 8 + "v" * 30
+    keep = policies.get("streaming-vlm", text_sink=0, text_window=4, vision_seconds=4).keep(stream(kinds), 12)
+    assert keep[0].tolist() == layout(kinds, 12, 0, 4, 4) == [4, 5, 6, 7, *range(30, 38)]

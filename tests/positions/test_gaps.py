@@ -1,6 +1,6 @@
 """Closing gaps in integers alone: streams of every family placed by its own rule, kept at random in every head, closed again and again."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import torch
 from millpond.models import Family, Tokens
 from millpond.policies.base import SEPARATOR, TEXT
 from millpond.positions import Clock
-from millpond.positions.gaps import measure
+from millpond.positions.gaps import Closing, measure
 from tests.models.tiny import FAMILIES, tiny
 
 SECOND = 1_000_000
@@ -167,3 +167,54 @@ def test_groups_grids_and_order_outlast_any_number_of_closings(name: str) -> Non
             stream.frames(stream.draw(1, 3), rows, cols, let_in=what > 4)
         stream.check()
     assert stream.closed >= 3
+
+
+def closed(
+    head: list[tuple[int, int, int]], places: list[tuple[int, int]], clock: Clock
+) -> tuple[Closing, list[list[int]]]:
+    """How far one head alone closes, and by how much each of its tokens moves."""
+    positions, grid_position = torch.tensor(head, dtype=torch.int32), torch.tensor(places, dtype=torch.int16)
+    closing = measure([(positions, grid_position)], clock)
+    return closing, closing.shifts(positions, grid_position).tolist()
+
+
+def test_gaps_by_hand_in_front_of_a_grid_and_within_it() -> None:
+    """Text at 0 and 1; a grid at base 10 that starts at time 14 and goes on at 40; text at 60, and the clock at 75; step 2."""
+    text, grid = (TEXT, TEXT), [(0, 0), (0, 3), (1, 0)]
+    head = [(0, 0, 0), (1, 1, 1), *[(time, 10 + row, 10 + col) for time in (14, 40) for row, col in grid], (60, 60, 60)]
+    closing, shifts = closed(head, [text, text, *grid, *grid, text], Clock(next=75, base=None, step=2))
+    # In front of the grid 10 comes to 1 + 2; its columns reach 13, times 14 and 40 come to 13 + 2 (taken as it is: 14 - 13 < 2) and 14 + 2.
+    in_front, within, behind = 10 - 3, 40 - 16, 60 - 42
+    assert (closing.before, closing.after, closing.tail) == (in_front + within + behind, 0, 75 - 60 - 2)
+    first, second = in_front, in_front + within
+    assert shifts == [[0, 0, 0]] * 2 + [[first, 7, 7]] * 3 + [[second, 7, 7]] * 3 + [[second + behind] * 3]
+    # While the grid's segment is open, what lies within it closes behind its base.
+    closing, shifts = closed(head[:-1], [text, text, *grid, *grid], Clock(next=75, base=10, step=2))
+    assert (closing.base, closing.before, closing.after, closing.tail) == (10, in_front, within, 75 - 40 - 2)
+    assert shifts == [[0, 0, 0]] * 2 + [[first, 7, 7]] * 3 + [[second, 7, 7]] * 3
+    # A base of which nothing is stored counts as taken.
+    closing, shifts = closed(head[:2], [text, text], Clock(next=75, base=30, step=2))
+    assert (closing.before, closing.after, closing.tail) == (30 - 3, 0, 75 - 30 - 2)
+    assert shifts == [[0, 0, 0]] * 2
+
+
+def test_one_axis_has_no_grids() -> None:
+    positions, places = torch.tensor([[0], [9], [11]], dtype=torch.int32), torch.zeros(3, 2, dtype=torch.int16)
+    closing = measure([(positions, places)], Clock(next=20, step=3))
+    assert (closing.before, closing.after, closing.tail) == (9 - 3, 0, 20 - 11 - 3)
+    assert closing.shifts(positions, places).tolist() == [[0], [6], [6]]
+
+
+def test_all_heads_close_what_the_tightest_can_and_a_gap_can_stay_open() -> None:
+    def head(*times: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor(times, dtype=torch.int32)[:, None].expand(-1, 3), torch.full(
+            (len(times), 2), TEXT, dtype=torch.int16
+        )
+
+    heads = [head(0, 10, 30), head(0, 20, 25), head(0, 1, 30)]
+    closing = measure(heads, Clock(next=40, step=1))
+    assert (closing.before, closing.after, closing.tail) == (23, 0, 9)
+    assert [closing.shifts(*one)[:, 0].tolist() for one in heads] == [[0, 9, 23], [0, 19, 23], [0, 0, 23]]
+    assert replace(closing, before=5, after=8).leaving(3) == replace(closing, before=5, after=5)
+    assert replace(closing, before=5, after=8).leaving(10) == replace(closing, before=3, after=0)
+    assert replace(closing, before=5, after=8).leaving(99) == replace(closing, before=0, after=0)
