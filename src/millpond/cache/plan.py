@@ -218,7 +218,7 @@ def split_budget(
     """Split `budget` bytes for a model and a frame size.
 
     Args:
-        budget: bytes; None only for a policy that ignores the cap.
+        budget: bytes; None only for a policy without a cap, to which any says nothing.
         prompt_tokens: pinned tokens.
         group_tokens, frames_per_group: one frame group in tokens and raw frames.
         reserve_tokens: slots kept free for a turn; by default an eighth of all, between 32 and 512.
@@ -260,7 +260,7 @@ def split_budget(
         if sum(line.slots for line in lines) != slots:
             raise BudgetError(f"the lines take {sum(line.slots for line in lines)} slots of {slots}")
         return Plan(
-            budget=budget,
+            budget=budget if policy.capped else None,
             bytes_per_token=geometry.bytes_per_token,
             lines=lines,
             group_tokens=group_tokens,
