@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from millpond.cache.storage.per_layer import PerLayerStorage
 
 from millpond.cache import Pond, PondCache, resize
 from millpond.cache.consumers import make_plan
 from millpond.cache.recent import Protected, RecentWindow
 from millpond.cache.storage.arena import ArenaStorage
 from millpond.cache.storage.mixed_precision import MixedPrecisionStorage
-from millpond.cache.storage.per_layer import PerLayerStorage
 from millpond.errors import BudgetError, MillpondError
 from millpond.memory.geometry import Geometry
 from millpond.policies.base import SEPARATOR, TEXT

@@ -77,11 +77,12 @@ def test_an_ample_budget_equals_the_plain_model_however_the_frames_arrive(name: 
     for frame in frames:
         single.feed(frame)
     assert list(single.ask(QUESTION, max_new_tokens=12).token_ids) == expected
-    full = Session(family, budget=None, policy="full")
+    full = Session(family, budget="1KiB", policy="full")  # which has no cap: a budget says nothing to it
     for first in range(0, count, 5):
         full.feed(frames[first : first + 5])
         full.ask(QUESTION, max_new_tokens=2)
     assert list(full.ask(QUESTION, max_new_tokens=12).token_ids) == expected
+    assert full.usage.budget_bytes is None
     assert single.usage.compactions == whole.usage.compactions == 0
 
 

@@ -68,3 +68,13 @@ def test_a_fork_is_the_original_in_every_attribute_and_goes_on_as_it(policy: str
         one.feed(list(moving(8, start=80, seed=3)))
     assert state_of(fork) == state_of(session)
     assert fork.ask(QUESTION, max_new_tokens=4).token_ids == session.ask(QUESTION, max_new_tokens=4).token_ids
+
+
+def test_a_fork_of_a_session_that_has_seen_nothing_goes_on_as_it() -> None:
+    session = Session(tiny("llava_onevision"), budget=400_000, policy="recent")
+    fork = session.fork()  # makes the memory, with the prompt in it
+    assert state_of(fork) == state_of(session)
+    for each in (session, fork):
+        each.feed(list(moving(3)))
+    assert state_of(fork) == state_of(session)
+    assert fork.usage.stream_tokens == session.usage.stream_tokens

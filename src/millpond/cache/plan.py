@@ -220,7 +220,7 @@ def split_budget(
     """Split `budget` bytes for a model and a frame size.
 
     Args:
-        budget: bytes; None only for a policy that ignores the cap.
+        budget: bytes; None only for a policy without a cap, to which any says nothing.
         prompt_tokens: pinned tokens.
         group_tokens, frames_per_group: one frame group in tokens and raw frames.
         reserve_tokens: slots kept free for a turn; by default an eighth of all, between 32 and 512.
@@ -256,7 +256,8 @@ def split_budget(
         if sum(line.slots for line in lines) != slots:
             raise BudgetError(f"the lines take {sum(line.slots for line in lines)} slots of {slots}")
         block = group_tokens, frames_per_group, shares.block_groups, shares.chunk
-        return Plan(budget, geometry.bytes_per_token, lines, *block, shares.quantized_tokens)
+        cap = budget if policy.capped else None
+        return Plan(cap, geometry.bytes_per_token, lines, *block, shares.quantized_tokens)
 
     fewest = claimed(start).reserve_tokens
     if not policy.capped:

@@ -350,9 +350,10 @@ class Runner:
 
     def state(self) -> RunnerState:
         """Everything that the stream goes on with."""
+        pond = self.pond.state()  # first: before the first frame this makes the memory, and the prompt moves the clock
         clock, seconds = replace(self.clock), dict(self.seconds)
         stream = self.config.budget, self.grid, clock, self.tokens, self.reanchorings, seconds, self.admission_state
-        return RunnerState(*stream, self.pond.state())
+        return RunnerState(*stream, pond)
 
     def restore(self, state: RunnerState) -> None:
         """Go on, with a memory of its own, where the `state` of a runner with the same settings stood."""
