@@ -37,14 +37,14 @@ class Frames:
         self.at += count
         raw, values = (torch.randn(GEOMETRY.layers, 2, count, WIDTH, generator=self.random) for _ in ("keys", "values"))
         arrivals = self.host.arrange(times, SIZE)
-        self.host.ensure_capacity(arrivals, places, positions)
+        self.host.register(arrivals, places, positions)
         leave = torch.arange(count) + 2  # behind two other slots of the layer
         for index in range(GEOMETRY.layers):
             keys = torch.zeros(1, 2, count + 2, WIDTH)
             for head in range(2):
                 keys[0, head, 2:] = roped(raw[index, head], positions).float()
             padded = torch.cat([torch.zeros(1, 2, 2, WIDTH), values[index][None]], dim=2)
-            self.host.storing(arrivals, index, SimpleNamespace(keys=keys, values=padded), leave, 3)()  # type: ignore[arg-type]
+            self.host.offloading(arrivals, index, SimpleNamespace(keys=keys, values=padded), leave, 3)()  # type: ignore[arg-type]
         done = 0
         for time, tokens in frames:
             part = slice(done, done + tokens)
@@ -75,7 +75,7 @@ class Frames:
                 assert torch.equal(torch.cat([part[2] for part in parts]), positions - shift)
                 assert torch.equal(torch.cat([part[3] for part in parts]), places)
         for index in range(GEOMETRY.layers):
-            sums = list(host.sums(index, 2))
+            sums = list(host.key_sums(index, 2))
             assert [at for at, keys, _ in sums for at in range(at, at + keys.shape[1])] == list(
                 range(first, host.ring.end)
             )
@@ -130,7 +130,7 @@ def test_bytes_are_counted_on_the_way_in_and_out() -> None:
     assert frames.host.ring.bytes_in == 7 * layer * 2
     list(frames.host.pieces(0, 1, 2, 8))
     assert frames.host.bytes_out == 2 * layer
-    list(frames.host.sums(1, 8))
+    list(frames.host.key_sums(1, 8))
     assert frames.host.bytes_out == 2 * layer + 2 * 2 * WIDTH * 4
     assert frames.host.usage()["host_bytes_out"] == frames.host.bytes_out
     assert frames.host.seconds > 0

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from millpond.cache.storage.per_layer import PerLayerStorage
 
 from millpond.cache import Pond, PondCache, resize
 from millpond.cache.consumers import make_plan
 from millpond.cache.recent import Protected, RecentWindow
 from millpond.cache.storage.arena import ArenaStorage
+from millpond.cache.storage.base import PerLayerStorage
 from millpond.cache.storage.mixed_precision import MixedPrecisionStorage
 from millpond.errors import BudgetError, MillpondError
 from millpond.memory.geometry import Geometry
@@ -68,10 +68,10 @@ def test_a_refusal_names_a_budget_that_carries_the_block() -> None:
         small.ensure_capacity(200)
     assert caught.value.minimum is not None
     more = caught.value.minimum - small.plan.budget
-    assert more == (200 + 3 + GROUP + 5 - small.capacity) * small.plan.bytes_per_token
+    assert more == (200 + 3 + GROUP + 5 - small.plan.slots) * small.plan.bytes_per_token
     with pytest.raises(BudgetError, match=r"a turn of 90 tokens \(\d+ slots are free\)") as caught:
         small.ensure_turn_capacity(90)
-    assert caught.value.minimum == small.plan.budget + (3 + 90 + 5 - small.capacity) * small.plan.bytes_per_token
+    assert caught.value.minimum == small.plan.budget + (3 + 90 + 5 - small.plan.slots) * small.plan.bytes_per_token
     small.ensure_turn_capacity(small.free)
 
 
@@ -87,7 +87,7 @@ def test_the_most_that_can_be_kept_on_the_way_is_found_by_halving(monkeypatch: p
     monkeypatch.setattr(resize, "_slabs", lambda storage, plan, length: length)
     monkeypatch.setattr(resize, "feasible", fits)
     room = min(new.memory_tokens, new.slots - new.reserve_tokens - 3)
-    for most, kept in ((1000, room), (3 + 17, 17), (3 + 1, 1), (3 + room, room), (3 + room - 1, room - 1)):
+    for most, kept in ((1000, room), (3 + 17, 17), (3 + 1, 1), (3 + room, room), (3 + room - 1, room - 1)):  # noqa: B007  # `fits` reads it
         assert resize.most_tokens(target.storage, target.ledger, target.plan, new, None) == kept
     assert all(3 < length <= 3 + room for length in asked)
     most = 3
@@ -171,7 +171,7 @@ def test_lines_say_what_they_are_for() -> None:
         "turn": "a question and its answer",
         "retrieved frames": "6 frames that a question brings back from host memory",
         "quantized store": "0 tokens remembered in few bits",
-        "dequantization buffer": "where one layer is unpacked",
+        "dequantization buffer": "where one layer is dequantized",
         "scratch": "compaction and re-anchoring",
         "queries": "the policy's proxy",
         "undo": "what a block could have to put back",

@@ -94,7 +94,7 @@ def test_shares_are_whole_numbers_within_bounds_with_an_exact_sum() -> None:
     assert apportion(2, [1, 1], [1, 1], [4, 5]) == [1, 1]
     with pytest.raises(PolicyError, match="2 layer budgets for 3 layers"):
         apportion(9, [1, 1], [1, 1, 1], [3, 3, 3])
-    with pytest.raises(PolicyError, match="7 tokens must stay, and there is room for 6"):
+    with pytest.raises(PolicyError, match="7 tokens must stay, and 6 fit"):
         apportion(6, [1, 1], [3, 4], [4, 5])
 
 

@@ -101,7 +101,7 @@ class Runner:
         self.roll_back_open_step: Callable[[], None] | None = None
         self._opening = family.opening(config.system)
         self._proxy_tokens = len(family.question("", after_video=True)) if self.policy.needs.proxy == "prompt" else 0
-        self._planned = self.plan_for(None)  # refuse now what can never work
+        self.plan_for(None)  # refuse now what can never work
         self._pond: Pond | None = None  # allocated with the first frame or question, when the frames' size is known
 
     @property
@@ -110,9 +110,10 @@ class Runner:
         return self._pond or self._open()
 
     def _open(self) -> Pond:
-        check_memory(self._planned.total_bytes, self.family.device)
+        plan = self.plan_for(self.grid)
+        check_memory(plan.total_bytes, self.family.device)
         try:
-            pond = self._pond = self._allocate(self._planned)
+            pond = self._pond = self._allocate(plan)
             with torch.no_grad():
                 self.prepare_block(len(self._opening))
                 self.put(self.family.embed(self._opening), text=True)
@@ -322,9 +323,7 @@ class Runner:
         old = None if pond is None else pond.plan
         try:
             self.config, self.grid = config, grid
-            if pond is None:
-                self._planned = plan
-            else:
+            if pond is not None:
                 with self.timed("compaction"):
                     self.ask_proxy()
                     pond.resize(plan)
