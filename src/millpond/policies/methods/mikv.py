@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
+from millpond.errors import PolicyError
 from millpond.kv_quantization.quantizer import KVQuantizer
 from millpond.kv_quantization.tier import QuantizedTier
 from millpond.policies import DEFAULT_POLICY
@@ -45,7 +46,10 @@ class MiKV(Wrapper):
 
     @cached_property
     def inner(self) -> Policy:
-        return read(self.base) if isinstance(self.base, str) else self.base
+        inner = read(self.base) if isinstance(self.base, str) else self.base
+        if not isinstance(inner, Policy):
+            raise PolicyError(f"mikv: base must be a name or a Policy, not {inner!r}")
+        return inner
 
     @cached_property
     def tier(self) -> QuantizedTier:
