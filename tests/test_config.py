@@ -60,6 +60,15 @@ def test_a_policy_that_one_word_cannot_tell_is_not_written() -> None:
             PolicyError,
             "an admission do not go together: it thins frames",
         ),
+        ({"policy": None}, PolicyError, "policy must be a name or a Policy, not None"),
+        ({"policy": policies.get("keydiff").__class__}, PolicyError, "policy must be a name or a Policy, not <class"),
+        ({"policy": "mikv:base=3"}, PolicyError, "mikv: base must be a name or a Policy, not 3"),
+        ({"admission": 3}, PolicyError, "admission must be a name or an Admission, not 3"),
+        ({"recent_frames": True}, MillpondError, "recent_frames must be a whole number, at least 0, not True"),
+        ({"reserve_tokens": -1}, MillpondError, "reserve_tokens must be a whole number, at least 0, not -1"),
+        ({"reserve_tokens": "40"}, MillpondError, "reserve_tokens must be a whole number, at least 0, not '40'"),
+        ({"system": 3}, MillpondError, "system must be text, not 3"),
+        ({"policy": "rekv", "host_budget": 1 << 20, "host_path": 3}, MillpondError, "host_path must be a path, not 3"),
         ({"sistem": ""}, MillpondError, "a session has no argument 'sistem'; it has: budget, policy"),
     ],
 )
@@ -79,5 +88,7 @@ def test_a_session_is_made_from_a_config_or_from_its_fields() -> None:
     assert session.plan == Session(family, session.config).plan
     with pytest.raises(TypeError, match="sistem"):
         Session(family, budget="2MiB", sistem="")  # type: ignore[call-arg]
+    with pytest.raises(MillpondError, match="arguments by name, or a SessionConfig first, not '2MiB'"):
+        Session(family, "2MiB")  # type: ignore[arg-type]
     with pytest.raises(BudgetError, match="needs a budget"):
         Session(family, config)

@@ -8,8 +8,6 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-__all__ = ["Answer", "LayerMemory", "Usage"]
-
 
 @dataclass(frozen=True)
 class Usage:

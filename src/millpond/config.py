@@ -9,15 +9,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
-from millpond.errors import MillpondError
+from millpond.errors import MillpondError, PolicyError
 from millpond.memory.budget import Budget
 from millpond.policies import DEFAULT_POLICY
 
 if TYPE_CHECKING:
     from millpond.admission.base import Admission
     from millpond.policies.base import Policy
-
-__all__ = ["Positions", "SessionArguments", "SessionConfig", "configured"]
 
 Positions = Literal["absolute", "contiguous"]
 """What happens to rotary positions near the trained limit."""
@@ -47,7 +45,7 @@ class SessionConfig:
     Raises:
         BudgetError: a budget that is no size.
         PolicyError: no such policy or admission, or the two do not go together; host memory that nothing uses.
-        MillpondError: `positions` or `recent_frames` is none of what they may be.
+        MillpondError: another argument is none of what it may be.
     """
 
     budget: int | None = None
@@ -62,12 +60,16 @@ class SessionConfig:
 
     def __post_init__(self) -> None:
         from millpond import admission, policies
+        from millpond.admission.base import Admission
+        from millpond.policies.base import Policy
         from millpond.policies.composition import ADMISSION, HOST_MEMORY, check
 
         if self.positions not in ("absolute", "contiguous"):
             raise MillpondError(f"positions must be 'absolute' or 'contiguous', not {self.positions!r}")
         self._read("policy", policies.read, str)
         policy = self.policy
+        if not isinstance(policy, Policy):
+            raise PolicyError(f"policy must be a name or a Policy, not {policy!r}")
         if self.host_budget is not None or self.host_path is not None:
             check(policy, HOST_MEMORY)
         self._read("budget", lambda size: int(Budget(size)), object)
@@ -75,9 +77,18 @@ class SessionConfig:
         self._read("host_budget", lambda size: int(Budget(size)), object)
         self._read("host_path", Path, str)
         if self.admission is not None:
+            if not isinstance(self.admission, Admission):
+                raise PolicyError(f"admission must be a name or an Admission, not {self.admission!r}")
             check(policy, ADMISSION)
-        if not isinstance(self.recent_frames, int) or self.recent_frames < 0:
-            raise MillpondError(f"recent_frames must be a whole number, at least 0, not {self.recent_frames!r}")
+        for name, number in (("recent_frames", self.recent_frames), ("reserve_tokens", self.reserve_tokens)):
+            if number is None and name == "reserve_tokens":
+                continue
+            if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+                raise MillpondError(f"{name} must be a whole number, at least 0, not {number!r}")
+        if not isinstance(self.system, str | None):
+            raise MillpondError(f"system must be text, not {self.system!r}")
+        if not isinstance(self.host_path, Path | None):
+            raise MillpondError(f"host_path must be a path, not {self.host_path!r}")
 
     def _read(self, name: str, read: Any, written: type) -> None:
         """Replace how a value was written by what it means."""
@@ -129,5 +140,11 @@ class SessionArguments(TypedDict, total=False):
 
 
 def configured(config: SessionConfig | None, **arguments: Unpack[SessionArguments]) -> SessionConfig:
-    """A session's config: the one that was given, the arguments over it."""
+    """A session's config: the one that was given, the arguments over it.
+
+    Raises:
+        MillpondError: `config` is none; and as when made.
+    """
+    if not isinstance(config, SessionConfig | None):
+        raise MillpondError(f"give a session's arguments by name, or a SessionConfig first, not {config!r}")
     return replace(config or SessionConfig(), **arguments)  # type: ignore[arg-type]  # a config reads them

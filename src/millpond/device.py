@@ -22,8 +22,6 @@ from millpond.precision.device_budget import DeviceSplit, Workspace, split_devic
 from millpond.precision.folder import is_quantized
 from millpond.stream.runner import Runner
 
-__all__ = ["DEFAULT_FRAME", "DevicePlan", "default_budget", "load_within", "minimum_budget", "plan_device"]
-
 DEFAULT_FRAME = (480, 640)
 """Height and width of a frame where nobody says."""
 _LIMITS = 24

@@ -10,18 +10,6 @@ MillpondError
 └── SnapshotError   a saved session that cannot be resumed
 """
 
-__all__ = [
-    "BudgetError",
-    "MillpondError",
-    "ModelError",
-    "PolicyError",
-    "PrecisionError",
-    "RecomputeError",
-    "SnapshotError",
-    "SourceError",
-    "first_line",
-]
-
 
 class MillpondError(Exception):
     """Base of every error that millpond raises on purpose."""

@@ -20,8 +20,6 @@ from transformers.utils import cached_file
 
 from millpond.errors import ModelError
 
-__all__ = ["check", "check_size", "load_whole", "read_json", "safely", "without_weights"]
-
 _INDEX = "model.safetensors.index.json"
 _PARTS = ("text_config", "vision_config")
 # The most that a config may say. Far above any model there is: what is larger is a mistake or an attack, and building it would end in

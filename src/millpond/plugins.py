@@ -12,8 +12,6 @@ from typing import Any, Generic, TypeVar
 
 from millpond.errors import MillpondError, PolicyError, first_line
 
-__all__ = ["Plugins", "Registered"]
-
 T = TypeVar("T")
 
 

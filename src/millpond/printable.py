@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["printable"]
-
 
 def printable(text: str) -> str:
     """A text in which what a terminal would obey, and bytes that are no text, are spelled out."""

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Unpack
@@ -20,7 +21,7 @@ from millpond.answer import Answer, LayerMemory, Usage
 from millpond.cache.plan import Plan
 from millpond.config import Positions, SessionArguments, SessionConfig, configured
 from millpond.device import DEFAULT_FRAME, default_budget, load_within
-from millpond.errors import BudgetError, MillpondError
+from millpond.errors import BudgetError, MillpondError, ModelError
 from millpond.frames import Frame
 from millpond.memory.available import check_memory
 from millpond.models.base import Family
@@ -31,8 +32,6 @@ from millpond.stream.ingest import Ingest
 from millpond.stream.runner import Runner
 from millpond.stream.turn import Turn
 
-__all__ = ["Session"]
-
 
 class Session:
     """Watch frames, answer questions, never hold a byte more than the budget.
@@ -40,17 +39,22 @@ class Session:
     Args:
         family: an adapted model (`millpond.models.load` or `adapt`), shared freely between sessions.
         config: a `millpond.SessionConfig`, which says what a session's arguments are.
-        given: its fields by name, in its place or over it: `Session(family, budget="64MiB", policy="keydiff")`.
+        arguments: its fields by name, in its place or over it: `Session(family, budget="64MiB", policy="keydiff")`.
 
     Raises:
         BudgetError: the budget cannot even hold the prompt and one turn; names the minimum that works. Or it is more than the memory that
             there is.
         PolicyError: as for a `SessionConfig`; or the policy needs host memory.
+        ModelError: `family` is none.
         MillpondError: as for a `SessionConfig`.
     """
 
-    def __init__(self, family: Family, config: SessionConfig | None = None, **given: Unpack[SessionArguments]) -> None:
-        config = configured(config, **given)
+    def __init__(
+        self, family: Family, config: SessionConfig | None = None, **arguments: Unpack[SessionArguments]
+    ) -> None:
+        if not isinstance(family, Family):
+            raise ModelError(f"a Session runs an adapted model, not {family!r}: Session.from_pretrained loads one")
+        config = configured(config, **arguments)
         check(config.policy, *([NO_HOST_MEMORY] if config.host_budget is None else []))
         self._runner = Runner(family, config)
         if config.budget is not None:
@@ -125,6 +129,11 @@ class Session:
         config = configured(config, **arguments)
         if device_memory is not None and config.budget is not None:
             raise BudgetError("give a budget or device_memory, not both")
+        if not (
+            isinstance(frame_size, tuple | list)
+            and [isinstance(side, int) and side > 0 for side in frame_size] == [True] * 2
+        ):
+            raise MillpondError(f"frame_size must be a height and a width in pixels, not {frame_size!r}")
         family, granted = load_within(
             model,
             device_memory,
@@ -174,8 +183,8 @@ class Session:
         Raises:
             BudgetError: the question does not fit into the turn's reserve; names a budget that would do.
             ModelError: the model was cast or moved after the session began.
-            MillpondError: the question is empty, or spells control tokens that the model's tokenizer cannot take as mere text;
-                `max_new_tokens` is below 1; or this thread is streaming an answer.
+            MillpondError: the question is empty or no text, or spells control tokens that the model's tokenizer cannot take as mere text;
+                `max_new_tokens` is no number from 1 on; or this thread is streaming an answer.
         """
         pieces = self.stream(question, max_new_tokens=max_new_tokens, remember=remember)
         while True:
@@ -193,8 +202,10 @@ class Session:
         Until the generator is finished or closed, the session belongs to it: other threads wait. What ends it early, an error, an
         interrupt or `close`, leaves the stream as it was before the question.
         """
-        if max_new_tokens < 1:
-            raise MillpondError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+            raise MillpondError(f"max_new_tokens must be at least 1, not {max_new_tokens!r}")
+        if not isinstance(question, str):
+            raise MillpondError(f"a question is text, not {question!r}")
         if not question.strip():
             raise MillpondError("the question is empty")
         if remember:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from millpond import BudgetError, MillpondError, PolicyError, Session, SourceError
+from millpond import BudgetError, MillpondError, ModelError, PolicyError, Session, SourceError
 from millpond.frames import Frame
 from millpond.models.base import Family
 from millpond.positions import Clock
@@ -377,3 +377,16 @@ def test_a_policy_that_knows_frames_only_refuses_what_is_none_before_it_is_in() 
     assert state(session) == before
     with pytest.raises(PolicyError, match="tokens between frames do not go together: the policy knows frames only"):
         Session(tiny("qwen3_vl"), budget="2MiB", policy="infinipot-v-released").feed(list(moving(4)))
+
+
+def test_arguments_of_the_wrong_kind_are_refused_in_one_line() -> None:
+    session = Session(tiny("qwen2_vl"), budget="2MiB")
+    with pytest.raises(MillpondError, match="a question is text, not 3"):
+        session.ask(3)  # type: ignore[arg-type]
+    with pytest.raises(MillpondError, match=r"max_new_tokens must be at least 1, not 2\.5"):
+        session.ask(QUESTION, max_new_tokens=2.5)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"not 'minnow': Session\.from_pretrained loads one"):
+        Session("minnow", budget="2MiB")  # type: ignore[arg-type]
+    for size in (7, (480,), (0, 64), ("480", "640")):
+        with pytest.raises(MillpondError, match="frame_size must be a height and a width in pixels"):
+            Session.from_pretrained("minnow", frame_size=size)  # type: ignore[arg-type]

@@ -15,8 +15,6 @@ from millpond.cache.plan import Consumer, Split
 from millpond.memory.geometry import Geometry
 from millpond.memory.lines import Line
 
-__all__ = ["Admission", "Verdict", "admission_consumers"]
-
 Verdict = Literal["clear", "reduced", "drop"]
 """All of a group's tokens, half of them (every second one of each row and column), or none."""
 

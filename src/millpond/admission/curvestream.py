@@ -11,8 +11,6 @@ from torch.nn.functional import cosine_similarity
 from millpond.admission.base import Admission, Verdict
 from millpond.errors import PolicyError
 
-__all__ = ["CurveStream", "Trajectory"]
-
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:

@@ -10,8 +10,6 @@ from torch import Tensor
 from millpond.admission.base import Admission, Verdict
 from millpond.models.base import Tokens
 
-__all__ = ["filter_groups"]
-
 
 def filter_groups(admission: Admission, tokens: Tokens, state: Any) -> tuple[Tensor, tuple[Verdict, ...], Any]:
     """Judge each frame group of a block.

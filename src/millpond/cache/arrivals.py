@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Arrival", "Arrivals", "Ring"]
-
 
 @dataclass(frozen=True)
 class Ring:

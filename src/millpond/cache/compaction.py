@@ -22,8 +22,6 @@ from millpond.policies.allocators.base import apportion
 from millpond.policies.base import View
 from millpond.policies.scoring.matching import match_scores
 
-__all__ = ["choose_groups", "choose_tokens"]
-
 
 def choose_tokens(at: CompactionState, slots: int) -> Move | None:
     """One pass to at most `slots` tokens in full behind the prompt, ready to be carried out; None when no more are there.

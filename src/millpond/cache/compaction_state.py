@@ -14,8 +14,6 @@ from millpond.memory.ledger import Ledger
 from millpond.policies.base import Policy, View
 from millpond.positions import Rope
 
-__all__ = ["CompactionState"]
-
 
 @dataclass(frozen=True, eq=False)
 class CompactionState:

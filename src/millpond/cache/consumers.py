@@ -15,8 +15,6 @@ from millpond.memory.geometry import Geometry
 from millpond.memory.lines import STORAGE, Line, slot_line
 from millpond.policies.base import Policy
 
-__all__ = ["BESIDE", "RESERVE", "make_plan"]
-
 # What a question retrieves gets at most half of what lies behind the prompt; the window gets the rest.
 _RETRIEVED_SHARE = 2
 

@@ -28,8 +28,6 @@ from millpond.memory.geometry import Geometry
 from millpond.memory.resumable import Pieces, Step
 from millpond.positions import Rope
 
-__all__ = ["HostCache", "HostCacheState"]
-
 _TIME, _START, _COUNT = range(3)
 
 

@@ -21,8 +21,6 @@ from millpond.cache.storage.layer import PondLayer
 from millpond.memory.resumable import Mask, Move, Step, Steps
 from millpond.policies.base import TEXT, Policy, View
 
-__all__ = ["Chosen", "Compaction", "Forgetting"]
-
 
 @dataclass(frozen=True)
 class Chosen:

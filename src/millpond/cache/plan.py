@@ -22,8 +22,6 @@ from millpond.memory.lines import Line, slot_line
 if TYPE_CHECKING:
     from millpond.policies.base import Policy
 
-__all__ = ["Consumer", "Plan", "Split", "split_budget"]
-
 # Compaction runs when the headroom is used up, so a larger one means fewer passes and a smaller memory. An eighth keeps
 # selection below half a per cent of ingest at a 7B model's shapes (bench/overhead.py) and memory at 7/8 of what it could be.
 _HEADROOM_SHARE = 8

@@ -32,8 +32,6 @@ from millpond.policies.base import TEXT, Policy, View
 from millpond.policies.composition import check
 from millpond.positions import Rope
 
-__all__ = ["Mark", "Pond", "PondState"]
-
 
 @dataclass(frozen=True, eq=False)
 class PondState:

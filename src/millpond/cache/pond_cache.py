@@ -23,8 +23,6 @@ from millpond.memory.geometry import Geometry
 from millpond.policies.base import TEXT, Policy
 from millpond.policies.composition import POND_CACHE, check
 
-__all__ = ["PondCache"]
-
 
 class PondCache(Pond):
     """A capped cache for one sequence, to hand to transformers.

@@ -16,8 +16,6 @@ from millpond.memory.geometry import Geometry
 from millpond.memory.resumable import Step
 from millpond.positions import Rope
 
-__all__ = ["ProxyQueries", "QueriesState", "accumulate_attention"]
-
 
 @dataclass(frozen=True, eq=False)
 class QueriesState:

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from millpond.policies.base import TEXT
 
-__all__ = ["Protected", "RecentWindow"]
-
 # The newest text of remembered turns is protected up to this share of the memory; older text competes like everything
 # else, so that a long conversation cannot crowd out the video.
 _TEXT_SHARE = 4

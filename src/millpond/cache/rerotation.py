@@ -19,8 +19,6 @@ from millpond.memory.resumable import Step, Steps
 from millpond.positions import Clock, Rope
 from millpond.positions.gaps import measure
 
-__all__ = ["close_gaps", "shift_uniformly", "stay_in_range"]
-
 
 def stay_in_range(pond: Pond, rope: Rope, clock: Clock, tokens: int, *, closing: bool) -> int:
     """Re-anchor when the next `tokens` tokens would pass the positions that the weights were trained on.

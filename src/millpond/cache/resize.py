@@ -19,8 +19,6 @@ from millpond.errors import BudgetError
 from millpond.memory.ledger import Ledger
 from millpond.memory.resumable import Steps
 
-__all__ = ["Resizing", "most_tokens", "reachable"]
-
 
 def most_tokens(storage: Storage, ledger: Ledger, old: Plan, new: Plan, limit: int | None) -> int:
     """The most tokens behind the prompt that can be kept on the way to fewer slots.

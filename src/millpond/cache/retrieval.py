@@ -10,8 +10,6 @@ from millpond.cache.pond import Pond
 from millpond.policies.base import TEXT
 from millpond.positions import Clock, Rope
 
-__all__ = ["Retrieval", "nearest"]
-
 
 class Retrieval:
     """Slots for retrieved frames, reserved in every layer when made, filled layer by layer while the question runs.

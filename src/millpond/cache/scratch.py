@@ -13,8 +13,6 @@ from millpond.policies.base import Policy, Shape
 from millpond.policies.scoring.attention import accumulation_scratch
 from millpond.policies.scoring.matching import matching_scratch
 
-__all__ = ["scratch_line"]
-
 
 def scratch_line(geometry: Geometry, split: Split) -> Line:
     """The most that compacting, re-anchoring or retrieving allocates at any instant."""

@@ -16,8 +16,6 @@ from millpond import ops
 from millpond.errors import PolicyError
 from millpond.ops.dequantization import code_word
 
-__all__ = ["BITS", "KVQuantizer"]
-
 BITS = (2, 3, 4, 8)
 # Of steps and minima: 11 significant bits, where bfloat16's 8 would cost more than 8-bit codes gain.
 _SCALE = torch.float16

@@ -11,8 +11,6 @@ from millpond.errors import PolicyError
 from millpond.kv_quantization.quantizer import KVQuantizer
 from millpond.memory.geometry import Geometry
 
-__all__ = ["QuantizedTier"]
-
 
 @dataclass(frozen=True)
 class QuantizedTier:

@@ -13,8 +13,6 @@ import torch
 from millpond.errors import BudgetError
 from millpond.memory.budget import format_bytes
 
-__all__ = ["available_memory", "check_memory"]
-
 
 def available_memory(device: torch.device | None = None) -> int | None:
     """Bytes that this process could still take on a device (default: the CPU); None where the system does not say."""

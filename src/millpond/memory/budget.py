@@ -7,8 +7,6 @@ import re
 
 from millpond.errors import BudgetError
 
-__all__ = ["Budget", "format_bytes", "parse_bytes"]
-
 _UNITS = {"": 1, "b": 1} | {f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)}
 _UNITS |= {f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)}
 _SIZE = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?|\.[0-9]+)\s*([a-zA-Z]*)\s*")

@@ -9,8 +9,6 @@ import torch
 
 from millpond.errors import ModelError
 
-__all__ = ["Geometry", "metadata_bytes"]
-
 # Per kept token and KV head: the stream time in microseconds (int64), the position on the frame's grid (2 x int16) and one
 # int32 stream position per rotary axis. Heads keep different tokens, so each head needs its own.
 _TIME_BYTES = 8

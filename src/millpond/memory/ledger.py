@@ -13,8 +13,6 @@ from millpond.errors import BudgetError
 from millpond.memory.budget import format_bytes
 from millpond.memory.lines import Line
 
-__all__ = ["Ledger"]
-
 
 class Ledger:
     """Accounts under one cap.

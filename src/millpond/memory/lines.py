@@ -10,8 +10,6 @@ from typing import Any
 
 from millpond.memory.geometry import Geometry
 
-__all__ = ["STORAGE", "Line", "slot_line"]
-
 STORAGE = "storage"
 """The account of everything that is allocated once for tokens: slots, and tokens that are stored quantized."""
 

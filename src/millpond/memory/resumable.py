@@ -19,8 +19,6 @@ from torch import Tensor
 
 from millpond.errors import MillpondError
 
-__all__ = ["InPlace", "Mask", "Move", "Pieces", "Progress", "Step", "Steps", "Transactional"]
-
 T = TypeVar("T")
 Step = Callable[[], None]
 """A part of a change. It can be repeated, whole or in part, until the next one begins."""

@@ -15,8 +15,6 @@ from torch import Tensor
 from millpond.ops.c_functions import CFunction, contiguous, contiguous_rows
 from millpond.ops.dispatch import DECLINED, Declined, operation
 
-__all__ = ["add_attention", "attention_moments", "attention_spread"]
-
 _C_COLUMNS = CFunction("attention.cpp", "attention_columns", "pnnpnpnpnppp", by_dtype=True)
 
 

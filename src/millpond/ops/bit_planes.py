@@ -18,8 +18,6 @@ from torch import Tensor
 from millpond.ops.c_functions import CFunction, contiguous
 from millpond.ops.dispatch import DECLINED, Declined, operation
 
-__all__ = ["nested_labels", "nested_product", "nested_rows", "rows_in_turn"]
-
 _C_PRODUCT = CFunction("bit_planes.cpp", "nested_product", "pnnpnpnnnp")
 _C_ROWS = CFunction("bit_planes.cpp", "nested_rows", "pnnpnnnnp")
 _COMPILED_WIDTHS = range(3, 9)

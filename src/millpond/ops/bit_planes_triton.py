@@ -11,8 +11,6 @@ import triton  # type: ignore[import-not-found]
 import triton.language as tl  # type: ignore[import-not-found]
 from torch import Tensor
 
-__all__ = ["product"]
-
 # Rows of W that a program multiplies, and columns that it reads at a time: 16 bytes of each plane of each row.
 _ROWS, _COLUMNS = 16, 128
 

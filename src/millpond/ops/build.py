@@ -15,8 +15,6 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-__all__ = ["compile_to", "compiled", "prebuilt_name"]
-
 # Nothing like -ffast-math: linking with that would switch the whole process to flush subnormal numbers to zero.
 _HEADERS = Path(__file__).parent
 _FLAGS = (f"-I{_HEADERS}", *["-O3", "-ffp-contract=fast", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC"])

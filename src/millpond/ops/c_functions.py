@@ -12,8 +12,6 @@ from torch import Tensor
 
 from millpond.ops import build
 
-__all__ = ["CFunction", "contiguous", "contiguous_rows", "sources", "status"]
-
 _FOLDER = Path(__file__).parent
 _TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float}
 _SUFFIXES: dict[torch.dtype | None, str] = {torch.float32: "_f32", torch.bfloat16: "_bf16"}

@@ -15,8 +15,6 @@ from torch import Tensor
 from millpond.ops.c_functions import CFunction, contiguous
 from millpond.ops.dispatch import DECLINED, Declined, operation
 
-__all__ = ["cluster_rows"]
-
 Floats = NDArray[np.float64]
 Tables = dict[int, Tensor]
 

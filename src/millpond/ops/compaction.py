@@ -11,8 +11,6 @@ from millpond.memory.resumable import Progress
 from millpond.ops.c_functions import CFunction, contiguous
 from millpond.ops.dispatch import DECLINED, Declined, operation
 
-__all__ = ["check_selection", "move_rows"]
-
 _C_CHECK = CFunction("compaction.cpp", "check_selection", "ppnnn", "n")
 _C_MOVE = CFunction("compaction.cpp", "move_rows", "pnpnnp")
 

@@ -8,8 +8,6 @@ from torch import Tensor
 from millpond.ops.c_functions import CFunction, contiguous
 from millpond.ops.dispatch import DECLINED, Declined, operation
 
-__all__ = ["code_word", "dequantize", "unpack_codes"]
-
 _C_DEQUANTIZE = CFunction("dequantization.cpp", "dequantize", "ppnnnnnnp", by_dtype=True)
 
 

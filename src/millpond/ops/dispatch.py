@@ -18,8 +18,6 @@ import os
 from collections.abc import Callable
 from typing import Any, Final, Generic, ParamSpec, TypeVar
 
-__all__ = ["DECLINED", "OPERATIONS", "Declined", "Operation", "operation"]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

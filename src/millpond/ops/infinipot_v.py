@@ -15,8 +15,6 @@ from millpond.ops.c_functions import CFunction, contiguous, contiguous_rows
 from millpond.ops.dispatch import DECLINED, Declined, operation
 from millpond.ops.ranking import best_and_protected
 
-__all__ = ["infinipot_v_selection", "pool_over_grid", "pooling_kernel", "temporal_redundancy", "value_norms"]
-
 _C_INFINIPOT_V = CFunction("infinipot_v.cpp", "infinipot_v", "pppppnnnnnnnnnnpfnppppp", by_dtype=True)
 _NORM_FLOOR = 1e-9
 

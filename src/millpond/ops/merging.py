@@ -11,8 +11,6 @@ from millpond.memory.resumable import Progress
 from millpond.ops.c_functions import CFunction, contiguous, contiguous_rows
 from millpond.ops.dispatch import DECLINED, Declined, operation
 
-__all__ = ["distances", "fold"]
-
 _C_FOLD = CFunction("merging.cpp", "fold", "ppnnppp", by_dtype=True)
 _C_DISTANCES = CFunction("merging.cpp", "distances", "pnnppp", by_dtype=True)
 

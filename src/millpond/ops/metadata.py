@@ -11,8 +11,6 @@ from torch import Tensor
 from millpond.ops.c_functions import CFunction, contiguous
 from millpond.ops.dispatch import DECLINED, Declined, operation
 
-__all__ = ["LayerMetadata", "write_metadata"]
-
 LayerMetadata = tuple[int, Tensor, Tensor, Tensor, Tensor | None]
 """Of one layer the slot where the block begins, and times int64 [H, capacity], grid positions int16 [H, capacity, 2],
 positions int32 [H, capacity, axes], and accumulated attention float32 [H, capacity] or None."""

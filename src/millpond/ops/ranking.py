@@ -8,8 +8,6 @@ from torch import Tensor
 from millpond.ops.c_functions import CFunction
 from millpond.ops.dispatch import DECLINED, Declined, operation
 
-__all__ = ["best", "best_and_protected"]
-
 _C_BEST = CFunction("ranking.cpp", "best", "pnnnpp")
 
 

@@ -12,8 +12,6 @@ from millpond.memory.resumable import Pieces, Progress
 from millpond.ops.c_functions import CFunction, contiguous, contiguous_rows
 from millpond.ops.dispatch import DECLINED, Declined, operation
 
-__all__ = ["rerotate"]
-
 _C_REROTATE = CFunction("rerotation.cpp", "rerotate", "pnnnnpnnnppnp", by_dtype=True)
 
 

@@ -9,8 +9,6 @@ from torch.nn.functional import normalize
 from millpond.ops.c_functions import CFunction, contiguous, contiguous_rows
 from millpond.ops.dispatch import DECLINED, Declined, operation
 
-__all__ = ["distinctiveness", "mean_unit_key"]
-
 _C_DISTINCTIVENESS = CFunction("similarity.cpp", "distinctiveness", "pnnp", by_dtype=True)
 
 

@@ -13,8 +13,6 @@ from torch import Tensor
 from millpond.ops.c_functions import CFunction
 from millpond.ops.dispatch import DECLINED, Declined, operation
 
-__all__ = ["Estimators", "estimate", "exceed", "rms_norm"]
-
 _C_EXCEED = CFunction("width_choice.cpp", "exceed", "ppnp")
 _ONE = (torch.tensor([False]), torch.tensor([True]))
 

@@ -16,9 +16,6 @@ from torch import Tensor
 from millpond.errors import PolicyError
 from millpond.policies.base import Policy, View
 
-__all__ = ["ADMISSION", "HOST_MEMORY", "LAYER_BUDGETS", "NO_HOST_MEMORY", "POND_CACHE", "QUANTIZED_TIER", "REFUSED"]
-__all__ += ["SEPARATORS", "TURNS", "Wrapper", "check", "features"]
-
 # What a policy may bring ...
 QUERIES, ACCUMULATED, POSITIONS = "a proxy's queries", "accumulated attention", "positions"
 DEEPER, MERGING, WHOLE_FRAMES = "deeper scores", "merging", "whole frames"

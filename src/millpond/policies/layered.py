@@ -10,8 +10,6 @@ from millpond.policies.allocators.base import Allocator
 from millpond.policies.base import LAYER_SHARE, Needs, Policy, Shape, View
 from millpond.policies.composition import LAYER_BUDGETS, Wrapper
 
-__all__ = ["Layered"]
-
 
 @dataclass(frozen=True)
 class Layered(Wrapper):

@@ -8,8 +8,6 @@ from millpond.policies.allocators.base import Allocator
 from millpond.policies.base import Policy
 from millpond.policies.layered import Layered
 
-__all__ = ["ALLOCATORS", "POLICIES", "available", "get", "read", "write"]
-
 POLICIES: Plugins[Policy] = Plugins("millpond.policies", Policy, "policy")  # type: ignore[type-abstract]
 ALLOCATORS: Plugins[Allocator] = Plugins("millpond.allocators", Allocator, "allocator")  # type: ignore[type-abstract]
 available, get = POLICIES.available, POLICIES.get

@@ -18,8 +18,6 @@ from torch import Tensor
 from millpond.positions import Clock
 from millpond.positions.grid import TEXT
 
-__all__ = ["Closing", "measure"]
-
 
 @dataclass(frozen=True)
 class Closing:

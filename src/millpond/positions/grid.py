@@ -1,7 +1,5 @@
 """What stands for a row and column of a token that lies on no frame's grid."""
 
-__all__ = ["SEPARATOR", "TEXT"]
-
 TEXT = -1
 """Row and column of a token of a remembered turn."""
 SEPARATOR = -2

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from millpond import ops
 
-__all__ = ["Clock", "Rope"]
-
 
 @dataclass
 class Clock:

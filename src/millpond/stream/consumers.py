@@ -8,8 +8,6 @@ from millpond.cache.plan import Split
 from millpond.memory.geometry import Geometry
 from millpond.memory.lines import Line, slot_line
 
-__all__ = ["FramesAsPixels"]
-
 
 @dataclass(frozen=True)
 class FramesAsPixels:

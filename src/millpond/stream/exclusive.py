@@ -8,8 +8,6 @@ from contextlib import contextmanager
 
 from millpond.errors import MillpondError
 
-__all__ = ["Exclusive"]
-
 
 class Exclusive:
     """A lock that tells its own holder so when asked for again.

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from millpond.stream.runner import Runner, dated
 
-__all__ = ["Generated", "TextPieces", "generate"]
-
 
 @dataclass
 class Generated:

@@ -23,8 +23,6 @@ from millpond.stream.recent_frames import Groups, Shot, blocks_of, with_block
 from millpond.stream.runner import Runner, dated
 from millpond.stream.step import Step
 
-__all__ = ["Ingest", "Standing"]
-
 # Beyond these a stream's microseconds leave 64 bits, or its positions (up to 25 a second) 32; the clock could never go back.
 _FARTHEST_SECONDS = 10**11
 _LONGEST_GAP_SECONDS = 366 * 24 * 3600

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["Groups", "Shot", "blocks_of", "with_block"]
-
 Shot = tuple[int, np.ndarray]
 """A frame at model resolution, uint8 [height, width, 3], and its stream time in microseconds."""
 Groups = tuple[tuple[Shot, ...], ...]

@@ -34,8 +34,6 @@ from millpond.policies.composition import SEPARATORS, check
 from millpond.positions import Clock
 from millpond.stream.consumers import FramesAsPixels
 
-__all__ = ["Runner", "RunnerMark", "RunnerState", "dated", "grid_positions"]
-
 
 @dataclass(frozen=True, eq=False)
 class RunnerState:

@@ -14,8 +14,6 @@ from typing import Any, Protocol
 
 from millpond.stream.runner import Runner, RunnerMark
 
-__all__ = ["Step", "Waiting"]
-
 
 class Waiting(Protocol):
     """What stands in front of a runner and goes back with it: a `millpond.stream.ingest.Ingest`."""

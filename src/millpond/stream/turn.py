@@ -12,8 +12,6 @@ from millpond.stream.recent_frames import Shot
 from millpond.stream.runner import Runner, dated
 from millpond.stream.step import Step
 
-__all__ = ["Turn"]
-
 
 class Turn(Step):
     """A turn of one question, begun when made.

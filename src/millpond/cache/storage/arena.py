@@ -17,8 +17,6 @@ from millpond.memory.geometry import Geometry
 from millpond.memory.ledger import Ledger
 from millpond.memory.resumable import Pieces, Steps
 
-__all__ = ["Arena", "ArenaStorage"]
-
 
 class ArenaStorage(Storage):
     """`Plan.slots` slots on average over the layers, shared among them by what each was granted.

@@ -19,8 +19,6 @@ from millpond.errors import BudgetError
 from millpond.memory.budget import format_bytes
 from millpond.memory.ledger import Ledger
 
-__all__ = ["Exchange", "Slab", "attribute", "feasible", "zeros"]
-
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeroed storage.

@@ -23,8 +23,6 @@ from millpond.memory.resumable import InPlace, Pieces, Step
 from millpond.ops.metadata import LayerMetadata
 from millpond.positions import Rope
 
-__all__ = ["METADATA", "VECTORS", "LayerState", "PondLayer", "rerotation"]
-
 VECTORS = ("keys", "values")
 METADATA = ("time_us", "grid_position", "positions", "accumulated_attention")
 """Attributes of a layer that hold its tensors; `accumulated_attention` may be None."""

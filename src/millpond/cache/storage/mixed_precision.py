@@ -18,8 +18,6 @@ from millpond.memory.geometry import Geometry
 from millpond.memory.ledger import Ledger
 from millpond.policies.base import View
 
-__all__ = ["MixedPrecisionStorage"]
-
 
 class MixedPrecisionStorage(Storage):
     """Tokens that would be forgotten are quantized instead (MiKV, Yang et al., 2024), and forgotten later.

@@ -17,8 +17,6 @@ from millpond.memory.resumable import Step
 from millpond.policies.scoring.matching import order_keys
 from millpond.positions import Rope
 
-__all__ = ["MixedPrecisionLayer", "stream_order"]
-
 
 class MixedPrecisionLayer(PondLayer):
     """A layer whose older, less important tokens are quantized.

@@ -19,8 +19,6 @@ from millpond.memory.ledger import Ledger
 from millpond.memory.resumable import InPlace, Pieces, Step
 from millpond.positions import Rope
 
-__all__ = ["DequantizationBuffer", "QuantizedStore"]
-
 
 class QuantizedStore:
     """One layer's quantized tokens: `capacity` groups of storage for each head, allocated once.

@@ -14,8 +14,6 @@ from typing import ClassVar
 from millpond.errors import PolicyError
 from millpond.policies.base import Needs, Shape, View
 
-__all__ = ["Allocator", "apportion"]
-
 
 @dataclass(frozen=True)
 class Allocator(ABC):

@@ -11,8 +11,6 @@ from millpond.policies.allocators.base import Allocator
 from millpond.policies.base import Needs, Shape, View, check_whole
 from millpond.policies.scoring.attention import attention_spread, spread_scratch
 
-__all__ = ["Cake"]
-
 
 @dataclass(frozen=True)
 class Cake(Allocator):

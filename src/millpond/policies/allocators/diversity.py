@@ -13,8 +13,6 @@ from millpond.policies.allocators.base import Allocator
 from millpond.policies.base import Shape, View
 from millpond.policies.scoring.keys import unit_keys_scratch
 
-__all__ = ["Diversity"]
-
 
 @dataclass(frozen=True)
 class Diversity(Allocator):

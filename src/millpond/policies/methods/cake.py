@@ -12,8 +12,6 @@ from millpond.policies.base import Needs, Scorer, Shape, View, check_whole
 from millpond.policies.scoring.attention import attention_moments, moments_scratch
 from millpond.policies.scoring.window import keep_window, pool_in_front
 
-__all__ = ["CAKE"]
-
 _KERNEL = 5
 
 

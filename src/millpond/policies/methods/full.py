@@ -10,8 +10,6 @@ from torch import Tensor
 from millpond.errors import PolicyError
 from millpond.policies.base import Policy, View
 
-__all__ = ["Full"]
-
 
 @dataclass(frozen=True)
 class Full(Policy):

@@ -11,8 +11,6 @@ from millpond.errors import PolicyError
 from millpond.policies.base import Needs, Scorer, Shape, View, check_between
 from millpond.policies.scoring.window import keep_window, window_scratch
 
-__all__ = ["H2O"]
-
 
 @dataclass(frozen=True)
 class H2O(Scorer):

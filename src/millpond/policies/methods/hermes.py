@@ -16,8 +16,6 @@ from millpond.policies.base import Needs, Scorer, Shape, View, check_between, ke
 from millpond.policies.scoring.attention import proxy_attention, proxy_scratch
 from millpond.policies.scoring.merging import change
 
-__all__ = ["HERMES"]
-
 
 @dataclass(frozen=True)
 class HERMES(Scorer):

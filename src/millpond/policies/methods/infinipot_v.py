@@ -13,8 +13,6 @@ from millpond import ops
 from millpond.errors import PolicyError
 from millpond.policies.base import Policy, Shape, View, check_between
 
-__all__ = ["InfiniPotV"]
-
 
 @dataclass(frozen=True)
 class InfiniPotV(Policy):

@@ -12,8 +12,6 @@ from torch.nn import functional
 from millpond.errors import PolicyError
 from millpond.policies.base import Needs, Policy, Shape, View
 
-__all__ = ["InfiniPotVReleased"]
-
 # torch adds the columns of a matrix up in an order that depends on a column's position among groups of four vector registers (64
 # floats at the most), and in another one where the matrix is narrower than a register (16 floats at the most). Pieces that are
 # cut at multiples of the first and never narrower than the second give the same bits as the whole.

@@ -15,8 +15,6 @@ from millpond.policies.allocators.diversity import Diversity
 from millpond.policies.base import LAYER_SHARE, TEXT, Needs, Scorer, Shape, View
 from millpond.policies.scoring.keys import unit_keys_scratch
 
-__all__ = ["InfiniteVGGT"]
-
 
 @dataclass(frozen=True)
 class InfiniteVGGT(Scorer):

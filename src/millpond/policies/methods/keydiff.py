@@ -12,8 +12,6 @@ from millpond import ops
 from millpond.policies.base import Scorer, Shape, View
 from millpond.policies.scoring.keys import unit_keys_scratch
 
-__all__ = ["KeyDiff"]
-
 
 @dataclass(frozen=True)
 class KeyDiff(Scorer):

@@ -13,8 +13,6 @@ from millpond.policies.base import Needs, Policy, Shape, View, check_between, ch
 from millpond.policies.scoring.attention import proxy_attention, proxy_scratch
 from millpond.policies.scoring.merging import fold, fold_scratch
 
-__all__ = ["KVMerger"]
-
 
 @dataclass(frozen=True)
 class KVMerger(Policy):

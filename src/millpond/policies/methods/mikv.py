@@ -6,14 +6,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
+from millpond.errors import PolicyError
 from millpond.kv_quantization.quantizer import KVQuantizer
 from millpond.kv_quantization.tier import QuantizedTier
 from millpond.policies import DEFAULT_POLICY
 from millpond.policies.base import Needs, Policy
 from millpond.policies.composition import QUANTIZED_TIER, Wrapper
 from millpond.policies.registry import read
-
-__all__ = ["MiKV"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,10 @@ class MiKV(Wrapper):
 
     @cached_property
     def inner(self) -> Policy:
-        return read(self.base) if isinstance(self.base, str) else self.base
+        inner = read(self.base) if isinstance(self.base, str) else self.base
+        if not isinstance(inner, Policy):
+            raise PolicyError(f"mikv: base must be a name or a Policy, not {inner!r}")
+        return inner
 
     @cached_property
     def tier(self) -> QuantizedTier:

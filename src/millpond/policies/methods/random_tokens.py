@@ -12,8 +12,6 @@ from torch import Tensor
 from millpond.errors import PolicyError
 from millpond.policies.base import Scorer, View
 
-__all__ = ["RandomTokens"]
-
 
 @dataclass(frozen=True)
 class RandomTokens(Scorer):

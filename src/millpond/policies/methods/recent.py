@@ -10,8 +10,6 @@ from torch import Tensor
 
 from millpond.policies.base import Policy, View, check_whole, keep_top
 
-__all__ = ["Recent"]
-
 
 @dataclass(frozen=True)
 class Recent(Policy):

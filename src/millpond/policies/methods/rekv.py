@@ -10,8 +10,6 @@ from torch import Tensor
 
 from millpond.policies.base import Needs, Scorer, View, check_whole
 
-__all__ = ["ReKV"]
-
 
 @dataclass(frozen=True)
 class ReKV(Scorer):

@@ -12,8 +12,6 @@ from millpond.policies.base import Needs, Scorer, Shape, View, check_whole
 from millpond.policies.scoring.attention import proxy_attention, proxy_scratch
 from millpond.policies.scoring.window import keep_window, pool_in_front, window_scratch
 
-__all__ = ["SnapKV"]
-
 
 @dataclass(frozen=True)
 class SnapKV(Scorer):

@@ -11,8 +11,6 @@ from torch import Tensor
 from millpond.errors import PolicyError
 from millpond.policies.base import TEXT, Policy, Shape, View, check_whole, keep_top
 
-__all__ = ["StreamingVLM"]
-
 
 @dataclass(frozen=True)
 class StreamingVLM(Policy):

@@ -12,8 +12,6 @@ from millpond.policies.base import Needs, Policy, Shape, View, check_between, ke
 from millpond.policies.scoring.attention import proxy_attention, proxy_scratch
 from millpond.policies.scoring.merging import fold, fold_scratch
 
-__all__ = ["StreamMem"]
-
 
 @dataclass(frozen=True)
 class StreamMem(Policy):

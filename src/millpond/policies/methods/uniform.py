@@ -12,8 +12,6 @@ from torch import Tensor
 
 from millpond.policies.base import Scorer, Shape, View
 
-__all__ = ["Uniform"]
-
 
 @dataclass(frozen=True)
 class Uniform(Scorer):

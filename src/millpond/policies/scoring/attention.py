@@ -13,9 +13,6 @@ from millpond import ops
 from millpond.errors import PolicyError
 from millpond.policies.base import TEXT, Shape, View
 
-__all__ = ["accumulation_scratch", "attention_moments", "attention_scratch", "attention_spread"]
-__all__ += ["moments_scratch", "proxy_attention", "proxy_scratch", "spread_scratch"]
-
 # Query heads to a KV head of the widest models at hand.
 _WIDEST_GROUP = 16
 

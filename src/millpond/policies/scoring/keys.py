@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from millpond.policies.base import Shape
 
-__all__ = ["unit_keys_scratch"]
-
 
 def unit_keys_scratch(shape: Shape) -> int:
     """The most bytes that `ops.distinctiveness` or `mean_unit_key` allocates, beside its result."""

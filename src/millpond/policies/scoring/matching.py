@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["match_scores", "matching_scratch", "order_keys"]
-
 
 def match_scores(scores: Tensor, time_us: Tensor, grid_position: Tensor, to_us: Tensor, to_position: Tensor) -> Tensor:
     """What one layer's scores say of another layer's tokens: float32 [H, m], NaN where that layer does not hold the token.

@@ -9,8 +9,6 @@ from millpond import ops
 from millpond.memory.resumable import InPlace, Move
 from millpond.policies.base import Shape, View
 
-__all__ = ["change", "fold", "fold_scratch"]
-
 
 def fold(view: View, head: int, owner: Tensor, weight: Tensor) -> None:
     """Replace keys and values of some tokens by the weighted means of all tokens that go into them; in float32 sums.

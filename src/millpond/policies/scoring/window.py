@@ -10,8 +10,6 @@ from torch.nn import functional
 
 from millpond.policies.base import Shape, View
 
-__all__ = ["keep_window", "pool_in_front", "window_scratch"]
-
 
 def pool_in_front(scores: Tensor, window: int, kernel: int, pooling: Literal["avg", "max"] = "avg") -> None:
     """Pool the scores, float32 [H, n], of the tokens in front of the latest `window` over `kernel` neighbours, in place."""
