@@ -19,11 +19,11 @@ from millpond.policies.base import Policy, View
 # What a policy may bring ...
 QUERIES, ACCUMULATED, POSITIONS = "a proxy's queries", "accumulated attention", "positions"
 DEEPER, MERGING, WHOLE_FRAMES = "deeper scores", "merging", "whole frames"
-RETRIEVAL, NO_RETRIEVAL, NO_CAP = "retrieval", "no retrieval", "no cap"
+RETRIEVAL, NO_RETRIEVAL, NO_CAP = "retrieval", "a policy without retrieval", "no cap"
 QUANTIZED_TIER, LAYER_BUDGETS = "a quantized tier", "layer budgets"
 # ... and what it may meet.
 POND_CACHE, ADMISSION, TURNS, SEPARATORS = "a PondCache", "an admission", "remembered turns", "tokens between frames"
-HOST_MEMORY, NO_HOST_MEMORY = "host memory", "no host memory"
+HOST_MEMORY, NO_HOST_MEMORY = "host memory", "a session without host memory"
 
 _FEATURES: dict[str, Callable[[Policy], bool]] = {
     QUERIES: lambda policy: policy.needs.proxy is not None,
