@@ -56,39 +56,43 @@ def reached(paths: list[str], stored: Path | None) -> Reach:
     return known
 
 
-def selected(reach: Reach, mutant: Mutant, seconds: float) -> tuple[list[str], bool]:
-    """The tests to run for a mutant, in order, and whether some that reach it are left out for time."""
-    order = sorted(reach.of(mutant.path, *mutant.lines), key=lambda test: (reach.tests[test], test))
+def selected(reach: Reach, tests: set[str], seconds: float) -> list[str]:
+    """The quickest of some tests, as many as take so many seconds, file by file in the order of their mean."""
     taken: list[str] = []
     spent = 0.0
-    for test in order:
+    for test in sorted(tests, key=lambda test: (reach.tests[test], test)):
         if spent + reach.tests[test] <= seconds:
             taken.append(test)
             spent += reach.tests[test]
-    mean = {
-        file: [reach.tests[test] for test in taken if test.startswith(file + "::")]
-        for file in {test.split("::")[0] for test in taken}
-    }
-    taken.sort(key=lambda test: (fmean(mean[test.split("::")[0]]), test.split("::")[0]))
-    return taken, len(taken) < len(order)
+    files: dict[str, list[float]] = {}
+    for test in taken:
+        files.setdefault(test.split("::")[0], []).append(reach.tests[test])
+    return sorted(taken, key=lambda test: (fmean(files[test.split("::")[0]]), test.split("::")[0]))
 
 
-def tried(mutants: list[Mutant], reach: Reach, seconds: float) -> Iterator[dict[str, Any]]:
+def tried(mutants: list[Mutant], reach: Reach, seconds: tuple[float, float]) -> Iterator[dict[str, Any]]:
     """How each mutant fared."""
     for mutant in mutants:
-        tests, cut = selected(reach, mutant, seconds)
-        limit = 5 + 2 * sum(reach.tests[test] for test in tests)
-        outcome = Outcome("unreached")
-        if tests:
+        reaching = reach.of(mutant.path, *mutant.lines)
+        left, spent, outcome = set(reaching), 0.0, Outcome("unreached")
+        for most in seconds:
+            tests = selected(reach, left, most)
+            if not tests:
+                break
+            limit = 5 + 2 * sum(reach.tests[test] for test in tests)
             outcome = run(tests, limit, ROOT / mutant.path, mutant.source(ROOT))
+            left -= {*tests}
+            spent += outcome.seconds
+            if outcome.how != "passed":
+                break
         yield {
             **asdict(mutant),
             "killed": outcome.how not in ("passed", "unreached"),
             "how": outcome.how,
             "test": outcome.test,
-            "tests": len(tests),
-            "cut": cut,
-            "seconds": outcome.seconds,
+            "tests": len(reaching) - len(left),
+            "cut": bool(left),
+            "seconds": round(spent, 2),
         }
 
 
@@ -134,7 +138,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--size", type=int, default=300)
-    parser.add_argument("--seconds", type=float, default=6.0, help="of tests' processor time for one mutant")
+    parser.add_argument(
+        "--seconds", type=float, default=6.0, help="of tests' processor time, for the quickest that reach a mutant"
+    )
+    parser.add_argument(
+        "--more", type=float, default=30.0, help="as much again for the next ones, where it survives those"
+    )
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="begin no mutant later; they are in random order"
     )
@@ -153,7 +162,7 @@ def main() -> None:
     reach = reached(paths, options.reach)
     mutants = draw(ROOT, [path for path in paths if options.only in path], options.size, options.seed)
     found, end = [], monotonic() + 60 * options.minutes
-    for one in tried(mutants, reach, options.seconds):
+    for one in tried(mutants, reach, (options.seconds, options.more)):
         found.append(one)
         line = f"{len(found)}/{len(mutants)} {one['path']}:{one['lines'][0]} {one['how']} {one['seconds']} s"
         print(line, file=sys.stderr, flush=True)
@@ -179,7 +188,7 @@ def main() -> None:
             "run": len(reach.tests),
             "left_out_because_they_fail_unmutated": reach.failed,
             "marks": MARKS,
-            "seconds_a_mutant": options.seconds,
+            "seconds_a_mutant": [options.seconds, options.more],
         },
         "aim": {"share": ">= 0.85"},
         **summary(found),

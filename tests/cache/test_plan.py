@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millpond.cache.consumers import make_plan
-from millpond.cache.plan import Plan
+from millpond.cache.plan import Plan, _first
 from millpond.errors import BudgetError
 from millpond.memory.geometry import Geometry
 from millpond.policies.base import Needs
@@ -116,3 +116,9 @@ def test_other_storage_is_the_memory_s_matter() -> None:
         assert other.total_bytes == plan.total_bytes + (slots - plan.slots) * plan.bytes_per_token
     minimum = plan.with_slots(plan.slots - plan.memory_tokens)
     assert (minimum.memory_tokens, minimum.headroom_tokens) == (16, plan.headroom_tokens - 16)
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 7, 8, 1000])
+def test_the_first_number_that_holds_is_found_wherever_it_is(start: int) -> None:
+    for first in (start, start + 1, start + 2, start + 3, start + 9, start + 700):
+        assert _first(lambda number, first=first: number >= first, start) == first
