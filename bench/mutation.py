@@ -1,15 +1,17 @@
 """Which lines no test guards: a random sample of mutants of the cache, memory, policies and positions, and the tests that reach each.
 
-    OMP_NUM_THREADS=1 python bench/mutation.py --seed 2 --size 300 --out bench/results/mutation.json
+    OMP_NUM_THREADS=1 python bench/mutation.py --seed 2 --size 200 --out bench/results/mutation.json
 
-Needs `cosmic-ray` and `coverage` beside the `dev` extra. The operators are cosmic-ray's and two more (mutation_sites.py); a place is drawn
-first, then one of the changes possible there, and every file has its share of all places. Nothing is written to `src`: the changed source
-is imported in a fork. A mutant runs the tests that reach its lines, the quick before the slow, up to the first that fails, for at most `--seconds` of their processor time; it is killed by a test that fails, by an import that does, or by running for too
-long. One that no test reaches has survived. Without the tests marked slow and nightly, which could kill a few more.
+Needs `cosmic-ray` and `coverage` beside the `dev` extra (`make mutation` sets them up). The operators are cosmic-ray's and two more
+(mutation_sites.py); a place is drawn first, then one of the changes possible there, and every file has its share of all places. Nothing is
+written to `src`: the changed source is imported in a fork of a process that has torch already, which cosmic-ray's own worker cannot do.
+
+A mutant runs the tests that reach its lines, up to the first that fails: the quickest, and where it survives those, the next ones. It is killed
+by a test that fails, by an import that does, or by running for too long. One that no test reaches has survived. Tests marked slow or
+nightly, and those of other folders, are not asked and could kill a few more.
 
 Survivors that no test could tell from the program are listed in `mutation_equivalent.json` with the reason, by file and changed line. They
-leave the score: score = killed / (mutants - equivalent), with Wilson's 95 % interval. A survivor in a line that is in no list counts as
-alive, equivalent or not.
+leave the score: score = killed / (mutants - equivalent), with Wilson's 95 % interval. Any other survivor counts as alive.
 """
 
 from __future__ import annotations
@@ -79,7 +81,7 @@ def tried(mutants: list[Mutant], reach: Reach, seconds: tuple[float, float]) -> 
             tests = selected(reach, left, most)
             if not tests:
                 break
-            limit = 5 + 2 * sum(reach.tests[test] for test in tests)
+            limit = 20 + 3 * sum(reach.tests[test] for test in tests)
             outcome = run(tests, limit, ROOT / mutant.path, mutant.source(ROOT))
             left -= {*tests}
             spent += outcome.seconds
@@ -142,7 +144,7 @@ def main() -> None:
         "--seconds", type=float, default=6.0, help="of tests' processor time, for the quickest that reach a mutant"
     )
     parser.add_argument(
-        "--more", type=float, default=30.0, help="as much again for the next ones, where it survives those"
+        "--more", type=float, default=12.0, help="as much again for the next ones, where it survives those"
     )
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="begin no mutant later; they are in random order"
