@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 LATEST := $(VENV)/transformers-latest
 TRITON := $(VENV)/triton
+MUTATION := $(VENV)/mutation
 LOCKER := $(VENV)/locker
 # Python compiles what it imports; compiling all that is installed takes longer than installing it.
 PIP_OPTIONS := --disable-pip-version-check -q install --no-compile
@@ -14,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 # `make check` before every commit, `make test` before every merge, `make nightly` by night.
-.PHONY: check test lint docs fast unit lowest latest triton nightly demo lock clean
+.PHONY: check test lint docs fast unit lowest latest triton nightly mutation demo lock clean
 
 check: lint fast
 
@@ -64,6 +65,10 @@ nightly: $(VENV)/.ready
 	$(BIN)/python -m tests.clips.fetch $(VENV)/clips
 	MILLPOND_CLIPS=$(VENV)/clips $(BIN)/python -m pytest tests/clips
 
+# Which lines no test guards: a random sample of mutants of the cache, memory, policies and positions. About half an hour of one core.
+mutation: $(MUTATION)/.ready
+	PYTHONPATH=$(MUTATION) $(BIN)/python bench/mutation.py --seed 2 --size 200 --reach build/reach.json --out build/mutation.json
+
 demo: $(VENV)/.ready
 	$(BIN)/python -m millpond demo
 
@@ -95,6 +100,12 @@ $(LOWEST)/.ready: $(VENV)/.ready constraints-lowest.txt
 $(TRITON)/.ready: $(VENV)/.ready
 	rm -rf $(TRITON)
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-deps --target $(TRITON) triton
+	touch $@
+
+$(MUTATION)/.ready: $(VENV)/.ready
+	rm -rf $(MUTATION)
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt --target $(MUTATION) 'cosmic-ray==8.7.0' 'coverage==7.17.4'
+	mkdir -p build
 	touch $@
 
 clean:

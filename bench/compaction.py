@@ -29,7 +29,7 @@ import torch
 from millpond import ops, policies
 from millpond.cache import Pond
 from millpond.cache.consumers import make_plan
-from millpond.eval.hardware import write_metadata
+from millpond.eval.hardware import describe
 from millpond.memory.geometry import Geometry
 from millpond.policies.base import Policy
 
@@ -173,7 +173,7 @@ def main() -> None:
     torch.manual_seed(0)
     result = {
         "what": "one compaction pass at Qwen2-VL-7B's shapes, 6,048 -> 4,536 tokens",
-        "machine": write_metadata(),
+        "machine": describe(),
         "noise": "a shared machine with other jobs running; compare the ratios, not the milliseconds",
         "kernels": "compiled" if ops.status().endswith(".so") else ops.status(),
         "aim": {"released_over_pass": ">= 20", "pass_over_copy": "<= 2", "scratch_share_of_cache": "<= 0.05"},

@@ -1,15 +1,17 @@
 """Which lines no test guards: a random sample of mutants of the cache, memory, policies and positions, and the tests that reach each.
 
-    OMP_NUM_THREADS=1 python bench/mutation.py --seed 2 --size 300 --out bench/results/mutation.json
+    OMP_NUM_THREADS=1 python bench/mutation.py --seed 2 --size 200 --out bench/results/mutation.json
 
-Needs `cosmic-ray` and `coverage` beside the `dev` extra. The operators are cosmic-ray's and two more (mutation_sites.py); a place is drawn
-first, then one of the changes possible there, and every file has its share of all places. Nothing is written to `src`: the changed source
-is imported in a fork. A mutant runs the tests that reach its lines, the quick before the slow, up to the first that fails, for at most `--seconds` of their processor time; it is killed by a test that fails, by an import that does, or by running for too
-long. One that no test reaches has survived. Without the tests marked slow and nightly, which could kill a few more.
+Needs `cosmic-ray` and `coverage` beside the `dev` extra (`make mutation` sets them up). The operators are cosmic-ray's and two more
+(mutation_sites.py); a place is drawn first, then one of the changes possible there, and every file has its share of all places. Nothing is
+written to `src`: the changed source is imported in a fork of a process that has torch already, which cosmic-ray's own worker cannot do.
+
+A mutant runs the tests that reach its lines, up to the first that fails: the quickest, and where it survives those, the next ones. It is killed
+by a test that fails, by an import that does, or by running for too long. One that no test reaches has survived. Tests marked slow or
+nightly, and those of other folders, are not asked and could kill a few more.
 
 Survivors that no test could tell from the program are listed in `mutation_equivalent.json` with the reason, by file and changed line. They
-leave the score: score = killed / (mutants - equivalent), with Wilson's 95 % interval. A survivor in a line that is in no list counts as
-alive, equivalent or not.
+leave the score: score = killed / (mutants - equivalent), with Wilson's 95 % interval. Any other survivor counts as alive.
 """
 
 from __future__ import annotations
@@ -56,39 +58,43 @@ def reached(paths: list[str], stored: Path | None) -> Reach:
     return known
 
 
-def selected(reach: Reach, mutant: Mutant, seconds: float) -> tuple[list[str], bool]:
-    """The tests to run for a mutant, in order, and whether some that reach it are left out for time."""
-    order = sorted(reach.of(mutant.path, *mutant.lines), key=lambda test: (reach.tests[test], test))
+def selected(reach: Reach, tests: set[str], seconds: float) -> list[str]:
+    """The quickest of some tests, as many as take so many seconds, file by file in the order of their mean."""
     taken: list[str] = []
     spent = 0.0
-    for test in order:
+    for test in sorted(tests, key=lambda test: (reach.tests[test], test)):
         if spent + reach.tests[test] <= seconds:
             taken.append(test)
             spent += reach.tests[test]
-    mean = {
-        file: [reach.tests[test] for test in taken if test.startswith(file + "::")]
-        for file in {test.split("::")[0] for test in taken}
-    }
-    taken.sort(key=lambda test: (fmean(mean[test.split("::")[0]]), test.split("::")[0]))
-    return taken, len(taken) < len(order)
+    files: dict[str, list[float]] = {}
+    for test in taken:
+        files.setdefault(test.split("::")[0], []).append(reach.tests[test])
+    return sorted(taken, key=lambda test: (fmean(files[test.split("::")[0]]), test.split("::")[0]))
 
 
-def tried(mutants: list[Mutant], reach: Reach, seconds: float) -> Iterator[dict[str, Any]]:
+def tried(mutants: list[Mutant], reach: Reach, seconds: tuple[float, float]) -> Iterator[dict[str, Any]]:
     """How each mutant fared."""
     for mutant in mutants:
-        tests, cut = selected(reach, mutant, seconds)
-        limit = 5 + 2 * sum(reach.tests[test] for test in tests)
-        outcome = Outcome("unreached")
-        if tests:
+        reaching = reach.of(mutant.path, *mutant.lines)
+        left, spent, outcome = set(reaching), 0.0, Outcome("unreached")
+        for most in seconds:
+            tests = selected(reach, left, most)
+            if not tests:
+                break
+            limit = 20 + 3 * sum(reach.tests[test] for test in tests)
             outcome = run(tests, limit, ROOT / mutant.path, mutant.source(ROOT))
+            left -= {*tests}
+            spent += outcome.seconds
+            if outcome.how != "passed":
+                break
         yield {
             **asdict(mutant),
             "killed": outcome.how not in ("passed", "unreached"),
             "how": outcome.how,
             "test": outcome.test,
-            "tests": len(tests),
-            "cut": cut,
-            "seconds": outcome.seconds,
+            "tests": len(reaching) - len(left),
+            "cut": bool(left),
+            "seconds": round(spent, 2),
         }
 
 
@@ -134,7 +140,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--size", type=int, default=300)
-    parser.add_argument("--seconds", type=float, default=6.0, help="of tests' processor time for one mutant")
+    parser.add_argument(
+        "--seconds", type=float, default=6.0, help="of tests' processor time, for the quickest that reach a mutant"
+    )
+    parser.add_argument(
+        "--more", type=float, default=12.0, help="as much again for the next ones, where it survives those"
+    )
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="begin no mutant later; they are in random order"
     )
@@ -153,7 +164,7 @@ def main() -> None:
     reach = reached(paths, options.reach)
     mutants = draw(ROOT, [path for path in paths if options.only in path], options.size, options.seed)
     found, end = [], monotonic() + 60 * options.minutes
-    for one in tried(mutants, reach, options.seconds):
+    for one in tried(mutants, reach, (options.seconds, options.more)):
         found.append(one)
         line = f"{len(found)}/{len(mutants)} {one['path']}:{one['lines'][0]} {one['how']} {one['seconds']} s"
         print(line, file=sys.stderr, flush=True)
@@ -179,7 +190,7 @@ def main() -> None:
             "run": len(reach.tests),
             "left_out_because_they_fail_unmutated": reach.failed,
             "marks": MARKS,
-            "seconds_a_mutant": options.seconds,
+            "seconds_a_mutant": [options.seconds, options.more],
         },
         "aim": {"share": ">= 0.85"},
         **summary(found),

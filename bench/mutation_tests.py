@@ -80,11 +80,11 @@ class Reach:
         return Reach({**self.tests, **other.tests}, lines, [*self.failed, *other.failed])
 
     def of(self, path: str, first: int, last: int) -> set[str]:
-        """The tests that run one of some lines. Of lines that importing alone runs, all tests of the file, or all if it has none."""
+        """The tests that run one of some lines; all of them for lines that importing runs, whose effect may show anywhere."""
         lines = self.lines.get(path, {})
         found = {test for line in range(first, last + 1) for test in lines.get(line, ())}
         if not found and any(line in lines for line in range(first, last + 1)):
-            found = {test for tests in lines.values() for test in tests} or set(self.tests)
+            found = set(self.tests)
         return found & self.tests.keys()
 
 
@@ -193,8 +193,11 @@ class _Mutated(MetaPathFinder):
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         for folder in path or ():
-            if Path(folder, name.rpartition(".")[2] + ".py") == self._path:
-                return spec_from_file_location(name, self._path, loader=_Loader(name, self._path, self._source))
+            module = Path(folder, name.rpartition(".")[2])
+            if self._path in (module.with_suffix(".py"), module / "__init__.py"):
+                loader = _Loader(name, self._path, self._source)
+                places = [str(module)] if self._path.name == "__init__.py" else None
+                return spec_from_file_location(name, self._path, loader=loader, submodule_search_locations=places)
         return None
 
 

@@ -1,5 +1,6 @@
 """Host memory alone, against a list of frames: what is held, what it counts, and what comes back."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -166,3 +167,13 @@ def test_the_smallest_budget_holds_one_frame_and_a_folder_that_is_not_there_is_o
     assert smallest.host.nbytes == minimum
     with pytest.raises(BudgetError, match="no file of"):
         Frames(folder=tmp_path / "nowhere").leave((1, 4))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the file's blocks are not reserved here")
+def test_a_full_disk_says_so_before_a_frame_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int, offset: int, size: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(BudgetError, match=r"no file of .* for host memory in .*: .*No space left"):
+        Frames(folder=tmp_path).leave((1, 4))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millpond.cache.consumers import make_plan
-from millpond.cache.plan import Plan, _most
+from millpond.cache.plan import Plan, _first, _most
 from millpond.errors import BudgetError
 from millpond.memory.geometry import Geometry
 from millpond.policies.base import Needs
@@ -129,3 +129,9 @@ def test_the_most_that_fits_is_what_counting_up_finds(sizes: list[int], limit: i
         return total[slots] if slots < len(total) else 10**6 * slots
 
     assert _most(size, limit, 0, step) == max(slots for slots in range(len(total)) if total[slots] <= limit)
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 7, 8, 1000])
+def test_the_first_number_that_holds_is_found_wherever_it_is(start: int) -> None:
+    for first in (start, start + 1, start + 2, start + 3, start + 9, start + 700):
+        assert _first(lambda number, first=first: number >= first, start) == first

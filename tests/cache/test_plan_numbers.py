@@ -74,3 +74,10 @@ def test_the_scratch_of_every_policy() -> None:
     capped = [read(policy.name) for policy in available() if policy.capped]
     assert {policy.name: (policy.scratch(large), policy.scratch(small)) for policy in capped} == SCRATCH
     assert read("snapkv+cake").scratch(small) == 50_080, "the allocator's own pass is larger than the policy's"
+
+
+def test_what_ignores_the_cap_begins_small() -> None:
+    plan = make_plan(None, GEOMETRY, read("full"), prompt_tokens=9, group_tokens=16)
+    assert (plan.slots, plan.turn_tokens) == (9 + 512 + 8 * 16, 81)
+    asked = make_plan(None, GEOMETRY, read("full"), prompt_tokens=9, group_tokens=16, reserve_tokens=40)
+    assert (asked.slots, asked.turn_tokens) == (9 + 40 + 8 * 16, 40)

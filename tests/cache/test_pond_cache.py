@@ -184,3 +184,14 @@ def test_a_cache_made_in_inference_mode_works_outside_of_it_and_a_cast_model_is_
 def test_more_than_the_memory_that_there_is_is_refused() -> None:
     with pytest.raises(BudgetError, match="more than the memory that there is"):
         PondCache(text_model(), "100TiB")
+
+
+def test_without_a_cap_the_storage_grows_with_the_sequence() -> None:
+    cache = PondCache(text_model(), None, "full")
+    slots = cache.plan.slots
+    model = text_model()
+    with torch.inference_mode():
+        for start in range(0, 2 * slots, 50):
+            model(torch.arange(start, start + 50)[None] % 97, past_key_values=cache)
+    assert cache.length == cache.get_seq_length() >= 2 * slots
+    assert cache.plan.slots >= cache.length

@@ -388,3 +388,33 @@ def test_what_cannot_be_packed_is_refused() -> None:
         MiKV(base=MiKV())
     with pytest.raises(PolicyError):
         QuantizedTier(KVQuantizer(4), 2.0)
+
+
+def test_a_shift_moves_packed_tokens_with_the_others_and_live_bytes_count_both() -> None:
+    stream = tiered()
+    for _ in range(30):
+        stream.frame()
+    pond = stream.pond
+    before = [
+        (layer.positions[:, : layer.length].clone(), layer.store.live("positions").clone())
+        for layer in pond.layers
+    ]
+    shift_uniformly(pond, ROPE, stream.clock, 37)
+    for layer, (full, quantized) in zip(pond.layers, before, strict=True):
+        assert torch.equal(layer.positions[:, : layer.length], full - 37)
+        assert torch.equal(layer.store.live("positions"), quantized - 37)
+    assert stream.worst() <= 0.06  # two roundings
+    assert pond.live_bytes == sum(tensor.nbytes for tensor in state(pond))
+
+
+def test_as_many_packed_groups_stay_as_were_asked_for() -> None:
+    stream = tiered()
+    for _ in range(30):
+        stream.frame()
+    groups = stream.pond.quantized_tokens // 8
+    assert groups > 5
+    for left in (groups, 5, 1):
+        stream.pond.forget_quantized(left)
+        assert [layer.store.groups for layer in stream.pond.layers] == [left, left]
+        assert stream.pond.quantized_tokens == 8 * left
+    assert stream.worst() <= 0.03

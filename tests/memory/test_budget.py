@@ -41,3 +41,21 @@ def test_integers_pass_and_print(size: int) -> None:
         abs(float(number) - size / {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}[unit])
         <= 0.005 + 1e-9
     )
+
+
+def test_sizes_as_people_read_them() -> None:
+    sizes = [0, 1, 1023, 1024, 1025, 5000, 10**6, 1 << 20, 3 << 29, 1 << 40, 5 << 50, -2048]
+    assert [format_bytes(size) for size in sizes] == [
+        "0 B",
+        "1 B",
+        "1023 B",
+        "1.00 KiB",
+        "1.00 KiB",
+        "4.88 KiB",
+        "976.56 KiB",
+        "1.00 MiB",
+        "1.50 GiB",
+        "1.00 TiB",
+        "5120.00 TiB",
+        "-2.00 KiB",
+    ]

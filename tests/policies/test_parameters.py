@@ -100,6 +100,7 @@ def test_shares_are_whole_numbers_within_bounds_with_an_exact_sum() -> None:
 
 def test_the_room_s_names_are_those_of_its_modules() -> None:
     assert millpond.policies.get is registry.get
+    assert {"get", "Policy", "read"} <= set(dir(millpond.policies))
     assert millpond.policies.Policy.__module__ == "millpond.policies.base"
     with pytest.raises(AttributeError, match="no attribute 'nonesuch'"):
         millpond.policies.nonesuch  # noqa: B018
