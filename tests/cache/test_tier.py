@@ -404,7 +404,7 @@ def test_a_shift_moves_packed_tokens_with_the_others_and_live_bytes_count_both()
         assert torch.equal(layer.positions[:, : layer.length], full - 37)
         assert torch.equal(layer.store.live("positions"), quantized - 37)
     assert stream.worst() <= 0.06  # two roundings
-    assert pond.live_bytes == sum(tensor.nbytes for tensor in state(pond))
+    assert pond.storage.live_bytes == sum(tensor.nbytes for tensor in state(pond))
 
 
 def test_as_many_packed_groups_stay_as_were_asked_for() -> None:
