@@ -396,8 +396,7 @@ def test_a_shift_moves_packed_tokens_with_the_others_and_live_bytes_count_both()
         stream.frame()
     pond = stream.pond
     before = [
-        (layer.positions[:, : layer.length].clone(), layer.store.live("positions").clone())
-        for layer in pond.layers
+        (layer.positions[:, : layer.length].clone(), layer.store.live("positions").clone()) for layer in pond.layers
     ]
     shift_uniformly(pond, ROPE, stream.clock, 37)
     for layer, (full, quantized) in zip(pond.layers, before, strict=True):

@@ -24,7 +24,7 @@ class Ring:
     bytes_in: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Arrival:
     """Tokens of one frame that a pass brings.
 

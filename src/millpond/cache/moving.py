@@ -22,7 +22,7 @@ from millpond.memory.resumable import Mask, Move, Step, Steps
 from millpond.policies.base import TEXT, Policy, View
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chosen:
     """What stays in one layer.
 
