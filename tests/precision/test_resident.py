@@ -98,5 +98,6 @@ def test_a_process_stays_within_the_device_budget(tmp_path: Path, monkeypatch: p
     budgets = [minimum, 2 * minimum]
     for budget, (peak, rest, held) in zip(budgets, resident(folder, small, budgets), strict=True):
         assert peak <= budget
-        # 2 MiB: Python's objects, and pages of the heap that something in use shares.
-        assert held / 2 < rest <= held + (2 << 20)
+        # 4 MiB, less than the file of one layer: Python's objects, and pages of the heap that something in use shares, which vary
+        # from process to process (0.7 to 2.5 MiB in seven).
+        assert held / 2 < rest <= held + (4 << 20)
