@@ -41,7 +41,7 @@ unit: $(VENV)/.ready
 
 # What meets transformers, PyAV and typer, once more on the lowest version of every direct dependency but torch. Files with a
 # rotation are left out: reading one works, but PyAV writes them from 18 on.
-MEETS_MODELS := tests/models tests/cache/test_pond_cache.py $(addprefix tests/session/test_, \
+MEETS_MODELS := tests/models tests/test_pond_cache.py $(addprefix tests/session/test_, \
 	session.py queries.py layer_budgets.py rekv.py recent_frames.py)
 MEETS_OTHERS := $(addprefix tests/frames/test_, files.py images.py writer.py) tests/cli/test_options.py tests/cli/test_watch.py
 lowest: $(LOWEST)/.ready

@@ -13,10 +13,10 @@ from millpond.errors import BudgetError, MillpondError, ModelError, PolicyError,
 
 if TYPE_CHECKING:
     from millpond.answer import Answer, LayerMemory, Usage
-    from millpond.cache import PondCache
     from millpond.cache.plan import Plan
     from millpond.config import SessionConfig
     from millpond.memory.budget import Budget
+    from millpond.pond_cache import PondCache
     from millpond.session import Session
 
 __version__ = "0.1.0"
@@ -45,7 +45,7 @@ _LATER = {
     "Budget": "millpond.memory.budget",
     "LayerMemory": "millpond.answer",
     "Plan": "millpond.cache.plan",
-    "PondCache": "millpond.cache",
+    "PondCache": "millpond.pond_cache",
     "Session": "millpond.session",
     "SessionConfig": "millpond.config",
     "Usage": "millpond.answer",

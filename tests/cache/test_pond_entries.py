@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from millpond.cache import Pond, PondCache, resize
+from millpond import PondCache
+from millpond.cache import Pond, resize
 from millpond.cache.consumers import make_plan
 from millpond.cache.recent import Protected, RecentWindow
 from millpond.cache.storage.arena import ArenaStorage

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from millpond import BudgetError, PolicyError, PondCache, Session, policies
+from millpond import BudgetError, PolicyError, Session, policies
 from millpond.cache.pond import Pond
 from millpond.cache.storage import ArenaStorage
 from millpond.models.base import Family
@@ -293,8 +293,6 @@ def test_a_layer_keeps_what_is_protected_and_at_most_twice_the_mean(qwen: Family
 
 
 def test_where_layer_budgets_cannot_work_there_is_one_line(qwen: Family) -> None:
-    with pytest.raises(PolicyError, match="masks of a Session"):
-        PondCache(qwen.model.model.language_model, "1MiB", policy="keydiff+diversity")
     with pytest.raises(BudgetError):
         Session(qwen, budget="20KiB", policy="keydiff+diversity")
     short = Layered(policies.get("recent"), replace(Fixed(), shares=(1.0, 1.0, 1.0)))

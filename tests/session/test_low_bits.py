@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from millpond import Session, policies
-from millpond.cache import PondCache
+from millpond import PondCache, Session, policies
 from millpond.cache.consumers import make_plan
 from millpond.cache.plan import Plan
 from millpond.memory.geometry import Geometry

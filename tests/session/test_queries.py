@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from millpond import PolicyError, Session
-from millpond.cache import PondCache
+from millpond import Session
 from millpond.cache.pond import Pond
 from millpond.cache.rerotation import shift_uniformly
 from millpond.models.base import Family
@@ -340,9 +339,3 @@ def test_the_least_budget_works(policy: str) -> None:
     assert session.usage.compactions >= 2
     assert session.ask("now", max_new_tokens=2).token_ids
     assert session.usage.peak_bytes <= minimum
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_a_cache_without_a_session_says_that_it_cannot(policy: str) -> None:
-    with pytest.raises(PolicyError, match="Session"):
-        PondCache(tiny("qwen2_5_vl").model, "1MiB", policy)

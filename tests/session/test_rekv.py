@@ -7,10 +7,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from millpond import BudgetError, PolicyError, Session, policies
+from millpond import BudgetError, PolicyError, PondCache, Session, policies
 from millpond.cache import retrieval
 from millpond.cache.pond import Pond
-from millpond.cache.pond_cache import PondCache
 from millpond.models.base import Family, Tokens
 from millpond.policies.base import Needs, View
 from millpond.policies.methods.rekv import ReKV

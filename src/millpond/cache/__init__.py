@@ -1,7 +1,6 @@
 """The budgeted cache: preallocated layers, in-place compaction, a ledger that holds the cap."""
 
 from millpond.cache.pond import Pond
-from millpond.cache.pond_cache import PondCache
 from millpond.memory.ledger import Ledger
 
-__all__ = ["Ledger", "Pond", "PondCache"]
+__all__ = ["Ledger", "Pond"]

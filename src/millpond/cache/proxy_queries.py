@@ -56,6 +56,13 @@ class ProxyQueries:
         kept.copy_(latest.transpose(0, 1).view_as(kept))
         rope.rotate_(kept, positions[:, -latest.shape[0] :].T)
 
+    def forget(self, count: int) -> None:
+        """Forget the latest `count` tokens of the block that was noted last."""
+        for index, noted in enumerate(self.counts):
+            left = self.layer(index)[:, :, : max(0, noted - count)].clone()
+            self.counts[index] = left.shape[2]
+            self.layer(index).copy_(left)
+
     def rerotation(self, rope: Rope, by: Tensor, chunk: int) -> list[Step]:
         """The steps that rerotate all queries by `by` positions, int64 [axes], `chunk` at a time. See `Steps`."""
         every = [self.layer(index).view(-1, self._geometry.head_dim) for index in range(len(self.counts))]

@@ -48,15 +48,12 @@ class DecoderFamily(Family):
         warn_above_last_tested()
         super().__init__(model, getattr(tokenizer, "tokenizer", tokenizer))
         text = model.config.get_text_config()
-        kind = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
-        if kind in _LENGTH_DEPENDENT:
-            raise ModelError(f"rotary embeddings of type {kind!r} depend on the length and are not supported")
         self.decoder = model.model.language_model
         self._cache_argument = cache_argument(type(self.decoder))
         self.hidden = text.hidden_size
-        inv_freq = self.decoder.rotary_emb.inv_freq.detach().to(torch.float32)
+        inv_freq = rotary_frequencies(self.decoder, text)
         axis = self._rope_axis(inv_freq.shape[0], text)
-        self.rope = Rope(inv_freq.cpu(), axis, int(text.max_position_embeddings))
+        self.rope = Rope(inv_freq, axis, int(text.max_position_embeddings))
         self.geometry = Geometry.from_config(
             model.config, self.decoder.embed_tokens.weight.dtype, axes=int(axis.max()) + 1
         )
@@ -129,6 +126,19 @@ class DecoderFamily(Family):
     def logits(self, hidden: Tensor) -> Tensor:
         scores: Tensor = self.model.lm_head(hidden)
         return scores
+
+
+def rotary_frequencies(decoder: Any, text: Any) -> Tensor:
+    """A decoder's inverse frequencies, float32 [<= D/2] on the CPU; `text` is its config.
+
+    Raises:
+        ModelError: they change with the length.
+    """
+    kind = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+    if kind in _LENGTH_DEPENDENT:
+        raise ModelError(f"rotary embeddings of type {kind!r} depend on the length and are not supported")
+    frequencies: Tensor = decoder.rotary_emb.inv_freq.detach().to("cpu", torch.float32)
+    return frequencies
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:

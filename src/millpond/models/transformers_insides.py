@@ -8,6 +8,7 @@ release moves one of them. Knows nothing about sessions, budgets or policies.
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,6 +45,22 @@ def cache_argument(decoder: type) -> str:
     """The name under which a decoder's class takes its cache: "cache" from transformers 5.24 on, "past_key_values" before."""
     taken = inspect.signature(decoder.forward).parameters  # type: ignore[attr-defined]
     return next(name for name in ("cache", "past_key_values") if name in taken)
+
+
+def decoder_of(model: Any) -> Any:
+    """The decoder, with `layers` and without the head, of a causal language model or a multimodal one."""
+    found = model.get_decoder()
+    return getattr(found, "language_model", found)
+
+
+def rotated(decoder: Any, queries: Tensor, position: int) -> Tensor | None:
+    """Queries [1, heads, 1, D] as the decoder itself rotates them at a position; None where it has no plain rotary embedding."""
+    rotate = getattr(sys.modules[type(attention(decoder.layers[0])).__module__], "apply_rotary_pos_emb", None)
+    if rotate is None or not hasattr(decoder, "rotary_emb"):
+        return None
+    at = torch.tensor([[position]], device=queries.device)
+    turned: Tensor = rotate(queries, queries, *decoder.rotary_emb(queries, at))[0]
+    return turned
 
 
 def attention(layer: Any) -> nn.Module:

@@ -17,7 +17,8 @@ from millpond.errors import PolicyError
 from millpond.policies.base import Policy, View
 
 # What a policy may bring ...
-QUERIES, ACCUMULATED, POSITIONS = "a proxy's queries", "accumulated attention", "positions"
+QUERIES, PROXY_TEXT = "a proxy's queries", "a proxy text"
+ACCUMULATED, POSITIONS = "accumulated attention", "positions"
 DEEPER, MERGING, WHOLE_FRAMES = "deeper scores", "merging", "whole frames"
 RETRIEVAL, NO_RETRIEVAL, NO_CAP = "retrieval", "a policy without retrieval", "no cap"
 QUANTIZED_TIER, LAYER_BUDGETS = "a quantized tier", "layer budgets"
@@ -27,6 +28,7 @@ HOST_MEMORY, NO_HOST_MEMORY = "host memory", "a session without host memory"
 
 _FEATURES: dict[str, Callable[[Policy], bool]] = {
     QUERIES: lambda policy: policy.needs.proxy is not None,
+    PROXY_TEXT: lambda policy: policy.needs.proxy == "prompt",
     ACCUMULATED: lambda policy: policy.needs.accumulated_attention,
     DEEPER: lambda policy: policy.needs.deeper_scores,
     MERGING: lambda policy: policy.needs.merging,
@@ -56,11 +58,8 @@ REFUSED: dict[tuple[str, str], str] = {
     (RETRIEVAL, NO_CAP): _NOTHING_LEAVES,
     (RETRIEVAL, NO_HOST_MEMORY): "give it a host_budget",
     (NO_RETRIEVAL, HOST_MEMORY): "leave out host_budget and host_path",
-    (QUERIES, POND_CACHE): "only a Session shows the model's queries",
-    (ACCUMULATED, POND_CACHE): "only a Session shows the model's queries",
-    (POSITIONS, POND_CACHE): "only a Session knows the rotary embedding",
+    (PROXY_TEXT, POND_CACHE): "only a Session has the chat template's tokens to run",
     (RETRIEVAL, POND_CACHE): "only a Session retrieves from host memory",
-    (LAYER_BUDGETS, POND_CACHE): "they need the masks of a Session",
     (WHOLE_FRAMES, ADMISSION): "it thins frames, which must be of one size",
     (WHOLE_FRAMES, TURNS): "the policy knows frames only",
     (WHOLE_FRAMES, SEPARATORS): "the policy knows frames only",

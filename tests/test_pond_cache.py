@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from millpond.cache import PondCache
+from millpond import PondCache
 from millpond.errors import BudgetError, ModelError
 from tests.cache.text_model import Newest, Scattered, text_model
 

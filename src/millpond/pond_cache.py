@@ -2,11 +2,14 @@
 
 Before transformers 5.24 the argument is called `past_key_values`.
 
-Every token is plain text to the policy. For video, positions and questions beside a stream, use `millpond.Session`.
+Every token is plain text to the policy. Where it looks at the model's queries, or gives layers different budgets, the cache hooks into the
+model's forwards on it. For video, positions and questions beside a stream, use `millpond.Session`.
 """
 
 from __future__ import annotations
 
+import weakref
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -20,8 +23,12 @@ from millpond.errors import BudgetError, ModelError
 from millpond.memory.available import check_memory
 from millpond.memory.budget import Budget
 from millpond.memory.geometry import Geometry
+from millpond.models.decoder import rotary_frequencies
+from millpond.models.query_recorder import QueryRecorder
+from millpond.models.transformers_insides import decoder_of, layers_of_different_lengths, rotated
 from millpond.policies.base import TEXT, Policy
 from millpond.policies.composition import POND_CACHE, check
+from millpond.positions import Rope
 
 
 class PondCache(Pond):
@@ -58,6 +65,12 @@ class PondCache(Pond):
             super().__init__(geometry, plan, chosen, model.device)
         self._seen = 0
         self._newest = 0  # tokens of the latest forward, which are stored as they came until the next one
+        self._looks = chosen.needs.proxy is not None or chosen.needs.accumulated_attention
+        if self._looks or chosen.needs.positions or chosen.needs.layer_share > 1:
+            decoder = decoder_of(model)
+            if self._looks or chosen.needs.positions:
+                self.rope = _rope(decoder, model.config.get_text_config(), geometry)
+            _Forwards(decoder, self, queries=self._looks, layer_budgets=chosen.needs.layer_share > 1)
 
     @property
     def headroom(self) -> int:
@@ -93,9 +106,19 @@ class PondCache(Pond):
         self._seen += count
         self._newest = count
 
+    def see(self, layer: int, queries: Tensor) -> None:
+        """Take in the queries [n, query heads, D] of the block that one layer has just attended with, before their rotation."""
+        at = torch.arange(self._seen - len(queries), self._seen).expand(self.geometry.axes, -1)
+        assert self.rope is not None
+        if self.policy.needs.proxy is not None:
+            self.queries.note(layer, queries, at, self.rope)
+        if self.policy.needs.accumulated_attention:
+            self.accumulate_attention(layer, queries, at)
+
     def _compact_if_full(self) -> None:
-        """Compact between forwards, when every layer has the same length and less than `headroom` is free."""
-        if self.policy.capped and self.free < self.headroom and self.layers[-1].length == self.length:
+        """Compact between forwards, when no layer has taken in more than another and less than `headroom` is free."""
+        between = self.layers[-1].length - self.storage.ahead[-1] == self.length
+        if self.policy.capped and self.free < self.headroom and between:
             self._newest = 0
             self.ensure_capacity(self.headroom)
 
@@ -105,8 +128,8 @@ class PondCache(Pond):
 
     @property
     def is_croppable(self) -> bool:
-        """Assisted and prompt-lookup decoding take back what a forward proposed in vain."""
-        return True
+        """Whether assisted and prompt-lookup decoding can take back what a forward proposed in vain: not the attention that it paid."""
+        return not self.policy.needs.accumulated_attention
 
     def activate_past_recording(self) -> None:
         """Nothing to do: the tokens of the latest forward can always be taken back."""
@@ -115,9 +138,12 @@ class PondCache(Pond):
         """Take back the latest `-tokens_to_remove` tokens, as transformers asks for it: a number that is not positive.
 
         Raises:
-            ModelError: they are not all of the latest forward; those before it may have been compacted.
+            ModelError: they are not all of the latest forward; those before it may have been compacted. Or they have paid attention that
+                is accumulated.
         """
         count = -tokens_to_remove
+        if count and not self.is_croppable:
+            raise ModelError(f"the policy {self.policy.name!r} sums up attention, which a pond cache cannot take back")
         if not 0 <= count <= self._newest:
             latest = f"the {self._newest} tokens of the latest forward (crop(-n))"
             raise ModelError(f"a pond cache can take back {latest}, not crop({tokens_to_remove})")
@@ -126,6 +152,7 @@ class PondCache(Pond):
         if count > pinned:
             self.recent = self.recent.without_text(count - pinned)
         self.truncate(length)
+        self.queries.forget(count)
         self._seen -= count
         self._newest -= count
 
@@ -142,5 +169,62 @@ class PondCache(Pond):
         """Forget everything; the storage stays."""
         self.finish()
         self.storage.clear()
+        self.queries.forget(self._seen)
         self._seen = self._newest = 0
         self.recent = RecentWindow()
+
+
+class _Forwards:
+    """Hooks around a decoder's forwards on one cache; gone when the cache is.
+
+    Args:
+        queries: whether the cache sees each layer's. layer_budgets: whether its layers may hold different numbers of tokens.
+    """
+
+    def __init__(self, decoder: Any, cache: PondCache, *, queries: bool, layer_budgets: bool) -> None:
+        self._layer_budgets = layer_budgets
+        self._cache = weakref.ref(cache)  # the hooks must not keep the cache alive
+        self._running = ExitStack()
+        try:
+            self._recorder = QueryRecorder(decoder, cache.geometry.head_dim) if queries else None
+        except AttributeError as error:
+            raise ModelError(f"no queries can be seen in {type(decoder).__name__}: {error}") from None
+        before = decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
+        after = decoder.register_forward_hook(self._end, always_call=True)
+        weakref.finalize(cache, _remove, [before, after])
+
+    def _begin(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        cache = self._cache()
+        if cache is None or all(kwargs.get(name) is not cache for name in ("cache", "past_key_values")):
+            return
+        if self._layer_budgets:
+            self._running.enter_context(layers_of_different_lengths(decoder))
+        if self._recorder is not None:
+            self._running.enter_context(self._recorder.showing(cache.see))
+
+    def _end(self, decoder: Any, args: Any, output: Any) -> None:
+        self._running.pop_all().close()
+
+
+def _remove(hooks: list[Any]) -> None:
+    for hook in hooks:
+        hook.remove()
+
+
+def _rope(decoder: Any, text: Any, geometry: Geometry) -> Rope:
+    """The rotary embedding of the model's keys.
+
+    Raises:
+        ModelError: it is of a kind that cannot be followed.
+    """
+    probe = torch.linspace(-1, 1, geometry.head_dim).view(1, 1, 1, -1)
+    expected = rotated(decoder, probe.to(geometry.dtype).to(decoder.device), 7)
+    if expected is not None:
+        frequencies = rotary_frequencies(decoder, text)
+        rope = Rope(frequencies, torch.zeros(len(frequencies), dtype=torch.long), int(text.max_position_embeddings))
+        rope.rotate_(probe[0, 0], torch.tensor([[7]]))
+        if torch.allclose(expected.float().cpu(), probe, atol=0.05 if geometry.dtype.itemsize < 4 else 1e-4):
+            return rope
+    raise ModelError(
+        f"the rotary embedding of {type(decoder).__name__} is none that a PondCache can follow for this policy"
+    )
