@@ -64,7 +64,9 @@ def test_the_attention_summed_up_is_that_of_the_model() -> None:
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("policy", ["snapkv", "cake", "h2o", "infinite-vggt", "keydiff+diversity", "kvmerger", "mikv:base=snapkv"])
+@pytest.mark.parametrize(
+    "policy", ["snapkv", "cake", "h2o", "infinite-vggt", "keydiff+diversity", "kvmerger", "mikv:base=snapkv"]
+)
 def test_generation_goes_on_past_the_cap(policy: str, attn: str) -> None:
     model = text_model(attn=attn)
     ample = PondCache(model, "8MiB", policy)
@@ -156,3 +158,22 @@ def test_a_rotary_embedding_of_another_layout_is_refused() -> None:
 def test_a_proxy_text_is_a_matter_of_sessions(policy: str) -> None:
     with pytest.raises(PolicyError, match="chat template"):
         PondCache(text_model(), "1MiB", policy)
+
+
+@pytest.mark.parametrize("policy", ["full", "h2o", "snapkv", "infinite-vggt", "mikv:base=snapkv"])
+def test_a_fork_goes_on_as_the_cache_would_have_and_leaves_it_alone(policy: str) -> None:
+    model = text_model()
+    cache = PondCache(model, None if policy == "full" else 170_000, policy)
+    in_blocks(model, cache, *[min(10, cache.headroom)] * 6)
+    ids = IDS[:, : cache.get_seq_length() + 5]
+    before = [layer.keys[:, :, : layer.length].clone() for layer in cache.layers]
+
+    def go_on(each: PondCache) -> Tensor:
+        out: Tensor = model.generate(ids, past_key_values=each, max_new_tokens=120, do_sample=False)
+        return out
+
+    answer = go_on(cache.fork())
+    for layer, kept in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.keys[:, :, : layer.length], kept)
+    assert torch.equal(go_on(cache.fork().fork()), answer)
+    assert torch.equal(go_on(cache), answer)

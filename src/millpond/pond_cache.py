@@ -63,6 +63,7 @@ class PondCache(Pond):
         check_memory(plan.total_bytes, model.device)
         with torch.inference_mode(False):  # else the storage could never be written to outside of it
             super().__init__(geometry, plan, chosen, model.device)
+        self._model, self._given = model, (budget, chosen, pinned)
         self._seen = 0
         self._newest = 0  # tokens of the latest forward, which are stored as they came until the next one
         self._looks = chosen.needs.proxy is not None or chosen.needs.accumulated_attention
@@ -164,6 +165,18 @@ class PondCache(Pond):
         self._compact_if_full()
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         return sizes
+
+    def fork(self) -> PondCache:
+        """A second cache on a copy of the memory, under a cap of its own: for several questions behind one long prompt."""
+        budget, policy, pinned = self._given
+        other = PondCache(self._model, budget, policy, pinned=pinned)
+        state = self.state()
+        with torch.inference_mode(False), torch.no_grad():
+            if not self.policy.capped:
+                other.resize(state.plan)
+            other.restore(state)
+        other._seen, other._newest = self._seen, self._newest
+        return other
 
     def reset(self) -> None:
         """Forget everything; the storage stays."""
