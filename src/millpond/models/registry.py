@@ -88,7 +88,7 @@ def adapt(model: Any, tokenizer: Any, image: dict[str, Any] | None = None) -> Fa
     if model_type is None:
         raise ModelError(f"not a loaded transformers model: {type(model).__name__} {str(model)[:60]!r}")
     adapter = _adapter(model_type)
-    if not callable(tokenizer):
+    if not hasattr(getattr(tokenizer, "tokenizer", tokenizer), "convert_ids_to_tokens"):
         raise ModelError(f"not a tokenizer or processor: {type(tokenizer).__name__} {str(tokenizer)[:60]!r}")
     if image is None:
         processor = getattr(tokenizer, "video_processor", None) or getattr(tokenizer, "image_processor", None)
