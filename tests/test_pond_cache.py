@@ -5,7 +5,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from millpond import PondCache
-from millpond.errors import BudgetError, ModelError
+from millpond.errors import BudgetError, MillpondError, ModelError, PolicyError
 from tests.cache.text_model import Newest, Scattered, text_model
 
 
@@ -160,6 +160,16 @@ def test_what_lies_before_the_latest_forward_cannot_be_taken_back() -> None:
     for wrong in (-2, 4):
         with pytest.raises(ModelError, match=r"take back the 1 tokens"):
             cache.crop(wrong)
+
+
+def test_arguments_of_the_wrong_kind_are_refused_in_one_line() -> None:
+    with pytest.raises(ModelError, match="made for a loaded transformers model, not for 'minnow'"):
+        PondCache("minnow", "1MiB")
+    with pytest.raises(PolicyError, match="policy must be a name or a Policy, not 3"):
+        PondCache(text_model(), "1MiB", 3)  # type: ignore[arg-type]
+    for pinned in (-1, "a"):
+        with pytest.raises(MillpondError, match="pinned must be a whole number, at least 0, not"):
+            PondCache(text_model(), "1MiB", pinned=pinned)  # type: ignore[arg-type]
 
 
 def test_a_sliding_window_is_refused_in_one_line() -> None:

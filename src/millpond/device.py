@@ -13,7 +13,7 @@ from typing import Any
 from millpond import models
 from millpond.cache.plan import Plan
 from millpond.config import SessionConfig
-from millpond.errors import BudgetError
+from millpond.errors import BudgetError, ModelError
 from millpond.memory.available import available_memory, check_memory
 from millpond.memory.budget import Budget
 from millpond.memory.heap import hold_nothing
@@ -109,6 +109,8 @@ def load_within(
     if device_memory is not None:
         hold_nothing()
     if isinstance(model, tuple):
+        if len(model) != 2:
+            raise ModelError(f"a loaded model comes with its tokenizer or processor: 2 things, not {len(model)}")
         family = models.adapt(*model)
         kv = None if device_memory is None else plan_device(family, None, device_memory, frame, config).split.kv
         return family, kv

@@ -19,7 +19,7 @@ from millpond import policies
 from millpond.cache.consumers import make_plan
 from millpond.cache.pond import Pond
 from millpond.cache.recent import RecentWindow
-from millpond.errors import BudgetError, ModelError
+from millpond.errors import BudgetError, MillpondError, ModelError, PolicyError
 from millpond.memory.available import check_memory
 from millpond.memory.budget import Budget
 from millpond.memory.geometry import Geometry
@@ -48,15 +48,21 @@ class PondCache(Pond):
 
     Raises:
         BudgetError: too small; names the minimum that works. Or more than the memory that there is.
-        ModelError: layers without plain keys and values, or that see a window only.
-        PolicyError: the policy needs what only a session has; see `millpond.policies.composition`.
+        ModelError: no model; layers without plain keys and values, or that see a window only.
+        PolicyError: no policy, or one that needs what only a session has; see `millpond.policies.composition`.
     """
 
     def __init__(
         self, model: Any, budget: str | int | None, policy: str | Policy = policies.DEFAULT_POLICY, *, pinned: int = 4
     ) -> None:
         chosen = policies.read(policy) if isinstance(policy, str) else policy
+        if not isinstance(chosen, Policy):
+            raise PolicyError(f"policy must be a name or a Policy, not {policy!r}")
         check(chosen, POND_CACHE)
+        if not hasattr(model, "config"):
+            raise ModelError(f"a PondCache is made for a loaded transformers model, not for {model!r}")
+        if not isinstance(pinned, int) or pinned < 0:
+            raise MillpondError(f"pinned must be a whole number, at least 0, not {pinned!r}")
         geometry = Geometry.from_config(model.config, model.dtype)
         size = None if budget is None else int(Budget(budget))
         plan = make_plan(size, geometry, chosen, prompt_tokens=pinned, reserve_tokens=0)

@@ -178,3 +178,6 @@ def test_impossible_sizes() -> None:
     for name in FAMILIES:
         with pytest.raises(SourceError, match="1000 x 4 is too long and thin"):
             tiny(name).prepare(np.zeros((4, 1000, 3), dtype=np.uint8))
+        for side in (0, -3, 1.5, "a"):
+            with pytest.raises(SourceError, match="height and width must be whole numbers from 1 on, not"):
+                tiny(name).grid(side, 56)  # type: ignore[arg-type]

@@ -9,6 +9,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from millpond import ModelError, Session
+from millpond.config import SessionConfig
+from millpond.device import minimum_budget
 from millpond.models import decoder
 from millpond.models import transformers_insides as insides
 from tests.models.tiny import FAMILIES, tiny
@@ -78,6 +80,32 @@ def test_a_ready_mask_gives_what_transformers_own_gives(implementation: str, mon
     for ours, theirs in zip(run(ready), run(lambda *args: None), strict=True):
         assert torch.equal(ours, theirs)
     assert any(mask is not None for mask in masks)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_filling_gives_every_layer_what_a_forward_does_and_leaves_out_what_follows(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, prompt and compactions included, and no layer behind the last one's keys runs."""
+    family, ran = tiny(name), []
+    for index, layer in enumerate(family.decoder.layers):
+        layer.mlp.register_forward_hook(lambda *_, index=index: ran.append(index))
+
+    def watched() -> list[torch.Tensor]:
+        ran.clear()
+        session = Session(family, budget=minimum_budget(family, family.grid(56, 56), SessionConfig()))
+        session.feed(list(moving(24)))
+        pond = session._runner.pond
+        assert pond.compactions
+        return [tensor for layer in pond.layers for tensor in layer.state().tensors.values()]
+
+    filled = watched()
+    last = len(family.decoder.layers) - 1
+    assert set(ran) == set(range(last))
+    monkeypatch.setattr(family, "fill", family.forward)
+    for ours, theirs in zip(filled, watched(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert set(ran) == set(range(last + 1))
 
 
 def test_another_attention_implementation_is_refused_before_a_forward() -> None:

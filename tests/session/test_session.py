@@ -387,6 +387,17 @@ def test_arguments_of_the_wrong_kind_are_refused_in_one_line() -> None:
         session.ask(QUESTION, max_new_tokens=2.5)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=r"not 'minnow': Session\.from_pretrained loads one"):
         Session("minnow", budget="2MiB")  # type: ignore[arg-type]
+    for height, width in ((0, 0), ("a", 3)):
+        with pytest.raises(MillpondError, match="height and width must be whole numbers from 1 on, not"):
+            session.plan_for(height, width)  # type: ignore[arg-type]
+    family = session.family
+    for pair, why in (
+        (("a", "b"), "not a loaded transformers model: str 'a'"),
+        ((family.model, "b"), "not a tokenizer or processor: str 'b'"),
+        ((family.model,), "2 things, not 1"),
+    ):
+        with pytest.raises(ModelError, match=why):
+            Session.from_pretrained(pair)  # type: ignore[arg-type]
     for size in (7, (480,), (0, 64), ("480", "640")):
         with pytest.raises(MillpondError, match="frame_size must be a height and a width in pixels"):
             Session.from_pretrained("minnow", frame_size=size)  # type: ignore[arg-type]

@@ -91,7 +91,7 @@ class Pond(Transactional, Cache):
         self.plan = plan
         self.policy = policy
         self.device = device
-        self.ledger = Ledger(plan.budget if policy.capped else None, plan.lines)
+        self.ledger = Ledger(plan.budget, plan.lines)
         check(policy)
         self.storage = make_storage(policy, geometry, plan, device, self.ledger)
         super().__init__(layers=list(self.storage.layers))
@@ -339,7 +339,7 @@ class Pond(Transactional, Cache):
         """
         self.finish()
         old, storage, ledger = self.plan, self.storage, self.ledger
-        limit = max(old.budget or 0, plan.budget or 0) if self.policy.capped else None
+        limit = None if plan.budget is None else max(old.budget or 0, plan.budget)
         if plan.slots < old.slots:
             self.compact(most_tokens(storage, ledger, old, plan, limit))
         self.forget_quantized(storage.groups_of(plan))
@@ -350,7 +350,7 @@ class Pond(Transactional, Cache):
 
     def _adopt(self, plan: Plan) -> None:
         self.plan = plan
-        self.ledger.adopt(plan.budget if self.policy.capped else None, plan.lines)
+        self.ledger.adopt(plan.budget, plan.lines)
 
     def state(self) -> PondState:
         """Everything that the stream's memory goes on with."""

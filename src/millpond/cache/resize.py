@@ -36,8 +36,7 @@ def most_tokens(storage: Storage, ledger: Ledger, old: Plan, new: Plan, limit: i
     def too_many(tokens: int) -> bool:
         return not feasible(_slabs(storage, new, start + tokens), ledger.held - storage.buffer_bytes, limit)
 
-    most = max(0, min(new.memory_tokens, new.slots - new.reserve_tokens - start))
-    few = bisect_left(range(most + 1), True, 1, key=too_many) - 1
+    few = bisect_left(range(new.memory_tokens + 1), True, 1, key=too_many) - 1
     if few < 1:
         raise BudgetError(f"the pond cannot shrink to {new.slots} slots", minimum=old.budget)
     return few

@@ -203,6 +203,11 @@ class Family(ABC):
             The last hidden state, [n, hidden], after the final norm.
         """
 
+    def fill(self, tokens: Tokens, positions: Tensor, cache: Any) -> None:
+        """Bring the tokens into `cache` as `forward` does, where nobody needs the hidden state or looks at queries: a family may leave out
+        what does not reach the cache."""
+        self.forward(tokens, positions, cache)
+
     @abstractmethod
     def showing_queries(self, see: See, *, before: bool = False) -> AbstractContextManager[None]:
         """Within it, `forward` calls `see` behind each layer's attention, or `before` its keys reach the cache; nobody else's use of

@@ -7,6 +7,7 @@ pieces joined around the frames are token for token what the template gives. Kno
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 from millpond.errors import MillpondError, ModelError
@@ -72,8 +73,12 @@ class Chat:
 
     def next_video(self) -> list[int]:
         """Ids from the end of an answer to the next frame."""
+        return list(self._next_video)
+
+    @cached_property
+    def _next_video(self) -> tuple[int, ...]:
         ids = self._after_answer(lambda _: _user("x", video=True), "")
-        return ids[: self._at(ids)]
+        return tuple(ids[: self._at(ids)])
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of plain text, special tokens recognised."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -17,6 +18,7 @@ from millpond.models.query_recorder import QueryRecorder, See
 from millpond.models.transformers_insides import (
     cache_argument,
     causal_mask,
+    fill,
     layers_of_different_lengths,
     warn_above_last_tested,
 )
@@ -94,23 +96,34 @@ class DecoderFamily(Family):
 
     @torch.no_grad()
     def forward(self, tokens: Tokens, positions: Tensor, cache: Any) -> Tensor:
+        copies = getattr(cache, "copies", False)
+        with torch.inference_mode() if copies else nullcontext():
+            out = self._run(tokens, positions, cache, cache)
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden.clone() if copies else hidden  # the copy is an ordinary tensor
+
+    @torch.no_grad()
+    def fill(self, tokens: Tokens, positions: Tensor, cache: Any) -> None:
+        if not getattr(cache, "copies", False):
+            super().fill(tokens, positions, cache)
+            return
+        with torch.inference_mode():
+            fill(partial(self._run, tokens, positions, cache), cache)
+
+    def _run(self, tokens: Tokens, positions: Tensor, cache: Any, into: Any) -> Any:
+        """The decoder's forward behind what `cache` holds; `into` is that, or stands for it."""
         # No 2-D mask, which could hide the newest keys: at batch 1 the cache's own sizes give the causal one.
         uneven, copies = getattr(cache, "uneven", False), getattr(cache, "copies", False)
         embeds = tokens.embeds[None]
-        with (
-            layers_of_different_lengths(self.decoder) if uneven else nullcontext(),
-            torch.inference_mode() if copies else nullcontext(),
-        ):
-            out = self.decoder(
+        with layers_of_different_lengths(self.decoder) if uneven else nullcontext():
+            return self.decoder(
                 inputs_embeds=embeds,
                 attention_mask=None if uneven or not copies else causal_mask(self.decoder, cache, embeds),
                 position_ids=(positions[:1] if len(positions) == 1 else positions[:, None]).to(self.device),
                 use_cache=True,
-                **{self._cache_argument: cache},
+                **{self._cache_argument: into},
                 **self._beside(tokens),
             )
-        hidden: Tensor = out.last_hidden_state[0]
-        return hidden.clone() if copies else hidden  # the copy is an ordinary tensor
 
     def _beside(self, tokens: Tokens) -> dict[str, Any]:
         """More arguments of the decoder, for families that have them."""

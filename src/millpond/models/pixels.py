@@ -19,11 +19,13 @@ _MOST_ASPECT = 200
 
 
 def check_aspect(height: int, width: int) -> None:
-    """Refuse a thin frame: resizing its shorter side would make the longer one enormous.
+    """Refuse a frame that is none, and a thin one: resizing its shorter side would make the longer one enormous.
 
     Raises:
-        SourceError: one side is more than 200 times the other.
+        SourceError: a side is no number of pixels; or one side is more than 200 times the other.
     """
+    if not (isinstance(height, int | np.integer) and isinstance(width, int | np.integer) and min(height, width) > 0):
+        raise SourceError(f"a frame's height and width must be whole numbers from 1 on, not {height!r} and {width!r}")
     if max(height, width) > _MOST_ASPECT * min(height, width):
         raise SourceError(
             f"a frame of {width} x {height} is too long and thin for this model (at most {_MOST_ASPECT} to 1)"

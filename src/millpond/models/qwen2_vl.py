@@ -115,12 +115,17 @@ class Qwen2VL(DecoderFamily):
         """Prepared frames, completed to whole groups -> ([patches, 3 x temporal x patch x patch], grid [1, 3])."""
         span, patch, merge = self.frames_per_group, self.patch, self.merge
         frames = frames + [frames[-1]] * (-len(frames) % span)
-        pixels = torch.from_numpy(np.stack(frames))
-        count, height, width, colours = pixels.shape
-        groups, rows, cols = count // span, height // patch, width // patch
-        pixels = pixels.view(groups, span, rows // merge, merge, patch, cols // merge, merge, patch, colours)
-        # Patches that merge into one token lie one behind the other. They are put in order while a number is a byte.
-        pixels = pixels.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(groups * rows * cols, colours, span * patch * patch)
+        height, width, colours = frames[0].shape
+        groups, rows, cols = len(frames) // span, height // patch, width // patch
+        planes = np.empty((len(frames), colours, height, width), dtype=np.uint8)
+        for plane, frame in zip(planes, frames, strict=True):
+            plane[...] = frame.transpose(2, 0, 1)
+        # Patches that merge into one token lie one behind the other. They are put in order while a number is a byte, a patch's row at a time.
+        lines = planes.view(f"V{patch}").reshape(
+            groups, span, colours, rows // merge, merge, patch, cols // merge, merge
+        )
+        ordered = np.ascontiguousarray(lines.transpose(0, 3, 6, 4, 7, 2, 1, 5)).view(np.uint8)
+        pixels = torch.from_numpy(ordered.reshape(groups * rows * cols, colours, span * patch * patch))
         return normalise(pixels, self.mean, self.std).flatten(1), torch.tensor([[groups, rows, cols]])
 
     @torch.no_grad()

@@ -82,9 +82,14 @@ def adapt(model: Any, tokenizer: Any, image: dict[str, Any] | None = None) -> Fa
             published ones.
 
     Raises:
-        ModelError: not a supported family, or a chat template that shows no video.
+        ModelError: not a loaded model and its tokenizer, not a supported family, or a chat template that shows no video.
     """
-    adapter = _adapter(model.config.model_type)
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type is None:
+        raise ModelError(f"not a loaded transformers model: {type(model).__name__} {str(model)[:60]!r}")
+    adapter = _adapter(model_type)
+    if not hasattr(getattr(tokenizer, "tokenizer", tokenizer), "convert_ids_to_tokens"):
+        raise ModelError(f"not a tokenizer or processor: {type(tokenizer).__name__} {str(tokenizer)[:60]!r}")
     if image is None:
         processor = getattr(tokenizer, "video_processor", None) or getattr(tokenizer, "image_processor", None)
         image = processor.to_dict() if processor is not None else {}

@@ -11,7 +11,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
@@ -104,6 +105,36 @@ def causal_mask(decoder: Any, cache: Any, embeds: Tensor) -> Tensor | None:
         return None
     keys, _ = cache.get_mask_sizes(count, 0)
     return _additive(count, keys, embeds) if keys > count else None
+
+
+# --- a forward whose output nobody reads --------------------------------------------------------------------------
+
+
+class _Filled(Exception):
+    """The last layer has its keys and values."""
+
+
+class _EndsFilled(Cache):
+    """Stands for another cache in a forward that ends as soon as the last layer has its keys and values."""
+
+    def __init__(self, cache: Any) -> None:
+        super().__init__(layers=cache.layers)
+        self._cache = cache
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        shown = self._cache.update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx == len(self.layers) - 1:
+            raise _Filled
+        return shown
+
+
+def fill(run: Callable[[Any], Any], cache: Any) -> None:
+    """Call `run`, a decoder's forward, with a cache that has all its layers; what would follow the last layer's keys is left out.
+
+    That is the last layer's attention and MLP: what a cache remembers does not depend on them.
+    """
+    with suppress(_Filled):
+        run(_EndsFilled(cache))
 
 
 # --- layers that hold different numbers of tokens -----------------------------------------------------------------

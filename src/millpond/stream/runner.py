@@ -99,6 +99,7 @@ class Runner:
         self.roll_back_open_step: Callable[[], None] | None = None
         self._opening = family.opening(config.system)
         self._proxy_tokens = len(family.question("", after_video=True)) if self.policy.needs.proxy == "prompt" else 0
+        self._planned: tuple[tuple[Grid | None, int | None], Plan] | None = None  # the latest: soon asked for again
         self.plan_for(None)  # refuse now what can never work
         self._pond: Pond | None = None  # allocated with the first frame or question, when the frames' size is known
 
@@ -173,7 +174,11 @@ class Runner:
                 positions = positions if admitted is None else positions[:, admitted]
                 # A remembered turn is never looked at: it holds a question.
                 see = self._sight(positions) if not text or mark == 0 else None
-                self._forward(taken, positions, text=text, see=see)
+                if see is not None:
+                    self._forward(taken, positions, text=text, see=see)
+                else:
+                    self.pond.write_metadata(taken.time_us, grid_positions(taken, text=text), positions)
+                    self.family.fill(taken, positions, self.pond)
         if mark >= self.pond.plan.prompt_tokens and len(taken):
             self.pond.commit(taken.time_us, grid_positions(taken, text=text))
         self.tokens += len(tokens)
@@ -269,6 +274,12 @@ class Runner:
 
     def plan_for(self, grid: Grid | None, budget: int | None = None) -> Plan:
         """How the budget, or another one, would be split for frames of that size; None: for text alone."""
+        wanted = grid, self.config.budget if budget is None else budget
+        if self._planned is None or self._planned[0] != wanted:
+            self._planned = wanted, self._make_plan(*wanted)
+        return self._planned[1]
+
+    def _make_plan(self, grid: Grid | None, budget: int | None) -> Plan:
         if grid is not None and grid.tokens != grid.rows * grid.cols:
             check(self.policy, SEPARATORS)
         if grid is not None and self.config.host_budget is not None:
@@ -277,7 +288,7 @@ class Runner:
         frame_bytes = 0 if grid is None else grid.height * grid.width * 3
         pixels = FramesAsPixels(frame_bytes, self.recent_frames, len(self.family.reopening()))
         return make_plan(
-            self.config.budget if budget is None else budget,
+            budget,
             self.family.geometry,
             self.policy,
             prompt_tokens=len(self._opening),
