@@ -29,7 +29,7 @@ from millpond.models.query_recorder import See
 from millpond.models.transformers_insides import attends_by_sdpa, attention_by, causal_mask, lower_right_mask
 from millpond.precision.linear import NestedLinear
 
-ENCODED_AT_ONCE = 1024
+ENCODED_AT_ONCE = 256
 """Vision tokens of several streams that go through the tower in one call: beyond, more gain nothing and take memory."""
 
 
