@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import Cache
 
+from millpond.cache.storage.layer import PondLayer
 from millpond.errors import MillpondError
 from millpond.models.base import Family, Tokens
 from millpond.models.decoder import DecoderFamily
 from millpond.models.query_recorder import See
 from millpond.models.transformers_insides import attends_by_sdpa, attention_by, causal_mask, lower_right_mask
+from millpond.ops import attend_step
 from millpond.precision.linear import NestedLinear
 
 ENCODED_AT_ONCE = 256
@@ -176,6 +179,12 @@ class _Run:
         self._mask = None if self.uneven else causal_mask(family.decoder, request.cache, request.tokens.embeds[None])
         # On an empty cache the causal mask is torch's own.
         self._causal = not self.uneven and self._mask is None and self.count > 1
+        geometry = family.geometry
+        made = geometry.kv_heads, geometry.head_dim, geometry.dtype
+        self._plain = self.count == 1 and all(
+            type(layer) is PondLayer and (layer.keys.shape[1], layer.keys.shape[3], layer.dtype) == made
+            for layer in self.layers
+        )
 
     def look(self, index: int, queries: Tensor, *, before: bool) -> None:
         """Show a layer's queries [n, query heads, D], if it is time."""
@@ -185,15 +194,14 @@ class _Run:
             except Exception as error:
                 self.error = error
 
+    def is_step(self, index: int) -> bool:
+        """Whether all that there is to do in a layer is a plain decoding step."""
+        return self._plain and self.error is None and self.layers[index].length < self.layers[index].capacity
+
     def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Append keys and values [1, KV heads, n, D], and return what queries [1, heads, n, D] gather: [1, n, heads, D]."""
         try:
             keys, values = self.layers[index].update(key, value)
-            if self.count == 1:
-                # The heads that share a KV head as rows of one, which is read once.
-                rows = query.view(1, keys.shape[1], -1, query.shape[3])
-                gathered = scaled_dot_product_attention(rows, keys, values, scale=scaling)
-                return gathered.reshape(1, 1, *query.shape[1::2])
             mask = lower_right_mask(query, keys.shape[2]) if self.uneven else self._mask
             return scaled_dot_product_attention(
                 query, keys, values, attn_mask=mask, is_causal=self._causal, scale=scaling,
@@ -219,6 +227,7 @@ class _Batch:
         self._family, self._requests = family, requests
         self._runs = [_Run(family, request) for request in requests]
         self._counts = [run.count for run in self._runs]
+        self._starts = [0, *accumulate(self._counts)][:-1]
         self._steps = max(self._counts) == 1 and not any(request.tokens.deepstack for request in requests)
         self._looked_at = [run for run in self._runs if run.see is not None]
         self._queries: Sequence[Tensor] = ()
@@ -257,14 +266,41 @@ class _Batch:
             run.look(index, own, before=True)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        steps = [index for index, run in enumerate(self._runs) if run.is_step(self._index)]
+        stepped = self._step(steps, (query, key, value), scaling) if steps else ()
+        if isinstance(stepped, Tensor) and len(steps) == len(self._runs):
+            gathered = stepped if self._steps else stepped.transpose(0, 1)
+        else:
+            gathered = self._each(dict(zip(steps, stepped, strict=True)), (query, key, value), scaling)
+        if self._looked_at:
+            for run, queries in zip(self._runs, self._queries, strict=True):
+                run.look(self._index, queries, before=False)
+        return gathered
+
+    def _step(self, steps: list[int], projected: Sequence[Tensor], scaling: float) -> Tensor:
+        """The plain decoding steps, all at once: [requests, 1, heads, D]."""
+        layers = [self._runs[index].layers[self._index] for index in steps]
+        rows = [tensor.squeeze(2) if self._steps else tensor[0].transpose(0, 1) for tensor in projected]
+        if len(steps) < len(self._counts):
+            at = torch.tensor([self._starts[index] for index in steps], device=rows[0].device)
+            rows = [tensor.index_select(0, at) for tensor in rows]
+        query, key, value = (tensor.contiguous() for tensor in rows)
+        gathered = attend_step(query, key, value, [(each.keys, each.values, each.length) for each in layers], scaling)
+        for layer in layers:
+            layer.length += 1
+        return gathered[:, None]
+
+    def _each(self, done: dict[int, Tensor], projected: Sequence[Tensor], scaling: float) -> Tensor:
+        """Request by request, but for those that are `done`."""
         axis, gathered = 0 if self._steps else 2, []
-        parts = (tensor.split(1 if self._steps else self._counts, dim=axis) for tensor in (query, key, value))
-        for index, (run, own, keys, values) in enumerate(zip(self._runs, *parts, strict=True)):
-            gathered.append(
-                run.attend(self._index, own, keys, values, scaling) if run.error is None else run.nothing(own)
-            )
-            if self._looked_at:
-                run.look(self._index, self._queries[index], before=False)
+        parts = (tensor.split(1 if self._steps else self._counts, dim=axis) for tensor in projected)
+        for index, (run, query, key, value) in enumerate(zip(self._runs, *parts, strict=True)):
+            if index in done:
+                gathered.append(done[index][None])
+            elif run.error is None:
+                gathered.append(run.attend(self._index, query, key, value, scaling))
+            else:
+                gathered.append(run.nothing(query))
         return torch.cat(gathered, dim=0 if self._steps else 1)
 
 

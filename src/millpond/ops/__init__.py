@@ -9,6 +9,7 @@ from millpond.ops.bit_planes import nested_product, nested_rows
 from millpond.ops.c_functions import sources, status
 from millpond.ops.clustering import cluster_rows
 from millpond.ops.compaction import check_selection, move_rows
+from millpond.ops.decoding import attend_step
 from millpond.ops.dequantization import dequantize
 from millpond.ops.dispatch import OPERATIONS
 from millpond.ops.infinipot_v import infinipot_v_selection
@@ -22,6 +23,7 @@ from millpond.ops.width_choice import exceed
 __all__ = [
     "OPERATIONS",
     "add_attention",
+    "attend_step",
     "attention_moments",
     "attention_spread",
     "best",
