@@ -233,7 +233,7 @@ def main() -> None:
         default=16,
         help="decoding steps of Minnow in a round; a quarter of that of the large shapes",
     )
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--small", action="store_true", help="toy layers, to see in seconds that the bench runs")
     options = parser.parse_args()
     results = {"minnow": minnow(options.sessions, options.steps, options.rounds)}

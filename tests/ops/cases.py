@@ -312,6 +312,13 @@ def attend_step(draw: Draw) -> Case:
     return Case((*new, memories, width**-0.5), close={"rtol": 1e-5, "atol": 1e-6})
 
 
+def few_rows_product(draw: Draw) -> Case:
+    rows, columns = draw.any.choice(((1024, 1024), (1026, 1041), (64, 70)))  # of which the last is small
+    shape = draw.any.choice(((1, draw.any.randint(2, 17)), (draw.any.randint(2, 17), 1), (3,)))
+    weight, bias = draw.randn(rows, columns), draw.any.choice((None, draw.randn(rows)))
+    return Case((draw.randn(*shape, columns), weight, bias), close={"rtol": 1e-4, "atol": 1e-3})
+
+
 def write_metadata(draw: Draw) -> Case:
     heads, count, axes = draw.any.randint(1, 3), draw.any.choice((1, 4, 9)), draw.any.choice((1, 3))
     positions = draw.whole(-5, 10**6, axes, count).T  # by axis, as a model's
@@ -339,6 +346,7 @@ CASES: dict[str, Callable[[Draw], Case]] = {
         check_selection,
         cluster_rows,
         dequantize,
+        few_rows_product,
         distances,
         distinctiveness,
         exceed,

@@ -12,7 +12,7 @@ it left in its memory is for its own step to take back, and the others go on.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import Cache
 
 from millpond.cache.storage.layer import PondLayer
@@ -29,7 +30,8 @@ from millpond.models.base import Family, Tokens
 from millpond.models.decoder import DecoderFamily
 from millpond.models.query_recorder import See
 from millpond.models.transformers_insides import attends_by_sdpa, attention_by, causal_mask, lower_right_mask
-from millpond.ops import attend_step
+from millpond.ops import attend_step, few_rows_product
+from millpond.ops.few_rows import FEW, LARGE
 from millpond.precision.linear import NestedLinear
 
 ENCODED_AT_ONCE = 256
@@ -87,7 +89,8 @@ def forward_batch(family: Family, requests: Sequence[Request]) -> list[Tensor | 
 def logits_batch(family: Family, hidden: Sequence[Tensor]) -> list[Tensor | Exception]:
     """`Family.logits` for several sessions: a hidden state [hidden] each -> [vocabulary] each, or what it raised."""
     if len(hidden) > 1 and all(one.dim() == 1 and one.shape == hidden[0].shape for one in hidden):
-        return list(family.logits(torch.stack(list(hidden))[:, None])[:, 0])
+        with _few_rows(family, len(hidden)):
+            return list(family.logits(torch.stack(list(hidden))[:, None])[:, 0])
     return [_outcome(family.logits, one) for one in hidden]
 
 
@@ -162,6 +165,19 @@ def _packable(family: Family, request: Request) -> bool:
         and request.positions.shape == (axes, len(tokens))
         and (not tokens.deepstack or all(len(layer) == int(tokens.visual.sum()) for layer in tokens.deepstack))
     )
+
+
+class _LinearOfFewRows(TorchFunctionMode):
+    """Within it, this thread's linear layers are `millpond.ops.few_rows_product`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (few_rows_product if func is linear else func)(*args, **(kwargs or {}))
+
+
+def _few_rows(family: Family, rows: int) -> AbstractContextManager[Any]:
+    """For a few tokens of a model that is large enough to be worth the asking at every call into torch."""
+    large = getattr(family, "hidden", 0) ** 2 >= LARGE and family.geometry.dtype == torch.float32
+    return _LinearOfFewRows() if large and rows <= FEW and family.device.type == "cpu" else nullcontext()
 
 
 class _Run:
@@ -245,6 +261,7 @@ class _Batch:
         with (
             family.showing_queries(self._catch, before=True) if self._looked_at else nullcontext(),
             attention_by(family.decoder, self._attend),
+            _few_rows(family, sum(self._counts)),
             torch.inference_mode(),
         ):
             hidden = family.decode(tokens, embeds, positions, self, embeds.new_zeros(1, 1, 1, 1))

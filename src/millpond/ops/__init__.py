@@ -12,6 +12,7 @@ from millpond.ops.compaction import check_selection, move_rows
 from millpond.ops.decoding import attend_step
 from millpond.ops.dequantization import dequantize
 from millpond.ops.dispatch import OPERATIONS
+from millpond.ops.few_rows import few_rows_product
 from millpond.ops.infinipot_v import infinipot_v_selection
 from millpond.ops.merging import distances, fold
 from millpond.ops.metadata import write_metadata
@@ -34,6 +35,7 @@ __all__ = [
     "distances",
     "distinctiveness",
     "exceed",
+    "few_rows_product",
     "fold",
     "infinipot_v_selection",
     "move_rows",
