@@ -5,7 +5,7 @@ transformers' own door (see `millpond.models.transformers_insides`); a family's 
 
 What is equal: norms, rotation, the cache and the attention of more than one token treat each token as they would alone, bit for bit. A
 linear layer may sum in another order when it has another number of rows, and the heads that share a KV head read it once for a single
-token. A request that cannot be packed runs alone, by the family's own `forward`. One that raises gets its error back in its place; what
+token. See docs/batching.md. A request that cannot be packed runs alone, by the family's own `forward`. One that raises gets its error back in its place; what
 it left in its memory is for its own step to take back, and the others go on.
 """
 
