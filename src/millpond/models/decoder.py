@@ -98,8 +98,7 @@ class DecoderFamily(Family):
     def forward(self, tokens: Tokens, positions: Tensor, cache: Any) -> Tensor:
         copies = getattr(cache, "copies", False)
         with torch.inference_mode() if copies else nullcontext():
-            out = self._run(tokens, positions, cache, cache)
-        hidden: Tensor = out.last_hidden_state[0]
+            hidden = self._run(tokens, positions, cache, cache)
         return hidden.clone() if copies else hidden  # the copy is an ordinary tensor
 
     @torch.no_grad()
@@ -110,20 +109,28 @@ class DecoderFamily(Family):
         with torch.inference_mode():
             fill(partial(self._run, tokens, positions, cache), cache)
 
-    def _run(self, tokens: Tokens, positions: Tensor, cache: Any, into: Any) -> Any:
-        """The decoder's forward behind what `cache` holds; `into` is that, or stands for it."""
+    def _run(self, tokens: Tokens, positions: Tensor, cache: Any, into: Any) -> Tensor:
+        """The decoder's forward behind what `cache` holds, hidden states [n, hidden]; `into` is the cache, or stands for it."""
         # No 2-D mask, which could hide the newest keys: at batch 1 the cache's own sizes give the causal one.
         uneven, copies = getattr(cache, "uneven", False), getattr(cache, "copies", False)
         embeds = tokens.embeds[None]
         with layers_of_different_lengths(self.decoder) if uneven else nullcontext():
-            return self.decoder(
-                inputs_embeds=embeds,
-                attention_mask=None if uneven or not copies else causal_mask(self.decoder, cache, embeds),
-                position_ids=(positions[:1] if len(positions) == 1 else positions[:, None]).to(self.device),
-                use_cache=True,
-                **{self._cache_argument: into},
-                **self._beside(tokens),
-            )
+            mask = None if uneven or not copies else causal_mask(self.decoder, cache, embeds)
+            return self.decode(tokens, embeds, positions[:, None], into, mask)[0]
+
+    def decode(self, tokens: Tokens, embeds: Tensor, positions: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
+        """One call of the decoder over embeds [B, n, hidden] at positions [axes, B, n], which are those of `tokens`, into whatever stands in
+        for a cache; returns its last hidden state [B, n, hidden]."""
+        out = self.decoder(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=(positions[0] if len(positions) == 1 else positions).to(self.device),
+            use_cache=True,
+            **{self._cache_argument: cache},
+            **self._beside(tokens),
+        )
+        hidden: Tensor = out.last_hidden_state
+        return hidden
 
     def _beside(self, tokens: Tokens) -> dict[str, Any]:
         """More arguments of the decoder, for families that have them."""
