@@ -56,7 +56,11 @@ def compare(name: str, saved: Any, family: Family) -> None:
     for what in ("cache", "config"):
         if difference := _difference(saved[what], here[what]):
             raise SnapshotError(f"{name} was saved with another model: {difference}")
-    told = {"weights": "its weights differ", "text": "it reads text differently", "frames": "it resizes frames differently"}
+    told = {
+        "weights": "its weights differ",
+        "text": "it reads text differently",
+        "frames": "it resizes frames differently",
+    }
     for what, how in told.items():
         if saved[what] != here[what]:
             raise SnapshotError(f"{name} was saved with another model than this one: {how}")
