@@ -107,7 +107,7 @@ def test_a_state_that_cannot_be_saved_is_said_once_and_the_stream_goes_on(
 def test_after_kill_9_it_is_the_watch_that_was_never_killed(
     model: str, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    film = write_clip(tmp_path / "film.mp4", frames=320, fps=4)
+    film = write_clip(tmp_path / "film.mp4", frames=160, fps=4)
     whole, state = tmp_path / "whole", tmp_path / "state"
     small = ("--budget", "300KiB", "--max-pixels", "3136")
     plain = watch(film, model, whole, *small)
@@ -117,13 +117,13 @@ def test_after_kill_9_it_is_the_watch_that_was_never_killed(
         [sys.executable, "-m", "millpond", *words, "--state-every", "0"], env=environment | {"OMP_NUM_THREADS": "1"}
     )
     until = time.monotonic() + 120
-    while not state.exists() or contents(state)[0]["frames"]["frames"] < 40:
+    while not state.exists() or contents(state)[0]["frames"]["frames"] < 16:
         assert time.monotonic() < until
         assert process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
     reached = contents(state)[0]["frames"]["frames"]
-    assert 40 <= reached < 160
+    assert 16 <= reached < 80
     result = watch(film, model, state, *small)
     assert result.exit_code == 0, result.stderr
     assert "going on at" in result.stderr
