@@ -186,3 +186,17 @@ def test_what_is_loaded_can_be_saved_again_and_is_the_same_file(tmp_path: Path) 
     session.save(one)
     Session.load(one, session.family).save(other)
     assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("by", [1, 2_000, 40_000])
+def test_a_plan_that_was_reached_by_resizing_is_the_same_afterwards(by: int, tmp_path: Path) -> None:
+    """A step too small to be worth a second copy leaves the storage as it is, and the plan with its slots."""
+    case = CASES["layer budgets, queries, re-anchoring"]
+    family, path = case.model(), tmp_path / "saved"
+    session = case.session(family)
+    case.before(session)
+    session.resize(session.plan.budget + by)
+    session.save(path)
+    loaded = Session.load(path, family)
+    assert loaded.plan == session.plan
+    assert bits(loaded) == bits(session)
