@@ -19,6 +19,7 @@ from torch import Tensor
 from millpond import BudgetError, MillpondError, Session, SnapshotError
 from millpond.admission import Admission, Verdict
 from millpond.cache.storage import exchange
+from millpond.memory import available
 from millpond.models.base import Family
 from millpond.policies.base import Scorer, View
 from tests.models.tiny import tiny
@@ -177,7 +178,7 @@ FORGED: dict[str, list[Any]] = {
     "settings.host_budget": [BIG],
     "model": [None, {}],
     "model.family": ["other\x1b[2J"],
-    "model.config": [None],
+    "model.config": [None, {"model_type": "\x1b[2J"}],
     "stream": [None, [], {}],
     "settings": [None, {}],
 }
@@ -204,6 +205,17 @@ def test_a_header_that_says_what_cannot_be_is_refused_and_nothing_is_allocated_f
             Session.load(file, family)
         assert str(caught.value).isprintable(), value
         assert largest[0] < 300 << 10
+
+
+def test_a_budget_that_the_machine_does_not_have_is_refused_before_anything_is_allocated(
+    small: bytes, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "saved"
+    path.write_bytes(small)
+    monkeypatch.setattr(available, "available_memory", lambda device=None: 100_000)
+    monkeypatch.setattr(exchange, "zeros", None)
+    with pytest.raises(BudgetError, match="more than the memory that there is"):
+        Session.load(path, family)
 
 
 def moved(row: dict[str, Any], by: int) -> None:
@@ -331,6 +343,7 @@ class Count:
 
     groups: int
     last: tuple[float, Tensor] | None = None
+    least: float = float("inf")
 
 
 @dataclass(frozen=True)

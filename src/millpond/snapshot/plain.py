@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
@@ -15,7 +16,7 @@ from millpond.errors import SnapshotError
 T = TypeVar("T")
 # Microseconds of the farthest stream time fit; far below what overflows 64 bits when something is added.
 _MOST = 1 << 57
-_TENSOR, _OBJECT, _LIST = "tensor", "object", "list"
+_TENSOR, _OBJECT, _LIST, _NUMBER = "tensor", "object", "list", "number"
 
 
 def to_values(made: Any) -> dict[str, Any]:
@@ -92,6 +93,8 @@ def encode(value: Any, put: Callable[[Tensor], str], kinds: Sequence[type]) -> A
     Raises:
         SnapshotError: something else is.
     """
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_NUMBER: repr(float(value))}
     if isinstance(value, bool | int | float | str | NoneType):
         return value
     if isinstance(value, Tensor):
@@ -115,6 +118,8 @@ def decode(value: Any, get: Callable[[str], Tensor], kinds: Sequence[type]) -> A
     """
     if isinstance(value, bool | int | float | str | NoneType):
         return value
+    if isinstance(value, dict) and set(value) == {_NUMBER} and value[_NUMBER] in ("nan", "inf", "-inf"):
+        return float(value[_NUMBER])
     known = {kind.__name__: kind for kind in kinds}
     if isinstance(value, dict) and set(value) == {_TENSOR} and isinstance(value[_TENSOR], str):
         return get(value[_TENSOR])
@@ -133,6 +138,8 @@ def described(made: Any) -> Any:
     Raises:
         SnapshotError: a parameter is nothing that can be written down.
     """
+    if isinstance(made, float) and not math.isfinite(made):
+        return repr(float(made))  # which JSON does not know
     if isinstance(made, bool | int | float | str | NoneType):
         return made
     if isinstance(made, tuple | list):

@@ -123,6 +123,8 @@ class Empty:
         self.grid = self._grid(stream["grid"])
         self.plan = self._planned(stream["plan"])
         check_memory(self.plan.total_bytes, runner.family.device)
+        if runner.config.host_budget is not None and runner.config.host_path is None:
+            check_memory(runner.config.host_budget)
 
     def _grid(self, values: Any) -> Grid | None:
         if values is None:
