@@ -1,5 +1,6 @@
 """Kill -9 at random instants while feeding and saving: a bounded number of the rounds of `bench/crash.py`."""
 
+import json
 import runpy
 from pathlib import Path
 from typing import Any
@@ -49,3 +50,11 @@ def test_a_snapshot_that_is_lost_or_another_is_a_fault(bench: dict[str, Any], tm
     session.save(made.path)
     assert "1 frames, 2 were acknowledged" in faults()
     assert "another memory" in faults()
+
+
+def test_what_the_docs_say_of_it_is_what_is_stored() -> None:
+    found = json.loads((BENCH / "results" / "crash.json").read_text())["summary"]
+    said = " ".join((BENCH.parent / "docs" / "snapshots.md").read_text().split())
+    assert found["faults"] == []
+    told = f"Of {found['rounds']:,} kills, {found['phases']['saving']} fell into a save; every one of the {found['saves']} saves"
+    assert told in said
