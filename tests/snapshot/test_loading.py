@@ -4,7 +4,7 @@ import hashlib
 import json
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -205,6 +205,47 @@ def test_a_header_that_says_what_cannot_be_is_refused_and_nothing_is_allocated_f
             Session.load(file, family)
         assert str(caught.value).isprintable(), value
         assert largest[0] < 300 << 10
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where something stands in nested values."""
+    if path:
+        yield path
+    steps = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for step, one in steps:
+        yield from leaves(one, (*path, step))
+
+
+ANYTHING = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.integers(-3, 99), st.floats(allow_nan=False), st.text(max_size=5)
+)  # fmt: skip
+
+
+def test_whatever_a_header_says_is_taken_or_refused_and_nothing_else(
+    small: bytes, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, (header, session, payload) = tmp_path / "saved", parts(small)
+    places = [place for place in leaves(session) if place[:2] != ("model", "config")]
+    monkeypatch.setattr(available, "available_memory", lambda device=None: 1 << 20)
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.sampled_from(places), st.one_of(ANYTHING, st.lists(ANYTHING, max_size=3), st.just({})))
+    def forge(place: tuple[Any, ...], value: Any) -> None:
+        forged = json.loads(json.dumps(session))
+        *way, last = place
+        inner = forged
+        for step in way:
+            inner = inner[step]
+        inner[last] = value
+        path.write_bytes(sealed(header, forged, payload))
+        said = ""
+        try:
+            Session.load(path, family)
+        except (SnapshotError, BudgetError) as error:
+            said = str(error)
+        assert said.isprintable()
+
+    forge()
 
 
 def test_a_budget_that_the_machine_does_not_have_is_refused_before_anything_is_allocated(
