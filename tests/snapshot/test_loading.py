@@ -311,6 +311,7 @@ def test_host_memory_whose_table_leads_elsewhere_is_refused(tmp_path: Path) -> N
     session = case.session(family)
     case.before(session)
     session.save(path)
+    Session.load(path, family, host_budget="1MiB", host_path=tmp_path)
     header, values, payload = parts(path.read_bytes())
     first = header["host.table"]["data_offsets"][0]
     for column, number in ((1, 10**12), (2, 0), (2, -5)):
@@ -363,6 +364,8 @@ def test_other_arguments_say_what_differs(small: bytes, family: Family, tmp_path
     assert "with 'curvestream', not 'none'" in refused(path, family, admission=None)
     assert "recent_frames 2, not 0" in refused(path, family, recent_frames=0)
     assert "system None, not 'be brief'" in refused(path, family, system="be brief")
+    assert "no argument 'polcy'" in refused(path, family, polcy="recent")
+    assert "host_budget None, not 1048576" in refused(path, family, host_budget="1MiB")
     with pytest.raises(BudgetError, match="minimum"):
         Session.load(path, family, budget=1000)
 
