@@ -68,8 +68,14 @@ class Ingest:
         self._runner = runner
         self.at = Standing()
 
-    def feed(self, source: Frame | Iterable[Any], turn: Callable[[], AbstractContextManager[None]]) -> int:
-        """Take in everything that a source gives; see `millpond.Session.feed`. The stream is held, by `turn`, a frame at a time."""
+    def feed(
+        self,
+        source: Frame | Iterable[Any],
+        turn: Callable[[], AbstractContextManager[None]],
+        taken_in: Callable[[], None],
+    ) -> int:
+        """Take in everything that a source gives; see `millpond.Session.feed`. The stream is held, by `turn`, a frame at a time, and free
+        when `taken_in` is called, after each."""
         if isinstance(source, Frame):
             if self.at.last_us is not None and round(source.seconds * 1e6) <= self.at.last_us:
                 raise SourceError(
@@ -92,6 +98,7 @@ class Ingest:
                         self._take(round(frame.seconds * 1e6) + offset, frame.pixels)
                     finally:
                         taken += self.at.frames - before
+                taken_in()
         finally:
             # Also after a fault: what came before it stays answerable.
             if isinstance(opened, frames.Source) and opened is not source:
@@ -100,7 +107,8 @@ class Ingest:
                 self.update_ledger()
                 self.at = replace(self.at, dropped=self.at.dropped + getattr(opened, "dropped", 0) - dropped)
                 self._digest(partial=False)
-                self._ensure_capacity_for_waiting()
+                if self.at.grid is not None:
+                    self.ensure_capacity_for_waiting(self.at.grid.tokens)
         return taken
 
     def _offset(self, frame: Any, offset: int | None) -> int:
@@ -219,12 +227,15 @@ class Ingest:
         with self._runner.timed("vision"):
             return self._runner.family.encode([frame for _, frame in shots], [time for time, _ in shots])
 
-    def _ensure_capacity_for_waiting(self) -> None:
-        """Ensure capacity for an incomplete group now, so that a question can show it without touching the memory."""
-        if self.at.grid is not None:
-            reopening = 0 if self.at.video_open else len(self._runner.family.reopening())
-            with self._runner.timed("compaction"):
-                self._runner.ensure_capacity(reopening + self.at.grid.tokens)
+    def ensure_capacity_for_waiting(self, group_tokens: int) -> None:
+        """Ensure capacity for the frames that wait, in groups of so many tokens, so that a question can show them without touching the
+        memory."""
+        if not self.at.waiting:
+            return
+        reopening = 0 if self.at.video_open else len(self._runner.family.reopening())
+        groups = -(-len(self.at.waiting) // self._runner.family.frames_per_group)
+        with self._runner.timed("compaction"):
+            self._runner.ensure_capacity(reopening + groups * group_tokens)
 
     def shown(self) -> tuple[list[int], list[Sequence[Shot]]]:
         """What a question sees of the latest frames; nothing is taken in.
