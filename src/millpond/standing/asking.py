@@ -62,7 +62,7 @@ def ask_together(stream: Stream, wanted: Sequence[Wanted]) -> Asked:
             with stream.changing():
                 runner.finish_roll_back()
                 runner.check_model()
-                stream.ingest.ensure_capacity_for_waiting(runner.pond.plan.group_tokens)
+                stream.ingest.ensure_capacity_for_waiting()
                 turn = _SharedTurn(stream)
                 faults = turn.show([question for question, _ in wanted])
             for (question, limit), fault in zip(wanted, faults, strict=True):

@@ -107,8 +107,7 @@ class Ingest:
                 self.update_ledger()
                 self.at = replace(self.at, dropped=self.at.dropped + getattr(opened, "dropped", 0) - dropped)
                 self._digest(partial=False)
-                if self.at.grid is not None:
-                    self.ensure_capacity_for_waiting(self.at.grid.tokens)
+                self.ensure_capacity_for_waiting()
         return taken
 
     def _offset(self, frame: Any, offset: int | None) -> int:
@@ -227,15 +226,18 @@ class Ingest:
         with self._runner.timed("vision"):
             return self._runner.family.encode([frame for _, frame in shots], [time for time, _ in shots])
 
-    def ensure_capacity_for_waiting(self, group_tokens: int) -> None:
-        """Ensure capacity for the frames that wait, in groups of so many tokens, so that a question can show them without touching the
-        memory."""
-        if not self.at.waiting:
-            return
-        reopening = 0 if self.at.video_open else len(self._runner.family.reopening())
+    @property
+    def waiting_tokens(self) -> int:
+        """Slots that the waiting frames take behind the memory; at most, because a timestamp's text varies in length."""
         groups = -(-len(self.at.waiting) // self._runner.family.frames_per_group)
-        with self._runner.timed("compaction"):
-            self._runner.ensure_capacity(reopening + groups * group_tokens)
+        return 0 if self.at.grid is None else groups * self.at.grid.tokens
+
+    def ensure_capacity_for_waiting(self) -> None:
+        """Ensure capacity for the waiting frames, so that a question can show them: without touching the memory, once a feed has ended."""
+        if self.at.waiting:
+            reopening = 0 if self.at.video_open else len(self._runner.family.reopening())
+            with self._runner.timed("compaction"):
+                self._runner.ensure_capacity(reopening + self.waiting_tokens)
 
     def shown(self) -> tuple[list[int], list[Sequence[Shot]]]:
         """What a question sees of the latest frames; nothing is taken in.

@@ -19,6 +19,7 @@ class Shown:
         recent: blocks of frames that have run before. waiting: those whose block is not full.
         after_video: the question follows a video.
         time_us: stream time of the question.
+        waiting_tokens: slots that the waiting frames take at most.
     """
 
     reopening: list[int]
@@ -26,13 +27,14 @@ class Shown:
     waiting: Sequence[Shot]
     after_video: bool
     time_us: int
+    waiting_tokens: int
 
     @classmethod
     def now(cls, ingest: Ingest) -> Shown:
         """As the stream stands."""
         reopening, (*recent, waiting) = ingest.shown()
         after_video = any((*recent, waiting)) or ingest.at.video_open
-        return cls(reopening, recent, waiting, after_video, ingest.at.last_us or 0)
+        return cls(reopening, recent, waiting, after_video, ingest.at.last_us or 0, ingest.waiting_tokens)
 
     def ensure_capacity(self, runner: Runner, question: str) -> None:
         """Make sure that all of it, the question, what that retrieves and one token fit.
@@ -41,10 +43,9 @@ class Shown:
             BudgetError: they do not.
         """
         plan = runner.pond.plan
-        groups = sum(-(-len(block) // plan.frames_per_group) for block in (*self.recent, self.waiting))
+        recent = sum(-(-len(block) // plan.frames_per_group) for block in self.recent) * plan.group_tokens
+        shown = len(self.reopening) + recent + self.waiting_tokens
         asked = len(runner.family.question(question, after_video=self.after_video)) + 1
-        # At most, because a timestamp's text varies in length.
-        shown = len(self.reopening) + groups * plan.group_tokens
         runner.pond.ensure_turn_capacity(runner.retrievable_tokens + asked + shown)
 
     def run(self, runner: Runner, ingest: Ingest) -> tuple[int, int]:
