@@ -83,7 +83,7 @@ class Watch:
         self._frames = InterruptibleSource(source, tick=self._tick, look=self._look)
         self._every, self._on_change = every, on_change
         self._standing: list[StandingQuestion] = []
-        self._failing: dict[str, str] = {}
+        self._failing: set[str] = set()
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Watch:
@@ -270,10 +270,11 @@ class Watch:
         """Tell the event of a standing question; called in the thread that feeds."""
         told = event.to_dict()
         self._events.write("standing", stream_seconds=event.at_seconds, **told)
-        fault = "" if event.error is None else f"{event.question}: {event.error}"
-        if fault and fault != self._failing.get(event.question):  # said once, not every time
-            self._fault(MillpondError(fault))
-        self._failing[event.question] = fault
+        if event.error is None:
+            self._failing.discard(event.question)
+        elif event.question not in self._failing:  # said once, not every time
+            self._failing.add(event.question)
+            self._fault(MillpondError(f"{event.question}: {event.error}"))
         if event.kind == "changed" and self._on_change is not None:
             self._on_change.put((event.every_seconds, event.question), told)
         with self._speaking:
@@ -281,7 +282,7 @@ class Watch:
             try:
                 if self._json:
                     say(json.dumps({"event": "standing", **told}) + "\n")
-                elif not fault:
+                elif event.error is None:
                     say(spoken(event))
             except OutputError as error:  # nobody reads any more
                 self.error = self.error or error
