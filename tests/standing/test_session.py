@@ -98,6 +98,7 @@ def test_answers_are_those_of_ask_and_the_stream_is_that_of_nobody_asking(
     twin.feed(given)
     alone.feed(frames)
     assert state(session) == state(twin) == state(alone)
+    assert session.usage.peak_bytes <= (session.usage.budget_bytes or session.usage.peak_bytes)
     assert len(answers) == 26
     for standing, expected in ((first, answers[-2]), (second, answers[-1])):
         event = standing.latest

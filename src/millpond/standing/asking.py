@@ -67,12 +67,16 @@ def ask_together(stream: Stream, wanted: Sequence[Wanted]) -> Asked:
                 faults = turn.show([question for question, _ in wanted])
             for (question, limit), fault in zip(wanted, faults, strict=True):
                 given.append(fault or turn.answer(question, limit))
-        except Exception as error:
-            given.extend([error] * (len(wanted) - len(given)))
-        finally:
+            with stream.changing():
+                turn.roll_back()
+        except BaseException as error:
             if turn is not None:
                 with stream.changing():
                     turn.roll_back()
+            if not isinstance(error, Exception):
+                raise
+            given.extend([error] * (len(wanted) - len(given)))
+        finally:
             runner.seconds["answers"] += perf_counter() - began
         at_seconds, usage = (stream.ingest.at.last_us or 0) / 1e6, stream.usage()
     return _Answered(
