@@ -107,7 +107,7 @@ class StandingQuestion:
                 previous=self._previous,
                 error=outcome if isinstance(outcome, Exception) else None,
                 due_seconds=due.time_us / 1e6,
-                at_seconds=at_us / 1e6,
+                at_seconds=at_us / 1e6 if isinstance(outcome, Exception) else outcome.at_seconds,
                 missed=due.missed,
                 reused=reused and not failed,
                 counts=self._counts,
