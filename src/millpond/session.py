@@ -220,7 +220,6 @@ class Session:
                 with self._changing():
                     self._runner.finish_roll_back()
                     self._runner.check_model()
-                    self._ingest.ensure_capacity_for_waiting()  # in the middle of a feed that may be most of a block
                     turn = Turn(self._runner, self._ingest, remember=remember)
                     pieces = turn.run(question, max_new_tokens)
                 while True:

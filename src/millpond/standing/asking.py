@@ -62,7 +62,6 @@ def ask_together(stream: Stream, wanted: Sequence[Wanted]) -> Asked:
             with stream.changing():
                 runner.finish_roll_back()
                 runner.check_model()
-                stream.ingest.ensure_capacity_for_waiting()
                 turn = _SharedTurn(stream)
                 faults = turn.show([question for question, _ in wanted])
             for (question, limit), fault in zip(wanted, faults, strict=True):
@@ -104,7 +103,8 @@ class _SharedTurn(Step):
 
     def __init__(self, stream: Stream) -> None:
         self._changing = stream.changing
-        self._shown = Shown.now(stream.ingest)
+        self._shown = Shown.now(stream.runner, stream.ingest)
+        self._shown.make_room(stream.runner)
         super().__init__(stream.runner, stream.ingest)
 
     def show(self, questions: Sequence[str]) -> list[Exception | None]:

@@ -107,7 +107,7 @@ class Ingest:
                 self.update_ledger()
                 self.at = replace(self.at, dropped=self.at.dropped + getattr(opened, "dropped", 0) - dropped)
                 self._digest(partial=False)
-                self.ensure_capacity_for_waiting()
+                self._ensure_capacity_for_waiting()
         return taken
 
     def _offset(self, frame: Any, offset: int | None) -> int:
@@ -226,18 +226,12 @@ class Ingest:
         with self._runner.timed("vision"):
             return self._runner.family.encode([frame for _, frame in shots], [time for time, _ in shots])
 
-    @property
-    def waiting_tokens(self) -> int:
-        """Slots that the waiting frames take behind the memory; at most, because a timestamp's text varies in length."""
-        groups = -(-len(self.at.waiting) // self._runner.family.frames_per_group)
-        return 0 if self.at.grid is None else groups * self.at.grid.tokens
-
-    def ensure_capacity_for_waiting(self) -> None:
-        """Ensure capacity for the waiting frames, so that a question can show them: without touching the memory, once a feed has ended."""
-        if self.at.waiting:
+    def _ensure_capacity_for_waiting(self) -> None:
+        """Ensure capacity for an incomplete group now, so that a question can show it without touching the memory."""
+        if self.at.grid is not None:
             reopening = 0 if self.at.video_open else len(self._runner.family.reopening())
             with self._runner.timed("compaction"):
-                self._runner.ensure_capacity(reopening + self.waiting_tokens)
+                self._runner.ensure_capacity(reopening + self.at.grid.tokens)
 
     def shown(self) -> tuple[list[int], list[Sequence[Shot]]]:
         """What a question sees of the latest frames; nothing is taken in.

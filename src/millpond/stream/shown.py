@@ -30,11 +30,21 @@ class Shown:
     waiting_tokens: int
 
     @classmethod
-    def now(cls, ingest: Ingest) -> Shown:
+    def now(cls, runner: Runner, ingest: Ingest) -> Shown:
         """As the stream stands."""
+        at = ingest.at
         reopening, (*recent, waiting) = ingest.shown()
-        after_video = any((*recent, waiting)) or ingest.at.video_open
-        return cls(reopening, recent, waiting, after_video, ingest.at.last_us or 0, ingest.waiting_tokens)
+        after_video = any((*recent, waiting)) or at.video_open
+        groups = -(-len(waiting) // runner.family.frames_per_group)
+        waiting_tokens = 0 if at.grid is None else groups * at.grid.tokens
+        return cls(reopening, recent, waiting, after_video, at.last_us or 0, waiting_tokens)
+
+    def make_room(self, runner: Runner) -> None:
+        """Ensure capacity for the frames that wait, before a turn begins: in the middle of a feed they may be most of a block. Once a feed
+        has ended there is room, and the memory is not touched."""
+        if self.waiting:
+            with runner.timed("compaction"):
+                runner.ensure_capacity(len(self.reopening) + self.waiting_tokens)
 
     def ensure_capacity(self, runner: Runner, question: str) -> None:
         """Make sure that all of it, the question, what that retrieves and one token fit.

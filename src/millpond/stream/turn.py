@@ -30,7 +30,9 @@ class Turn(Step):
     def __init__(self, runner: Runner, ingest: Ingest, *, remember: bool) -> None:
         self._remember = remember
         self.done = Generated()
-        self.time_us = ingest.at.last_us or 0
+        self._shown = Shown.now(runner, ingest)
+        self._shown.make_room(runner)
+        self.time_us = self._shown.time_us
         # A remembered turn may have the proxy asked anew.
         super().__init__(runner, ingest, queries=remember and runner.policy.needs.proxy == "prompt")
 
@@ -41,7 +43,7 @@ class Turn(Step):
             BudgetError: the question does not fit.
         """
         runner, ingest, pond = self._runner, self._ingest, self._runner.pond
-        shown = Shown.now(ingest)
+        shown = self._shown
         if self._remember:
             runner.ask_proxy()  # while its reserve is free, and before it could see the question
         retrieved = runner.retrievable_tokens
