@@ -11,17 +11,18 @@ from pathlib import Path
 import millpond
 from millpond import frames
 from millpond.eval import streams
+from millpond.standing import StandingEvent
 
 
 def main(source: Iterable[frames.Frame], every: float = 60.0) -> None:
     session = millpond.Session.from_pretrained("minnow", budget="256KiB")
-    due = every
-    for frame in source:  # ends with the source, or with Ctrl-C
-        session.feed(frame)
-        if frame.seconds >= due:
-            due += every
-            answer = session.ask("Which object is there now?", max_new_tokens=8)
-            print(f"[{frame.seconds:.1f} s] {answer.text} ({session.usage.peak_bytes} bytes at most)", flush=True)
+
+    def tell(event: StandingEvent) -> None:
+        told = f"{event.text}, {event.kind}" if event.error is None else f"no answer: {event.error}"
+        print(f"[{event.at_seconds:.1f} s] {told} ({session.usage.peak_bytes} bytes at most)", flush=True)
+
+    session.every(every, "Which object is there now?", max_new_tokens=8, on_answer=tell)
+    session.feed(source)  # ends with the source, or with Ctrl-C
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ def test_a_camera_is_asked_again_and_again(run: Main, film: Path) -> None:
     with frames.open(film, fps=2) as source:
         lines = run("watch_a_camera", source, every=10.0)
     assert [line.split(" s]")[0] for line in lines] == ["[10.0", "[20.0", "[30.0", "[40.0"]
+    assert all(re.search(r"\] \w+, (changed|same) \(", line) for line in lines)
     assert all(int(re.findall(r"\((\d+) bytes", line)[0]) <= 256 << 10 for line in lines)
 
 

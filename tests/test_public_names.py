@@ -24,7 +24,7 @@ def test_public_names_are_these_and_all_exist() -> None:
         "Usage",
         "__version__",
     ]
-    for name in [*millpond.__all__, "frames", "models", "policies", "recompute"]:
+    for name in [*millpond.__all__, "frames", "models", "policies", "recompute", "standing"]:
         assert getattr(millpond, name) is not None
         assert name in dir(millpond) or name.startswith("__")
 

@@ -104,6 +104,11 @@ def test_minnow(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(1 for _ in frames.open("clip.mp4")) == 128
 
 
+def test_standing_questions(run: Any, film: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("docs/standing-questions.md")["standing"].counts.answered == 4  # of 130 s
+    assert "[30.0 s] None -> " in capsys.readouterr().out
+
+
 def test_families(run: Any) -> None:
     assert run("docs/families.md")["Brook"].model_types == ("brook",)
 

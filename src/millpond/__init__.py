@@ -50,7 +50,7 @@ _LATER = {
     "SessionConfig": "millpond.config",
     "Usage": "millpond.answer",
 }
-_ROOMS = ("frames", "models", "policies", "precision", "recompute")
+_ROOMS = ("frames", "models", "policies", "precision", "recompute", "standing")
 
 
 def __getattr__(name: str) -> Any:

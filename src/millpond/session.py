@@ -10,7 +10,6 @@ import threading
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from numbers import Integral
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Unpack
@@ -29,8 +28,13 @@ from millpond.models.base import Family
 from millpond.policies.base import Policy
 from millpond.policies.composition import NO_HOST_MEMORY, TURNS, check
 from millpond.snapshot import load, save
+from millpond.standing import OnAnswer, StandingQuestion
+from millpond.standing.asking import Stream, ask_together
+from millpond.standing.questions import StandingQuestions
+from millpond.standing.schedule import Schedule
 from millpond.stream.exclusive import Exclusive
 from millpond.stream.ingest import Ingest
+from millpond.stream.question import check_question
 from millpond.stream.runner import Runner
 from millpond.stream.turn import Turn
 
@@ -68,6 +72,7 @@ class Session:
     def _begin(self, runner: Runner, ingest: Ingest) -> None:
         """All that a session is: a stream, what waits in front of it, and who may change them."""
         self._runner, self._ingest = runner, ingest
+        self._standing = StandingQuestions()
         self._turn = Exclusive("an answer is still being streamed: finish it or close() it first")
         self._feeding = Exclusive(
             "frames are being fed: give this feed's source the frames, or wait until it has ended"
@@ -173,7 +178,10 @@ class Session:
         self._turn.check()
         self._runner.check_model()
         with self._feeding.held(), self._runner.timed("total"):
-            return self._ingest.feed(source, self._exclusive)
+            try:
+                return self._ingest.feed(source, self._exclusive, self._ask_standing)
+            finally:
+                self._standing.settle()
 
     # --- asking -------------------------------------------------------------------------------------------------
 
@@ -204,12 +212,7 @@ class Session:
         Until the generator is finished or closed, the session belongs to it: other threads wait. What ends it early, an error, an
         interrupt or `close`, leaves the stream as it was before the question.
         """
-        if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
-            raise MillpondError(f"max_new_tokens must be at least 1, not {max_new_tokens!r}")
-        if not isinstance(question, str):
-            raise MillpondError(f"a question is text, not {question!r}")
-        if not question.strip():
-            raise MillpondError("the question is empty")
+        check_question(question, max_new_tokens)
         if remember:
             check(self.policy, TURNS)
         with self._turn.held():
@@ -247,6 +250,41 @@ class Session:
                 first_token_seconds=(done.first or perf_counter()) - began,
                 usage=self.usage,
             )
+
+    # --- asking again and again ---------------------------------------------------------------------------------
+
+    def every(
+        self, seconds: float, question: str, *, max_new_tokens: int = 128, on_answer: OnAnswer | None = None
+    ) -> StandingQuestion:
+        """Ask a question again and again while frames are fed: each time that `seconds` of stream time have gone by.
+
+        Due times are multiples of `seconds` after the stream's first frame (or the one at which the session's first standing question
+        was set up). The question is asked when the first frame at or after a due time is in, in the thread that feeds, about what the
+        stream is then; where frames jump over several due times, once. The stream's memory stays as it is: nothing is remembered.
+        Questions due at the same instant share the run of the frames that they are shown.
+
+        From any thread, also during a feed. A `fork` has none of them.
+
+        Args:
+            on_answer: called with each `millpond.standing.StandingEvent` in the thread that feeds, which waits for it; it may ask, and
+                cancel, but not feed. What it raises is counted and warned of once.
+
+        Raises:
+            MillpondError: as for `ask`; or `seconds` is no number above 0. What goes wrong later, at a due time, is an event.
+        """
+        check_question(question, max_new_tokens)
+        self.family.question(question, after_video=True)  # refuses control tokens
+        standing = StandingQuestion(question, Schedule(seconds), int(max_new_tokens), on_answer)
+        with self._state:
+            self._standing.add(standing, self._ingest.at.last_us)
+        return standing
+
+    def _ask_standing(self) -> None:
+        """What the frame that was taken in has made due."""
+        last_us = self._ingest.at.last_us
+        if self._standing and last_us is not None:
+            stream = Stream(self._runner, self._ingest, self._turn.held, self._changing, lambda: self.usage)
+            self._standing.frame_taken(last_us, lambda wanted: ask_together(stream, wanted))
 
     # --- the budget ---------------------------------------------------------------------------------------------
 

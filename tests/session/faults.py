@@ -21,6 +21,8 @@ FILES = files_of(
     "millpond.stream.ingest",
     "millpond.stream.step",
     "millpond.stream.turn",
+    "millpond.stream.shown",
+    "millpond.standing.asking",
     "millpond.stream.generate",
     "millpond.stream.recent_frames",
     "millpond.stream.exclusive",

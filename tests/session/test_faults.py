@@ -11,6 +11,7 @@ from millpond import PolicyError, Session
 from millpond.cache.storage.mixed_precision_layer import MixedPrecisionLayer
 from millpond.models.base import Family
 from millpond.policies.base import Needs, Policy, View, keep_top
+from millpond.standing.asking import Stream, ask_together
 from millpond.stream.step import Step
 from tests.models.tiny import tiny
 from tests.nightly import nightly
@@ -104,6 +105,26 @@ def test_a_fault_at_any_line_of_a_turn(family: Family, policy: str, remember: bo
         session._turn.check()  # it is nobody's turn any more
     assert len(lines) > 100
     assert outcomes == {True, not remember}, "both ends were seen"
+
+
+@pytest.mark.slow
+def test_an_interrupt_at_any_line_of_standing_questions(family: Family) -> None:
+    base = filled(family, "recent", 31, recent_frames=2)
+
+    def turn(session: Session) -> Callable[[], object]:
+        stream = Stream(session._runner, session._ingest, session._turn.held, session._changing, lambda: session.usage)
+        return lambda: ask_together(stream, [(QUESTION, 2), ("and before", 2)])
+
+    before, twin = state_of(base), base.fork()
+    lines = lines_of(turn(twin))
+    assert state_of(twin) == before
+    for line in lines:
+        session = base.fork()
+        assert raise_at(line, KeyboardInterrupt, turn(session)), line
+        assert state_of(session) == before, line
+        check_books(session)
+        session._turn.check()
+    assert len(lines) > 100
 
 
 @pytest.mark.slow

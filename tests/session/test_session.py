@@ -401,3 +401,22 @@ def test_arguments_of_the_wrong_kind_are_refused_in_one_line() -> None:
     for size in (7, (480,), (0, 64), ("480", "640")):
         with pytest.raises(MillpondError, match="frame_size must be a height and a width in pixels"):
             Session.from_pretrained("minnow", frame_size=size)  # type: ignore[arg-type]
+
+
+def test_a_question_in_the_middle_of_a_feed_is_answered_however_full_the_headroom_is(qwen: Family) -> None:
+    """Frames that wait for their block may need more slots than the turn's reserve leaves them."""
+    session = Session(qwen, budget="512KiB")
+    assert session.plan_for(56, 56).block_groups == 4
+    answers = []
+
+    def asking() -> Iterator[Frame]:
+        for frame in moving(60):
+            yield frame
+            answers.append(session.ask(QUESTION, max_new_tokens=2))
+
+    session.feed(asking())
+    plain = Session(qwen, budget="512KiB")
+    plain.feed(moving(60))
+    assert session.usage.compactions == plain.usage.compactions > 0
+    assert state(session) == state(plain)
+    assert len(answers) == 60

@@ -11,6 +11,8 @@ import typer
 
 from millpond.cli.errors import FAILED, note
 from millpond.cli.events import EventLog
+from millpond.cli.every import Every, read_command, read_every
+from millpond.cli.on_change import ChangeCommand
 from millpond.cli.options import (
     DEFAULT_MODEL,
     AdmissionOption,
@@ -58,6 +60,34 @@ def watch(
             help="Ask when stream time reaches SECONDS, of all frames up to then. Repeatable.",
         ),
     ] = [],  # noqa: B006
+    every: Annotated[
+        list[Every],
+        typer.Option(
+            "--every",
+            parser=read_every,
+            metavar='"30s QUESTION"',
+            help="Ask again each time that so much stream time (0.5s, 30s, 2m, 1h) has gone by. Repeatable.",
+        ),
+    ] = [],  # noqa: B006
+    on_change: Annotated[
+        str | None,
+        typer.Option(
+            "--on-change",
+            envvar="MILLPOND_ON_CHANGE",
+            metavar="COMMAND",
+            help="Run COMMAND when an answer to --every is another than before, with the event as JSON on its stdin.",
+        ),
+    ] = None,
+    on_change_every: Annotated[
+        float,
+        typer.Option(
+            "--on-change-every",
+            envvar="MILLPOND_ON_CHANGE_EVERY",
+            min=0.0,
+            metavar="SECONDS",
+            help="Least time between two runs of COMMAND; of what changes meanwhile it is told the latest.",
+        ),
+    ] = 1.0,
     interactive: Annotated[
         bool, typer.Option("--interactive", "-i", help="Ask at a prompt while the stream goes on.")
     ] = False,
@@ -146,6 +176,10 @@ def watch(
         raise typer.BadParameter("the prompt and the video cannot both come from stdin", param_hint="--interactive")
     asked = [read_text(question, "--ask") for question in ask]
     moments = [Moment(moment.seconds, read_text(moment.question, "--ask-at")) for moment in ask_at]
+    standing = [Every(each.seconds, read_text(each.question, "--every")) for each in every]
+    if on_change is not None and not every:
+        raise typer.BadParameter("answers change where there is an --every", param_hint="--on-change")
+    command = None if on_change is None else read_command(read_text(on_change, "--on-change"))
     if system is not None:
         read_text(system, "--system")
     from millpond import frames
@@ -202,6 +236,8 @@ def watch(
             prompt=interactive,
             events=log,
             arrived=happened,
+            every=standing,
+            on_change=None if command is None else ChangeCommand(command, apart_seconds=on_change_every, quiet=quiet),
             knows=familiar if model == DEFAULT_MODEL else None,
             state=kept,
         )

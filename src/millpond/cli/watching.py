@@ -7,15 +7,17 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from millpond.cli.errors import note, one_line, say
+from millpond.cli.errors import OutputError, note, one_line, say
 from millpond.cli.events import EventLog
+from millpond.cli.every import Every, spoken, total, totals
 from millpond.cli.interruptible import InterruptibleSource
 from millpond.cli.live import LiveLine, clock, summary
+from millpond.cli.on_change import ChangeCommand
 from millpond.cli.options import Moment
 from millpond.cli.state import StateFile
 from millpond.errors import MillpondError
@@ -24,6 +26,7 @@ from millpond.frames import Event, Losses
 if TYPE_CHECKING:
     from millpond.answer import Answer
     from millpond.session import Session
+    from millpond.standing import StandingEvent, StandingQuestion
 
 # What asks a process to end: Ctrl-C, a service manager or `kill`, a terminal that goes away.
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -37,6 +40,7 @@ class Watch:
     Entered, Ctrl-C, SIGTERM and SIGHUP stop the stream instead of killing the process; a second one raises KeyboardInterrupt.
 
     Args:
+        every: questions that are asked again and again. on_change: is told when an answer to one of them has changed.
         events: where to note what happens.
         knows: whether the model was trained on pictures like this one (pixels); None does not ask.
         arrived: what happened to the source's connection, put there by its reading thread.
@@ -58,6 +62,8 @@ class Watch:
         as_json: bool = False,
         quiet: bool = False,
         prompt: bool = False,
+        every: Sequence[Every] = (),
+        on_change: ChangeCommand | None = None,
         events: EventLog | None = None,
         arrived: queue.SimpleQueue[Event] | None = None,
         knows: Callable[[Any], bool] | None = None,
@@ -80,6 +86,9 @@ class Watch:
         self._state_file, self._unsaved = state, ""
         reached = None if state is None else state.reached
         self._frames = InterruptibleSource(source, tick=self._tick, look=self._look, seconds=reached)
+        self._every, self._on_change = every, on_change
+        self._standing: list[StandingQuestion] = []
+        self._failing: set[str] = set()
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Watch:
@@ -92,6 +101,8 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._line.clear()
         self._frames.close()
+        if self._on_change is not None:
+            self._on_change.kill()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -105,6 +116,11 @@ class Watch:
         """
         for question in (*(moment.question for moment in moments), *questions):
             self._check(question)
+        for each in self._every:
+            asked = self._session.every(
+                each.seconds, each.question, max_new_tokens=self._limit, on_answer=self._answered_again
+            )
+            self._standing.append(asked)
         with self._line:
             if self._prompt:
                 self._at_a_prompt(moments)
@@ -119,13 +135,17 @@ class Watch:
             for question in questions:
                 self._try(question)
             self._save(now=True)
+            if self._on_change is not None:
+                self._on_change.finish(lambda: self._interrupted)
 
     def conclude(self, model: str) -> None:
         """Print the summary on stderr, and with `--json` the object on stdout."""
         usage = self._session.usage
         self._tell_connection()
+        self._tell_command()
         losses = self._losses()
-        self._note(summary(usage, losses))
+        ran = [] if self._on_change is None else [self._on_change.total()]
+        self._note("\n".join([summary(usage, losses), *map(total, self._standing), *ran]))
         self._events.write("end", stream_seconds=usage.stream_seconds, frames=usage.frames_seen, losses=asdict(losses))
         if self._json:
             result: dict[str, Any] = {
@@ -135,6 +155,10 @@ class Watch:
                 "losses": asdict(losses),
                 "usage": usage.to_dict(),
             }
+            if self._standing:
+                result["standing"] = [totals(each) for each in self._standing]
+            if self._on_change is not None:
+                result["on_change"] = asdict(self._on_change.runs)
             if self.error is not None:
                 result["error"] = one_line(self.error)
             say(json.dumps(result) + "\n")
@@ -209,8 +233,16 @@ class Watch:
                     self._unsaved = str(error)
                     self._fault(error)
 
+    def _tell_command(self) -> None:
+        """Say what the command's thread has noted meanwhile."""
+        while self._on_change is not None and not self._on_change.faults.empty():
+            fault = self._on_change.faults.get()
+            self._events.write("on_change", stream_seconds=self._frames.seconds, message=fault)
+            self._note(fault)
+
     def _tick(self) -> None:
         self._tell_connection()
+        self._tell_command()
         if self._frames.seconds is not None:
             self._save()
             self._line.tick()
@@ -251,6 +283,28 @@ class Watch:
             finally:
                 if spoken:
                     say("\n")
+
+    def _answered_again(self, event: StandingEvent) -> None:
+        """Tell the event of a standing question; called in the thread that feeds."""
+        told = event.to_dict()
+        self._events.write("standing", stream_seconds=event.at_seconds, **told)
+        if event.error is None:
+            self._failing.discard(event.question)
+        elif event.question not in self._failing:  # said once, not every time
+            self._failing.add(event.question)
+            self._fault(MillpondError(f"{event.question}: {event.error}"))
+        if event.kind == "changed" and self._on_change is not None:
+            self._on_change.put((event.every_seconds, event.question), told)
+        with self._speaking:
+            self._line.clear()
+            try:
+                if self._json:
+                    say(json.dumps({"event": "standing", **told}) + "\n")
+                elif event.error is None:
+                    say(spoken(event))
+            except OutputError as error:  # nobody reads any more
+                self.error = self.error or error
+                self._frames.stop()
 
     def _now(self) -> str:
         return f"[{clock(self._frames.seconds or 0.0)}]"

@@ -68,8 +68,14 @@ class Ingest:
         self._runner = runner
         self.at = Standing()
 
-    def feed(self, source: Frame | Iterable[Any], turn: Callable[[], AbstractContextManager[None]]) -> int:
-        """Take in everything that a source gives; see `millpond.Session.feed`. The stream is held, by `turn`, a frame at a time."""
+    def feed(
+        self,
+        source: Frame | Iterable[Any],
+        turn: Callable[[], AbstractContextManager[None]],
+        taken_in: Callable[[], None],
+    ) -> int:
+        """Take in everything that a source gives; see `millpond.Session.feed`. The stream is held, by `turn`, a frame at a time, and free
+        when `taken_in` is called, after each."""
         if isinstance(source, Frame):
             if self.at.last_us is not None and round(source.seconds * 1e6) <= self.at.last_us:
                 raise SourceError(
@@ -92,6 +98,7 @@ class Ingest:
                         self._take(round(frame.seconds * 1e6) + offset, frame.pixels)
                     finally:
                         taken += self.at.frames - before
+                taken_in()
         finally:
             # Also after a fault: what came before it stays answerable.
             if isinstance(opened, frames.Source) and opened is not source:

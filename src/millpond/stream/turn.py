@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from torch import Tensor
 
 from millpond.stream.generate import Generated, generate
 from millpond.stream.ingest import Ingest
-from millpond.stream.recent_frames import Shot
 from millpond.stream.runner import Runner, dated
+from millpond.stream.shown import Shown
 from millpond.stream.step import Step
 
 
@@ -30,7 +30,9 @@ class Turn(Step):
     def __init__(self, runner: Runner, ingest: Ingest, *, remember: bool) -> None:
         self._remember = remember
         self.done = Generated()
-        self.time_us = ingest.at.last_us or 0
+        self._shown = Shown.now(runner, ingest)
+        self._shown.make_room(runner)
+        self.time_us = self._shown.time_us
         # A remembered turn may have the proxy asked anew.
         super().__init__(runner, ingest, queries=remember and runner.policy.needs.proxy == "prompt")
 
@@ -41,26 +43,15 @@ class Turn(Step):
             BudgetError: the question does not fit.
         """
         runner, ingest, pond = self._runner, self._ingest, self._runner.pond
-        reopening, (*recent, waiting) = ingest.shown()
-        after_video = any((*recent, waiting)) or ingest.at.video_open
+        shown = self._shown
         if self._remember:
             runner.ask_proxy()  # while its reserve is free, and before it could see the question
         retrieved = runner.retrievable_tokens
-        most = len(reopening) + len(runner.family.question(question, after_video=after_video)) + 1
-        pond.ensure_turn_capacity(retrieved + most + self._most_tokens([*recent, waiting]))
-        if reopening:
-            # Recent frames may be older than the turn in front, and are cut out; what is kept follows that turn.
-            time_us = waiting[0][0] if waiting else self.time_us
-            runner.run(dated(runner.family.embed(reopening), time_us))
-        before = pond.length
-        for block in recent:
-            runner.run(ingest.encode(block))
-        recent_tokens = pond.length - before
-        if waiting:
-            runner.run(ingest.encode(waiting))
+        shown.ensure_capacity(runner, question)
+        before, recent_tokens = shown.run(runner, ingest)
         behind = pond.length
         self.done = yield from generate(
-            runner, self._ask(question, after_video), self.time_us, limit=limit, run_last=self._remember
+            runner, self._ask(question, shown.after_video), self.time_us, limit=limit, run_last=self._remember
         )
         if self._remember:
             pond.cut(behind, retrieved)
@@ -87,8 +78,3 @@ class Turn(Step):
 
     def _ask(self, question: str, after_video: bool) -> Tensor:
         return self._runner.ask(dated(self._runner.family.question(question, after_video=after_video), self.time_us))
-
-    def _most_tokens(self, blocks: Sequence[Sequence[Shot]]) -> int:
-        """Slots that frames take; at most, because a timestamp's text varies in length."""
-        plan = self._runner.pond.plan
-        return sum(-(-len(block) // plan.frames_per_group) for block in blocks) * plan.group_tokens
