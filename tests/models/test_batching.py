@@ -191,6 +191,29 @@ def test_answers_of_several_are_the_tokens_of_each(name: str, dtype: str) -> Non
         torch.testing.assert_close(one, other, rtol=0, atol=close)
 
 
+def test_another_thread_goes_on_with_its_own_session_meanwhile() -> None:
+    family = tiny("qwen2_5_vl")
+    alone = lived(opened(family, 0, "h2o"), 0)
+    beside: list[object] = []
+    thread = threading.Thread(target=lambda: beside.append(lived(opened(family, 0, "h2o"), 0)))
+    requests = []
+    for index in range(2):
+        pond = opened(family, index, "infinipot-v")._runner.pond
+        tokens, positions = family.embed([5 + index]), torch.full((3, 1), pond.length)
+        pond.write_metadata(tokens.time_us, tokens.grid_position, positions)
+        requests.append(Request(tokens, positions, pond))
+    thread.start()
+    batches = 0
+    while thread.is_alive():
+        for request, result in zip(requests, forward_batch(family, requests), strict=True):
+            good(result)
+            request.cache.truncate(request.cache.length - 1)
+        batches += 1
+    thread.join()
+    assert batches > 1
+    assert beside == [alone]
+
+
 class Refused(Exception):
     pass
 
