@@ -185,7 +185,7 @@ class Session:
             MillpondError: the question is empty or no text, or spells control tokens that the model's tokenizer cannot take as mere text;
                 or `max_new_tokens` is no number from 1 on.
         """
-        pieces = self._asking(question, max_new_tokens, remember)()
+        pieces = self._asking(question, max_new_tokens, remember)(_nothing, _nothing)
         while True:
             try:
                 next(pieces)
@@ -218,7 +218,8 @@ class Session:
             return answer.result()
         finally:
             answer.cancel()
-            if not self._runner.access.mine:  # a generator may be collected anywhere, also while its own thread is at the memory
+            # A generator may be collected anywhere, also in a thread that is at the memory.
+            if not self._runner.access.mine:
                 answer.wait()
 
     def _asking(self, question: str, limit: int, remember: bool) -> Answering:
@@ -238,8 +239,8 @@ class Session:
         question: str,
         limit: int,
         remember: bool,
-        waiting: Callable[[], None] = lambda: None,
-        begins: Callable[[], None] = lambda: None,
+        waiting: Callable[[], None],
+        begins: Callable[[], None],
     ) -> Generator[str, None, Answer]:
         began, runner = perf_counter(), self._runner
         turn: Turn | None = None
@@ -330,7 +331,7 @@ class Session:
     @contextmanager
     def _taking(self) -> Iterator[None]:
         """Nobody else changes the stream."""
-        with self._runner.access.stream.held(), _writable():
+        with _writable(), self._runner.access.stream.held():
             with self._runner.access.instant.held():
                 self._runner.finish_roll_back()
             yield
@@ -338,14 +339,18 @@ class Session:
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         """The same, and nobody's turn runs, and nobody reads meanwhile."""
-        with self._runner.access.stream.held(), self._runner.alone(), _writable():
+        with _writable(), self._runner.access.stream.held(), self._runner.alone():
             yield
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
         """Nobody reads or changes the memory meanwhile."""
-        with self._runner.access.instant.held(), _writable():
+        with _writable(), self._runner.access.instant.held():
             yield
+
+
+def _nothing() -> None:
+    """There is nobody to tell."""
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Frames go on while an answer is generated: the answer and the stream are bit for bit what they are without each other."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -8,6 +8,7 @@ import torch
 
 from millpond import BudgetError, Session
 from millpond.models.base import Family
+from millpond.stream.holding import _waits
 from tests.models.tiny import tiny
 from tests.session.frames import moving
 from tests.session.measure import held_bytes
@@ -55,8 +56,12 @@ def filled(policy: str, name: str, **options: Any) -> Session:
 
 def fits(session: Session) -> bool:
     """Whether a block of frames can go in without waiting for a turn."""
-    runner = session._runner
-    return not runner._waits(session.plan.block_tokens, session.plan.block_tokens)
+    return not _waits(session._runner, session.plan.block_tokens, session.plan.block_tokens)
+
+
+def asked(session: Session, limit: int, *, remember: bool = False) -> Iterator[str]:
+    """An answer that goes on when the caller says so, in this thread."""
+    return session._answer(QUESTION, limit, remember, lambda: None, lambda: None)
 
 
 def recorded(session: Session, steps: Iterator[str]) -> Iterator[tuple[str, list[bytes]]]:
@@ -85,10 +90,10 @@ def test_an_answer_and_a_stream_do_not_see_each_other(policy: str) -> None:
     name, options = KINDS[policy]
     session = filled(policy, name, **options)
     alone, quiet = session.fork(), session.fork()
-    at_rest = list(recorded(alone, alone._asking(QUESTION, 12, False)()))
+    at_rest = list(recorded(alone, asked(alone, 12)))
     news = list(moving(8, start=5000, seed=7, fps=1))
     compactions, met = session.usage.compactions, []
-    asking = session._asking(QUESTION, 12, False)()
+    asking = asked(session, 12)
     watching = []
     for piece in recorded(session, asking):
         watching.append(piece)

@@ -24,11 +24,11 @@ from millpond.cache.recent import RecentWindow
 from millpond.cache.resize import Resizing, most_tokens, reachable
 from millpond.cache.storage import make_storage
 from millpond.cache.storage.base import StorageState
-from millpond.cache.turn_slots import TurningAround, TurnSlots, forgetting
+from millpond.cache.turn_slots import TakingTurns
 from millpond.errors import BudgetError
 from millpond.memory.geometry import Geometry
 from millpond.memory.ledger import Ledger
-from millpond.memory.resumable import Steps, Transactional
+from millpond.memory.resumable import Steps
 from millpond.policies.base import TEXT, Policy, View
 from millpond.policies.composition import check
 from millpond.positions import Rope
@@ -67,7 +67,7 @@ class Mark:
     accumulated_attention: tuple[Tensor, ...]
 
 
-class Pond(Transactional, Cache):
+class Pond(TakingTurns, Cache):
     """A `transformers.Cache` of preallocated layers with a hard cap in bytes.
 
     Args:
@@ -81,8 +81,6 @@ class Pond(Transactional, Cache):
         recent: what of the stream's newest part can still be protected.
         host: where frames go that are not kept; None where they are forgotten.
         rope: of the model, shown to a policy that rerotates keys; a session's runner sets it.
-        turn: a turn that runs behind the memory while the stream goes on; None while none does. What touches the memory as a whole
-            waits until it has ended.
         compactions: passes so far. evicted: tokens forgotten so far (per head; all heads forget equally many).
     """
 
@@ -103,34 +101,8 @@ class Pond(Transactional, Cache):
         self.recent = RecentWindow()
         self.host: HostCache | None = None
         self.rope: Rope | None = None
-        self.turn: TurnSlots | None = None
         self.compactions = 0
         self.evicted = 0
-
-    @property
-    def length(self) -> int:
-        """Live slots of the first layer; between forwards the same in every layer, but for a policy with layer budgets."""
-        return self.storage.length
-
-    @property
-    def free(self) -> int:
-        """Slots that the next forward can append to, in the layer that has fewest."""
-        if self.turn is None:
-            return self.storage.free
-        if self.turn.in_front:
-            return self.turn.claim - (self.length - self.turn.start)
-        return self.storage.free - self.turn.claim
-
-    @property
-    def stream_length(self) -> int:
-        """Live slots of the first layer without those of a turn that has its own."""
-        turn = self.turn
-        return turn.start + turn.parked if turn is not None and turn.in_front else self.length
-
-    @property
-    def stream_free(self) -> int:
-        """Slots that the stream does not use, in the layer that has fewest; a turn that runs may."""
-        return self.storage.free + self.length - self.stream_length
 
     @property
     def uneven(self) -> bool:
@@ -189,51 +161,6 @@ class Pond(Transactional, Cache):
             return
         self._refuse(f"a turn of {tokens} tokens ({self.free} slots are free)", self.length + tokens)
 
-    def begin_turn(self) -> None:
-        """Give a turn slots of its own behind the memory: all that are free, until `claim_turn` says how many it needs."""
-        self._alone()
-        self.turn = TurnSlots(self.length, self.free)
-
-    def claim_turn(self, tokens: int) -> None:
-        """Leave the running turn, which is in front, slots for `tokens` more tokens, or as many as there are; the stream gets the rest."""
-        self.finish()
-        assert self.turn is not None
-        self.turn = replace(self.turn, claim=min(self.turn.claim, self.length - self.turn.start + tokens))
-
-    def fits_beside_turn(self, tokens: int) -> bool:
-        """Whether the stream can take a block of `tokens` tokens without what a running turn has claimed."""
-        return self.turn is None or tokens + self.turn.claim <= self.stream_free
-
-    def bring_turn(self) -> None:
-        """Let the next forward be one of the turn that runs."""
-        self._bring(in_front=True)
-
-    def bring_stream(self) -> None:
-        """Let the next forward be one of the stream."""
-        self._bring(in_front=False)
-
-    def _bring(self, *, in_front: bool) -> None:
-        self.finish()
-        if self.turn is not None and self.turn.in_front != in_front:
-            parts = self.storage, self.ledger, self.turn, self.plan.scratch_bytes
-            self.carry_out(TurningAround(*parts, self._set_turn))
-
-    def end_turn(self) -> None:
-        """Forget the turn that runs, if one does: the stream is what it would be without. Can be repeated."""
-        self.finish()
-        if self.turn is not None and self.turn.parked:
-            self.bring_stream()
-        if self.turn is not None:
-            self.carry_out(Steps(forgetting(self.storage, self.turn, self._set_turn)))
-
-    def _set_turn(self, turn: TurnSlots | None) -> None:
-        self.turn = turn
-
-    def _alone(self) -> None:
-        """In front of what touches the memory as a whole."""
-        self.finish()
-        assert self.turn is None, "a turn is running"
-
     def _refuse(self, what: str, slots: int) -> None:
         # An estimate from above: a plan with that many more slots in its reserve.
         plan = self.plan
@@ -278,7 +205,7 @@ class Pond(Transactional, Cache):
 
     def cut(self, start: int, count: int) -> None:
         """Take `count` slots from slot `start` of the first layer on out of every layer; what lies behind them moves down."""
-        self._alone()
+        self.expect_no_turn()
         if count:
             with self.ledger.borrow("scratch", self.plan.scratch_bytes):
                 self.carry_out(Steps(self.storage.cutting_out(start, count, self.plan.chunk)))
@@ -330,7 +257,7 @@ class Pond(Transactional, Cache):
             PolicyError: the policy failed or broke its contract; nothing has moved. Only where its `merge` fails, and fails again, is
                 the pass finished, and what had not been merged by then is forgotten without a trace.
         """
-        self._alone()
+        self.expect_no_turn()
         for target in self.storage.targets(self.plan, self.full_precision_tokens, slots):
             if move := choose_tokens(self._compaction(1), target):
                 self.carry_out(move)
@@ -341,13 +268,13 @@ class Pond(Transactional, Cache):
         Raises:
             PolicyError: the policy failed; nothing has moved.
         """
-        self._alone()
+        self.expect_no_turn()
         if move := choose_groups(self._compaction(0), groups):
             self.carry_out(move)
 
     def views(self, slots: int) -> Iterator[View]:
         """Each layer's memory as the policy would be shown it to keep `slots` tokens."""
-        self._alone()
+        self.expect_no_turn()
         at = self._compaction(0)
         protected = at.protect(slots)
         return (at.view(index, protected) for index in range(len(self.layers)))
@@ -402,7 +329,7 @@ class Pond(Transactional, Cache):
             BudgetError: the new plan cannot hold what must survive, or the machine has no such memory; the plan stays as it was, and
                 so does the memory, but for what was forgotten to make it smaller.
         """
-        self._alone()
+        self.expect_no_turn()
         old, storage, ledger = self.plan, self.storage, self.ledger
         limit = max(old.budget or 0, plan.budget or 0) if self.policy.capped else None
         if plan.slots < old.slots:
@@ -419,7 +346,7 @@ class Pond(Transactional, Cache):
 
     def state(self) -> PondState:
         """Everything that the stream's memory goes on with."""
-        self._alone()
+        self.expect_no_turn()
         host = None if self.host is None else self.host.state()
         tensors = self.storage.state(), self.queries.state(), host
         return PondState(self.plan, *tensors, self.recent, self.compactions, self.evicted)

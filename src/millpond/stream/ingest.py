@@ -19,6 +19,7 @@ from millpond.cache.plan import Plan
 from millpond.errors import SourceError
 from millpond.frames import Frame
 from millpond.models.base import Grid, Tokens
+from millpond.stream.holding import held_block, make_room
 from millpond.stream.recent_frames import Groups, Shot, blocks_of, with_block
 from millpond.stream.runner import Runner, dated
 from millpond.stream.step import Step
@@ -177,7 +178,7 @@ class Ingest:
         """Open a video again behind a turn."""
         runner = self._runner
         tokens = dated(runner.family.embed(runner.family.reopening()), time_us)
-        with runner.block(len(tokens)):
+        with held_block(runner, len(tokens)):
             step = Step(runner, self)
             try:
                 runner.put(tokens, text=True)
@@ -193,7 +194,7 @@ class Ingest:
         runner, size = self._runner, self._runner.family.frames_per_group
         tokens = self.encode(block)
         admitted, verdicts, seen = runner.judge(tokens)
-        with runner.block(len(tokens) if admitted is None else len(admitted), len(tokens)):
+        with held_block(runner, len(tokens) if admitted is None else len(admitted), len(tokens)):
             step = Step(runner, self, accumulated_attention=runner.policy.needs.accumulated_attention)
             try:
                 runner.put(tokens, text=False, admitted=admitted)
@@ -224,7 +225,7 @@ class Ingest:
         """Ensure capacity for an incomplete group now, so that a question can show it without touching the memory."""
         if self.at.grid is not None:
             reopening = 0 if self.at.video_open else len(self._runner.family.reopening())
-            self._runner.make_room(reopening + self.at.grid.tokens)
+            make_room(self._runner, reopening + self.at.grid.tokens)
 
     def shown(self) -> tuple[list[int], list[Sequence[Shot]]]:
         """What a question sees of the latest frames; nothing is taken in.

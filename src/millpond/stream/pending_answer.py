@@ -112,7 +112,8 @@ class _Work:
         with self._changed:
             self._cancelled = True
             if not self._begun and not self.done:
-                self._end(error=_cancelled())  # it has touched nothing yet, and leaves the queue when it comes to the front
+                # It has touched nothing yet, and leaves the queue when it comes to the front.
+                self._end(error=_cancelled())
 
     def abandon(self) -> None:
         """Cancel from a finalizer, which may run in any thread while it holds any lock."""

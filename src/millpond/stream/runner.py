@@ -22,7 +22,7 @@ from millpond.cache.consumers import make_plan
 from millpond.cache.host import HostCache
 from millpond.cache.plan import Plan
 from millpond.cache.pond import Mark, Pond, PondState
-from millpond.cache.rerotation import leaves_range, stay_in_range
+from millpond.cache.rerotation import stay_in_range
 from millpond.cache.retrieval import Retrieval
 from millpond.config import SessionConfig
 from millpond.errors import BudgetError, ModelError
@@ -173,39 +173,6 @@ class Runner:
                 self.finish_turns()
             yield
 
-    @contextmanager
-    def block(self, tokens: int, clock: int | None = None) -> Iterator[None]:
-        """Hold the memory for a block, for which it is prepared as by `prepare_block`; a turn that runs ends first only if it stands in
-        the way."""
-        with self.access.instant.held():
-            if self.pond.turn is None:
-                self.prepare_block(tokens, clock)
-                yield
-                return
-            if not self._waits(tokens, tokens if clock is None else clock):
-                self.pond.bring_stream()
-                yield
-                return
-        with self.alone():
-            self.prepare_block(tokens, clock)
-            yield
-
-    def _waits(self, tokens: int, clock: int) -> bool:
-        """Whether a block has to wait for the running turn: it takes the turn's slots, or the memory has to move for it."""
-        pond = self.pond
-        due = pond.overrun(tokens) > 0 or leaves_range(self.family.rope, self.clock, self._ahead(clock))
-        return due or not pond.fits_beside_turn(tokens)
-
-    def make_room(self, tokens: int) -> None:
-        """`ensure_capacity` for a block that is still to come."""
-        with self.access.instant.held():
-            if self.pond.turn is None or self.pond.overrun(tokens) <= 0:
-                with self.timed("compaction"):
-                    self.ensure_capacity(tokens)
-                return
-        with self.alone(), self.timed("compaction"):
-            self.ensure_capacity(tokens)
-
     def prepare_block(self, tokens: int, clock: int | None = None) -> None:
         """Compact and re-anchor, if need be, in front of a block of `tokens` tokens that takes `clock` positions, by default as many."""
         with self.timed("compaction"):
@@ -304,9 +271,9 @@ class Runner:
     def _stay_in_range(self, tokens: int) -> None:
         """Re-anchor when the next block or turn would pass the positions that the weights were trained on."""
         pond, closing = self.pond, self.positions == "contiguous"
-        self.reanchorings += stay_in_range(pond, self.family.rope, self.clock, self._ahead(tokens), closing=closing) > 0
+        self.reanchorings += stay_in_range(pond, self.family.rope, self.clock, self.ahead(tokens), closing=closing) > 0
 
-    def _ahead(self, tokens: int) -> int:
+    def ahead(self, tokens: int) -> int:
         """Positions that a block and the turn behind it may take."""
         return tokens + self.pond.plan.turn_tokens + self.pond.plan.recent_tokens
 

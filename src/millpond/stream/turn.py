@@ -46,7 +46,7 @@ class Turn:
         Raises:
             BudgetError: the question does not fit.
         """
-        self._runner.pond.bring_turn()
+        self._prepare()
         return next(self._pieces, None)
 
     def commit(self) -> None:
@@ -55,7 +55,11 @@ class Turn:
 
     def roll_back(self) -> None:
         """The same at any time. Whatever interrupts this, it can be called again; otherwise whoever comes next does."""
-        self._runner.pond.end_turn()
+        self._runner.finish_turns()
+
+    def _prepare(self) -> None:
+        self._runner.finish_roll_back()  # of a block of frames, whose thread was interrupted in it
+        self._runner.pond.bring_turn()
 
     def _clock(self) -> Clock | None:
         """That on which the turn runs; None for the stream's own."""
@@ -135,6 +139,9 @@ class RememberedTurn(Step, Turn):
             if pond.moving or pond.compactions != compactions:
                 super().commit()  # the memory has moved on, or is about to, with the turn in it
             raise
+
+    def _prepare(self) -> None:
+        """Nothing to do: it is in front, and what is open is its own step."""
 
     def _clock(self) -> None:
         return None
