@@ -139,13 +139,16 @@ class _Work:
 
     def _run(self) -> None:
         try:
-            assert self._answering is not None
-            pieces, self._answering = self._answering(self._place, self._begin), None
-            self._end(answer=self._generate(pieces))
-        except BaseException as error:
-            traceback.clear_frames(error.__traceback__)  # what they worked on goes
-            self._end(error=error)
+            try:
+                assert self._answering is not None
+                pieces, self._answering = self._answering(self._place, self._begin), None
+                self._end(answer=self._generate(pieces))
+            except BaseException as error:
+                traceback.clear_frames(error.__traceback__)  # what they worked on goes
+                self._end(error=error)
         finally:
+            # Whatever happened, nobody waits for ever.
+            self._end(error=MillpondError("the answer ended before its time"))
             _running.pop(threading.current_thread(), None)
 
     def _generate(self, pieces: Generator[str, None, Answer]) -> Answer:
