@@ -332,8 +332,7 @@ class Session:
     def _taking(self) -> Iterator[None]:
         """Nobody else changes the stream."""
         with _writable(), self._runner.access.stream.held():
-            with self._runner.access.instant.held():
-                self._runner.finish_roll_back()
+            self._runner.finish_roll_back()
             yield
 
     @contextmanager

@@ -7,7 +7,6 @@ import threading
 import traceback
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from contextlib import suppress
 
 from millpond.answer import Answer
 from millpond.errors import MillpondError
@@ -86,9 +85,7 @@ class _Work:
 
     def start(self) -> None:
         """Return when the turn has begun, or waits for others, or has failed."""
-        thread = threading.Thread(target=self._run, name="millpond-answer", daemon=True)
-        _running[thread] = self
-        thread.start()
+        threading.Thread(target=self._run, name="millpond-answer", daemon=True).start()
         with self._changed:
             self._changed.wait_for(lambda: self._placed or self.done)
 
@@ -139,6 +136,7 @@ class _Work:
 
     def _run(self) -> None:
         try:
+            _running[threading.current_thread()] = self
             try:
                 assert self._answering is not None
                 pieces, self._answering = self._answering(self._place, self._begin), None
@@ -178,6 +176,5 @@ _running: dict[threading.Thread, _Work] = {}
 def _end_all() -> None:
     """No thread may be inside the model when the interpreter goes."""
     for thread, work in list(_running.items()):
-        with suppress(MillpondError):
-            work.cancel()
+        work.cancel()
         thread.join()

@@ -35,7 +35,7 @@ class Turn:
     def __init__(self, runner: Runner, ingest: Ingest, question: str, limit: int) -> None:
         self._runner, self._ingest = runner, ingest
         self.done = Generated()
-        self.time_us = ingest.at.last_us or 0
+        self.time_us = 0
         self._pieces = self._run(question, limit)
 
     def next_piece(self) -> str | None:
@@ -71,8 +71,10 @@ class Turn:
 
     def _run(self, question: str, limit: int) -> Iterator[str]:
         runner, ingest, pond = self._runner, self._ingest, self._runner.pond
-        reopening, (*recent, waiting) = ingest.shown()
-        after_video = any((*recent, waiting)) or ingest.at.video_open
+        at = ingest.at  # once: frames may join those that wait at any time
+        self.time_us = at.last_us or 0
+        reopening, (*recent, waiting) = ingest.shown(at)
+        after_video = any((*recent, waiting)) or at.video_open
         if self._remember:
             runner.ask_proxy()  # while its reserve is free, and before it could see the question
         retrieved = runner.retrievable_tokens
@@ -91,7 +93,7 @@ class Turn:
         if waiting:
             runner.run(ingest.encode(waiting), clock)
         behind = pond.length
-        del recent, waiting, reopening  # frames that the stream may let go of before the answer ends
+        del at, recent, waiting  # frames that the stream may let go of before the answer ends
         hidden = runner.ask(self._asked(question, after_video), clock)
         if not self._remember:
             pond.claim_turn(limit - 1)  # the last token is not run
