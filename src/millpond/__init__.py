@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from millpond.memory.budget import Budget
     from millpond.pond_cache import PondCache
     from millpond.session import Session
+    from millpond.stream.pending_answer import PendingAnswer
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "LayerMemory",
     "MillpondError",
     "ModelError",
+    "PendingAnswer",
     "Plan",
     "PolicyError",
     "PondCache",
@@ -44,6 +46,7 @@ _LATER = {
     "Answer": "millpond.answer",
     "Budget": "millpond.memory.budget",
     "LayerMemory": "millpond.answer",
+    "PendingAnswer": "millpond.stream.pending_answer",
     "Plan": "millpond.cache.plan",
     "PondCache": "millpond.pond_cache",
     "Session": "millpond.session",

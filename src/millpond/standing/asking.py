@@ -25,7 +25,7 @@ class Stream:
     """A session's stream, and how to have it for oneself.
 
     Attributes:
-        turn: nobody else's turn within it. changing: nobody reads within it.
+        turn: nobody else's turn, and no frame, within it. changing: nobody reads within it.
         usage: of the session.
     """
 
@@ -60,7 +60,7 @@ def ask_together(stream: Stream, wanted: Sequence[Wanted]) -> Asked:
         turn: _SharedTurn | None = None
         try:
             with stream.changing():
-                runner.finish_roll_back()
+                runner.finish_turns()
                 runner.check_model()
                 turn = _SharedTurn(stream)
                 faults = turn.show([question for question, _ in wanted])
@@ -76,7 +76,7 @@ def ask_together(stream: Stream, wanted: Sequence[Wanted]) -> Asked:
                 raise
             given.extend([error] * (len(wanted) - len(given)))
         finally:
-            runner.seconds["answers"] += perf_counter() - began
+            runner.spend("answers", perf_counter() - began)
         at_seconds, usage = (stream.ingest.at.last_us or 0) / 1e6, stream.usage()
     return _Answered(
         [
@@ -117,7 +117,7 @@ class _SharedTurn(Step):
             except MillpondError as error:
                 faults.append(error)
         if None in faults:
-            self._shown.run(self._runner, self._ingest)
+            self._shown.run(self._runner, self._ingest, None)
         return faults
 
     def answer(self, question: str, limit: int) -> Generated | Exception:
@@ -127,7 +127,9 @@ class _SharedTurn(Step):
         try:
             with self._changing():
                 asked = runner.family.question(question, after_video=self._shown.after_video)
-                pieces = generate(runner, runner.ask(dated(asked, time_us)), time_us, limit=limit, run_last=False)
+                hidden = runner.ask(dated(asked, time_us))
+                pieces = generate(runner, runner.run, hidden, time_us, limit=limit, run_last=False)
+                del hidden
             while True:
                 with self._changing():
                     next(pieces)

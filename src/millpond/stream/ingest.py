@@ -19,6 +19,7 @@ from millpond.cache.plan import Plan
 from millpond.errors import SourceError
 from millpond.frames import Frame
 from millpond.models.base import Grid, Tokens
+from millpond.stream.holding import held_block, make_room
 from millpond.stream.recent_frames import Groups, Shot, blocks_of, with_block
 from millpond.stream.runner import Runner, dated
 from millpond.stream.step import Step
@@ -71,10 +72,10 @@ class Ingest:
     def feed(
         self,
         source: Frame | Iterable[Any],
-        turn: Callable[[], AbstractContextManager[None]],
+        taking: Callable[[], AbstractContextManager[None]],
         taken_in: Callable[[], None],
     ) -> int:
-        """Take in everything that a source gives; see `millpond.Session.feed`. The stream is held, by `turn`, a frame at a time, and free
+        """Take in everything that a source gives; see `millpond.Session.feed`. The stream is held, by `taking`, a frame at a time, and free
         when `taken_in` is called, after each."""
         if isinstance(source, Frame):
             if self.at.last_us is not None and round(source.seconds * 1e6) <= self.at.last_us:
@@ -91,7 +92,7 @@ class Ingest:
                     frame = next(arriving, None)
                 if frame is None:
                     break
-                with turn():
+                with taking():
                     offset = self._offset(frame, offset)
                     before = self.at.frames
                     try:
@@ -103,7 +104,7 @@ class Ingest:
             # Also after a fault: what came before it stays answerable.
             if isinstance(opened, frames.Source) and opened is not source:
                 opened.close()
-            with turn():
+            with taking():
                 self.update_ledger()
                 self.at = replace(self.at, dropped=self.at.dropped + getattr(opened, "dropped", 0) - dropped)
                 self._digest(partial=False)
@@ -183,38 +184,41 @@ class Ingest:
         """Open a video again behind a turn."""
         runner = self._runner
         tokens = dated(runner.family.embed(runner.family.reopening()), time_us)
-        runner.prepare_block(len(tokens))
-        step = Step(runner, self)
-        try:
-            runner.put(tokens, text=True)
-            # A video's time begins with its first frame: none of those before could stand in it.
-            self.at = replace(self.at, video_open=True, recent=())
-            step.commit()
-        except BaseException:
-            step.roll_back()
-            raise
+        with held_block(runner, len(tokens)):
+            runner.prepare_block(len(tokens))
+            step = Step(runner, self)
+            try:
+                runner.put(tokens, text=True)
+                # A video's time begins with its first frame: none of those before could stand in it.
+                self.at = replace(self.at, video_open=True, recent=())
+                step.commit()
+            except BaseException:
+                step.roll_back()
+                raise
 
     def _run(self, block: tuple[Shot, ...]) -> None:
         """Take a block of waiting frames into the memory."""
         runner, size = self._runner, self._runner.family.frames_per_group
-        tokens = self.encode(block)
-        admitted, verdicts, seen = runner.judge(tokens)
-        runner.prepare_block(len(tokens) if admitted is None else len(admitted), len(tokens))
-        step = Step(runner, self, accumulated_attention=runner.policy.needs.accumulated_attention)
-        try:
-            runner.put(tokens, text=False, admitted=admitted)
-            runner.admission_state = seen
-            at = replace(self.at.without(len(block)), recent=self._recent_with(block))
-            for index, verdict in enumerate(verdicts):
-                skipped, reduced = (
-                    min(size, len(block) - index * size) * (verdict == of) for of in ("drop", "reduced")
-                )
-                at = replace(at, skipped=at.skipped + skipped, reduced=at.reduced + reduced)
-            self.at = at
-            step.commit()
-        except BaseException:
-            step.roll_back()
-            raise
+        assert self.at.grid is not None
+        with held_block(runner, -(-len(block) // size) * self.at.grid.tokens):
+            tokens = self.encode(block)
+            admitted, verdicts, seen = runner.judge(tokens)
+            runner.prepare_block(len(tokens) if admitted is None else len(admitted), len(tokens))
+            step = Step(runner, self, accumulated_attention=runner.policy.needs.accumulated_attention)
+            try:
+                runner.put(tokens, text=False, admitted=admitted)
+                runner.admission_state = seen
+                at = replace(self.at.without(len(block)), recent=self._recent_with(block))
+                for index, verdict in enumerate(verdicts):
+                    skipped, reduced = (
+                        min(size, len(block) - index * size) * (verdict == of) for of in ("drop", "reduced")
+                    )
+                    at = replace(at, skipped=at.skipped + skipped, reduced=at.reduced + reduced)
+                self.at = at
+                step.commit()
+            except BaseException:
+                step.roll_back()
+                raise
 
     def _recent_with(self, block: Sequence[Shot]) -> Groups:
         """The recent frames when a block has run."""
@@ -230,21 +234,20 @@ class Ingest:
         """Ensure capacity for an incomplete group now, so that a question can show it without touching the memory."""
         if self.at.grid is not None:
             reopening = 0 if self.at.video_open else len(self._runner.family.reopening())
-            with self._runner.timed("compaction"):
-                self._runner.ensure_capacity(reopening + self.at.grid.tokens)
+            make_room(self._runner, reopening + self.at.grid.tokens)
 
-    def shown(self) -> tuple[list[int], list[Sequence[Shot]]]:
-        """What a question sees of the latest frames; nothing is taken in.
+    def shown(self, at: Standing) -> tuple[list[int], list[Sequence[Shot]]]:
+        """What a question sees of the latest frames, asked when they stand so; nothing is taken in.
 
         Returns:
             The ids that reopen the video, where that is needed; and blocks of frames to `encode`: the recent ones, and last the waiting
             ones, which may be none.
         """
-        runner, size, waiting = self._runner, self._runner.family.frames_per_group, self.at.waiting
+        runner, size, waiting = self._runner, self._runner.family.frames_per_group, at.waiting
         count = -(-max(0, runner.recent_frames - len(waiting)) // size)
-        recent = blocks_of(self.at.recent, count, size, runner.pond.plan.block_groups)
+        recent = blocks_of(at.recent, count, size, runner.pond.plan.block_groups)
         blocks: list[Sequence[Shot]] = [*recent, waiting]
-        reopening = runner.family.reopening() if any(blocks) and not self.at.video_open else []
+        reopening = runner.family.reopening() if any(blocks) and not at.video_open else []
         return reopening, blocks
 
     def close_video(self) -> None:

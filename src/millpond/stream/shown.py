@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from millpond.positions import Clock
 from millpond.stream.ingest import Ingest
 from millpond.stream.recent_frames import Shot
 from millpond.stream.runner import Runner, dated
@@ -33,7 +34,7 @@ class Shown:
     def now(cls, runner: Runner, ingest: Ingest) -> Shown:
         """As the stream stands."""
         at = ingest.at
-        reopening, (*recent, waiting) = ingest.shown()
+        reopening, (*recent, waiting) = ingest.shown(at)
         after_video = any((*recent, waiting)) or at.video_open
         groups = -(-len(waiting) // runner.family.frames_per_group)
         waiting_tokens = 0 if at.grid is None else groups * at.grid.tokens
@@ -58,16 +59,16 @@ class Shown:
         asked = len(runner.family.question(question, after_video=self.after_video)) + 1
         runner.pond.ensure_turn_capacity(runner.retrievable_tokens + asked + shown)
 
-    def run(self, runner: Runner, ingest: Ingest) -> tuple[int, int]:
-        """Run it behind the memory; returns the slot where the recent frames begin, and how many tokens they are."""
+    def run(self, runner: Runner, ingest: Ingest, clock: Clock | None) -> tuple[int, int]:
+        """Run it behind the memory, on a clock of the turn's own or the stream's; returns the slot where the recent frames begin, and how many tokens they are."""
         if self.reopening:
             # Recent frames may be older than the turn in front, and are cut out; what is kept follows that turn.
             time_us = self.waiting[0][0] if self.waiting else self.time_us
-            runner.run(dated(runner.family.embed(self.reopening), time_us))
+            runner.run(dated(runner.family.embed(self.reopening), time_us), clock)
         before = runner.pond.length
         for block in self.recent:
-            runner.run(ingest.encode(block))
+            runner.run(ingest.encode(block), clock)
         recent_tokens = runner.pond.length - before
         if self.waiting:
-            runner.run(ingest.encode(self.waiting))
+            runner.run(ingest.encode(self.waiting), clock)
         return before, recent_tokens
