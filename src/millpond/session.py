@@ -6,7 +6,7 @@ memory and is rolled back, so that asking leaves the stream bit-identical.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -29,8 +29,8 @@ from millpond.policies.base import Policy
 from millpond.policies.composition import NO_HOST_MEMORY, TURNS, check
 from millpond.snapshot import load, save
 from millpond.standing import OnAnswer, StandingQuestion
-from millpond.standing.asking import Stream, ask_together
-from millpond.standing.questions import StandingQuestions
+from millpond.standing.asking import Begun, Stream, ask_together
+from millpond.standing.questions import Asked, StandingQuestions, Wanted
 from millpond.standing.schedule import Schedule
 from millpond.stream.exclusive import Once
 from millpond.stream.ingest import Ingest
@@ -176,7 +176,8 @@ class Session:
         self._runner.check_model()
         with self._feeding.held(), self._runner.timed("total"):
             try:
-                return self._ingest.feed(source, self._taking, self._ask_standing)
+                live = getattr(getattr(source, "info", None), "live", False)
+                return self._ingest.feed(source, self._taking, partial(self._ask_standing, live))
             finally:
                 self._standing.settle()
 
@@ -312,12 +313,18 @@ class Session:
             self._standing.add(standing, self._ingest.at.last_us)
         return standing
 
-    def _ask_standing(self) -> None:
-        """What the frame that was taken in has made due."""
+    def _ask_standing(self, live: bool) -> None:
+        """What the frame that was taken in has made due. Frames of a live source do not wait for the answer."""
+
+        def ask(wanted: Sequence[Wanted]) -> Asked:
+            if live and len(wanted) == 1:
+                ((question, limit),) = wanted
+                return Begun([self.begin(question, max_new_tokens=limit)])
+            return ask_together(Stream(self._runner, self._ingest, self._changing, lambda: self.usage), wanted)
+
         last_us = self._ingest.at.last_us
         if self._standing and last_us is not None:
-            stream = Stream(self._runner, self._ingest, self._alone_with_turns, self._changing, lambda: self.usage)
-            self._standing.frame_taken(last_us, lambda wanted: ask_together(stream, wanted))
+            self._standing.frame_taken(last_us, ask)
 
     # --- the budget ---------------------------------------------------------------------------------------------
 
@@ -416,12 +423,6 @@ class Session:
     def _exclusive(self) -> Iterator[None]:
         """The same, and nobody's turn runs, and nobody reads meanwhile."""
         with _writable(), self._runner.access.stream.held(), self._runner.alone():
-            yield
-
-    @contextmanager
-    def _alone_with_turns(self) -> Iterator[None]:
-        """Nobody else changes the stream, and nobody else's turn runs; who reads waits a token at a time."""
-        with self._runner.access.stream.held(), self._runner.access.turn.held():
             yield
 
     @contextmanager

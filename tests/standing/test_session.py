@@ -9,7 +9,7 @@ import pytest
 
 from millpond import Answer, MillpondError, Session
 from millpond.eval import streams
-from millpond.frames import Frame
+from millpond.frames import Frame, SourceInfo
 from millpond.models.base import Family
 from millpond.standing import StandingEvent
 from tests.models.tiny import tiny
@@ -310,3 +310,40 @@ def test_an_interval_that_is_none_is_refused(qwen: Family, seconds: Any) -> None
 def test_what_could_never_be_asked_is_refused_at_once(qwen: Family, given: dict[str, Any], told: str) -> None:
     with pytest.raises(MillpondError, match=told):
         Session(qwen, budget="1MiB").every(30, **{"question": QUESTION, **given})
+
+
+def test_frames_of_a_live_source_do_not_wait_for_an_answer(qwen: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that lasts for 4 s of the stream: asked about the instant at which it was due, and once."""
+    session, twin, ended = Session(qwen, budget="1MiB"), Session(qwen, budget="1MiB"), threading.Event()
+    begin = session.begin
+
+    class Lasting:
+        def __init__(self, *given: Any, **more: Any) -> None:
+            self._answer = begin(*given, **more)
+
+        @property
+        def done(self) -> bool:
+            return ended.is_set() and self._answer.wait(30)
+
+        def result(self) -> Answer:
+            return self._answer.result(30)
+
+    class Live:
+        info, dropped = SourceInfo(name="camera", kind="url", live=True), 0
+
+        def __iter__(self) -> Iterator[Frame]:
+            for frame in moving(13):
+                if frame.seconds == 5.0:
+                    ended.set()
+                yield frame
+
+    monkeypatch.setattr(session, "begin", Lasting)
+    standing = session.every(1, QUESTION, max_new_tokens=4)
+    session.feed(Live())
+    events = list(standing.events(0))
+    assert [event.due_seconds for event in events] == [1.0, 5.0, 6.0]
+    assert standing.counts.overlapping == 3
+    twin.feed(moving(3))
+    assert events[0].answer is not None
+    assert events[0].at_seconds == 1.0
+    assert events[0].answer.token_ids == twin.ask(QUESTION, max_new_tokens=4).token_ids

@@ -33,6 +33,7 @@ class InterruptibleSource:
         seconds: stream time that was reached before; None for a stream that begins.
 
     Attributes:
+        info: the source's.
         dropped: frames the source has dropped, as of the last segment; a session adds up the differences.
         seconds: stream time of the last frame handed out, or that was reached before; None before the first.
         until_seconds: until when that frame stands: as long as the one before it did.
@@ -49,6 +50,7 @@ class InterruptibleSource:
         seconds: float | None = None,
     ) -> None:
         self._source = source
+        self.info = getattr(source, "info", None)
         self._tick, self._look = tick, look
         self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._next: Any = None

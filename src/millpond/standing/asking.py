@@ -15,6 +15,7 @@ from millpond.errors import MillpondError
 from millpond.standing.questions import Asked, Wanted
 from millpond.stream.generate import Generated, generate
 from millpond.stream.ingest import Ingest
+from millpond.stream.pending_answer import PendingAnswer
 from millpond.stream.runner import Runner, dated
 from millpond.stream.shown import Shown
 from millpond.stream.step import Step
@@ -25,13 +26,12 @@ class Stream:
     """A session's stream, and how to have it for oneself.
 
     Attributes:
-        turn: nobody else's turn, and no frame, within it. changing: nobody reads within it.
+        changing: nobody reads within it.
         usage: of the session.
     """
 
     runner: Runner
     ingest: Ingest
-    turn: Callable[[], AbstractContextManager[None]]
     changing: Callable[[], AbstractContextManager[None]]
     usage: Callable[[], Usage]
 
@@ -47,6 +47,29 @@ class _Answered:
         return self.each
 
 
+@dataclass(frozen=True)
+class Begun:
+    """Questions that are being answered in threads of their own, while the stream goes on."""
+
+    pending: Sequence[PendingAnswer]
+
+    @property
+    def done(self) -> bool:
+        """All have ended."""
+        return all(each.done for each in self.pending)
+
+    def outcomes(self) -> Sequence[Answer | Exception]:
+        """What came of them; waits for those that have not ended."""
+        return [_outcome(each) for each in self.pending]
+
+
+def _outcome(pending: PendingAnswer) -> Answer | Exception:
+    try:
+        return pending.result()
+    except Exception as error:
+        return error
+
+
 def ask_together(stream: Stream, wanted: Sequence[Wanted]) -> Asked:
     """Ask them one after the other; one that fails leaves the others and the stream as they are.
 
@@ -54,7 +77,7 @@ def ask_together(stream: Stream, wanted: Sequence[Wanted]) -> Asked:
     their block is full.
     """
     runner = stream.runner
-    with stream.turn():
+    with runner.access.turn.held():
         began = perf_counter()
         given: list[Generated | Exception] = []
         turn: _SharedTurn | None = None
@@ -117,7 +140,7 @@ class _SharedTurn(Step):
             except MillpondError as error:
                 faults.append(error)
         if None in faults:
-            self._shown.run(self._runner, self._ingest, None)
+            self._shown.run(self._runner, self._ingest)
         return faults
 
     def answer(self, question: str, limit: int) -> Generated | Exception:

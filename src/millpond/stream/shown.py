@@ -33,7 +33,7 @@ class Shown:
     @classmethod
     def now(cls, runner: Runner, ingest: Ingest) -> Shown:
         """As the stream stands."""
-        at = ingest.at
+        at = ingest.at  # once: frames may join those that wait at any time
         reopening, (*recent, waiting) = ingest.shown(at)
         after_video = any((*recent, waiting)) or at.video_open
         groups = -(-len(waiting) // runner.family.frames_per_group)
@@ -59,8 +59,8 @@ class Shown:
         asked = len(runner.family.question(question, after_video=self.after_video)) + 1
         runner.pond.ensure_turn_capacity(runner.retrievable_tokens + asked + shown)
 
-    def run(self, runner: Runner, ingest: Ingest, clock: Clock | None) -> tuple[int, int]:
-        """Run it behind the memory, on a clock of the turn's own or the stream's; returns the slot where the recent frames begin, and how many tokens they are."""
+    def run(self, runner: Runner, ingest: Ingest, clock: Clock | None = None) -> tuple[int, int]:
+        """Run it behind the memory, on a clock of its own or the stream's; returns the slot where the recent frames begin, and how many tokens they are."""
         if self.reopening:
             # Recent frames may be older than the turn in front, and are cut out; what is kept follows that turn.
             time_us = self.waiting[0][0] if self.waiting else self.time_us

@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
-from millpond.models.base import Tokens
 from millpond.positions import Clock
 from millpond.stream.generate import Generated, generate
 from millpond.stream.ingest import Ingest
@@ -35,7 +34,9 @@ class Turn:
     def __init__(self, runner: Runner, ingest: Ingest, question: str, limit: int) -> None:
         self._runner, self._ingest = runner, ingest
         self.done = Generated()
-        self.time_us = 0
+        self._shown = Shown.now(runner, ingest)
+        self._shown.make_room(runner)
+        self.time_us = self._shown.time_us
         self._pieces = self._run(question, limit)
 
     def next_piece(self) -> str | None:
@@ -71,19 +72,17 @@ class Turn:
 
     def _run(self, question: str, limit: int) -> Iterator[str]:
         runner, ingest, pond = self._runner, self._ingest, self._runner.pond
-        shown = Shown.now(runner, ingest)
-        self.time_us = shown.time_us
+        shown = self._shown
         if self._remember:
             runner.ask_proxy()  # while its reserve is free, and before it could see the question
-        else:
-            shown.make_room(runner)
         retrieved = runner.retrievable_tokens
         shown.ensure_capacity(runner, question)
         clock = self._clock()
         self._begin()
         before, recent_tokens = shown.run(runner, ingest, clock)
-        behind, asked = pond.length, self._asked(question, shown.after_video)
-        del shown  # frames that the stream may let go of before the answer ends
+        behind = pond.length
+        asked = dated(runner.family.question(question, after_video=shown.after_video), self.time_us)
+        del shown, self._shown  # frames that the stream may let go of before the answer ends
         hidden = runner.ask(asked, clock)
         if not self._remember:
             pond.claim_turn(limit - 1)  # the last token is not run
@@ -96,9 +95,6 @@ class Turn:
             pond.cut(behind, retrieved)
             pond.cut(before, recent_tokens)
 
-    def _asked(self, question: str, after_video: bool) -> Tokens:
-        return dated(self._runner.family.question(question, after_video=after_video), self.time_us)
-
 
 class RememberedTurn(Step, Turn):
     """A turn that `commit` keeps in the stream. It has its place there, so the stream waits until it has ended: the caller holds that too."""
@@ -108,7 +104,6 @@ class RememberedTurn(Step, Turn):
 
     def __init__(self, runner: Runner, ingest: Ingest, question: str, limit: int) -> None:
         Turn.__init__(self, runner, ingest, question, limit)
-        Shown.now(runner, ingest).make_room(runner)  # nothing may be compacted once the step has begun
         # It may have the proxy asked anew.
         Step.__init__(self, runner, ingest, queries=runner.policy.needs.proxy == "prompt")
 
