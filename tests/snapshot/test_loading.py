@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from millpond import BudgetError, MillpondError, Session, SnapshotError
+from millpond import BudgetError, MillpondError, Session, SnapshotError, models
 from millpond.admission import Admission, Verdict
 from millpond.models.base import Family
 from millpond.policies.base import Scorer, View
@@ -40,7 +40,7 @@ def test_another_model_or_dtype_says_what_differs(small: bytes, family: Family, 
     assert "its weights differ" in refused(path, other)
     Session.load(path, tiny("qwen2_5_vl", attn_implementation="eager"))
     model = tiny("qwen2_5_vl")
-    Session.load(path, (model.model, model.tokenizer, {"min_pixels": 196, "max_pixels": 19600}))
+    Session.load(path, models.adapt(model.model, model.tokenizer, {"min_pixels": 196, "max_pixels": 19600}))
 
 
 def test_other_arguments_say_what_differs(small: bytes, family: Family, tmp_path: Path) -> None:
