@@ -67,11 +67,12 @@ class Annotations:
     Attributes:
         videos: those that are there.
         faults: rows that say nothing usable, and videos that are not there.
-        fingerprint: of all questions, whether or not their videos are there: the same on every machine.
+        queries: all questions, whether or not their videos are there. fingerprint: of them, the same on every machine.
     """
 
     videos: tuple[Video, ...]
     faults: tuple[Fault, ...]
+    queries: tuple[Query, ...]
     fingerprint: str
 
 

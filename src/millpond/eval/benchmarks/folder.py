@@ -188,7 +188,8 @@ class Reader:
             ordered = sorted(queries, key=lambda query: float("inf") if query.seconds is None else query.seconds)
             videos.append(Video(name, path, tuple(ordered)))
         everything = [(name, query) for name, queries in self._queries.items() for query in queries]
-        return Annotations(tuple(videos), tuple(faults), fingerprint(everything))
+        asked = tuple(query for _, query in everything)
+        return Annotations(tuple(videos), tuple(faults), asked, fingerprint(everything))
 
 
 # --- fields of a row ----------------------------------------------------------------------------------------------------

@@ -24,10 +24,14 @@ def first_character(answer: str) -> str:
 
 # What the two scorers take away before they look, by their effect: a list in the first lacks commas, so that four of its phrases
 # are never found.
-_VIDEO_MME = ("The best answer is", "The correct answer is", "The answer is", "The answer", "Answer:", "Option:")
-_VIDEO_MME += ("The correct answer", "The correct option")
-_LONG_VIDEO_BENCH = ("The best answer is", "The correct answer is", "The answer is", "The answer", "The best option is")
-_LONG_VIDEO_BENCH += ("The correct option is", "Best answer:", "Best option:")
+_VIDEO_MME = (
+    *("The best answer is", "The correct answer is", "The answer is", "The answer", "Answer:", "Option:"),
+    *("The correct answer", "The correct option"),
+)
+_LONG_VIDEO_BENCH = (
+    *("The best answer is", "The correct answer is", "The answer is", "The answer", "The best option is"),
+    *("The correct option is", "Best answer:", "Best option:"),
+)
 
 
 def first_of_abcd(answer: str) -> str:

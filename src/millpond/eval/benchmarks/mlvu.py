@@ -30,7 +30,7 @@ class MLVU(Benchmark):
     def read(self, folder: Path) -> Annotations:
         files = Folder(folder)
         reader = Reader(files)
-        found = [(task, path[0]) for task in _TASKS if (path := files.named(f"[0-9]_{task}.json", f"{task}.json"))]
+        found = [(task, paths[0]) for task in _TASKS if (paths := files.named(f"[0-9]_{task}.json", f"{task}.json"))]
         if not found:
             raise MillpondError(
                 f"there is no file of a task, such as 1_{_TASKS[0]}.json, in or below {printable(str(folder))}"

@@ -65,7 +65,7 @@ class StreamingBench(Benchmark):
     def read(self, folder: Path) -> Annotations:
         files = Folder(folder)
         reader = Reader(files)
-        found = [(part, path[0]) for part in _PARTS if (path := files.named(f"questions_{part}.json"))]
+        found = [(part, paths[0]) for part in _PARTS if (paths := files.named(f"questions_{part}.json"))]
         if not found:
             raise MillpondError(
                 f"there is no questions_{_PARTS[0]}.json or another part in or below {printable(str(folder))}"
