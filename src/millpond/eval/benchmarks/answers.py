@@ -44,7 +44,7 @@ class Answers:
 
     Args:
         folder: made where it is not there.
-        settings: those of this run.
+        settings: those of this run. A folder without answers takes them whatever was there before.
 
     Raises:
         MillpondError: the folder holds answers that were given under other settings, or cannot be read.
@@ -52,14 +52,18 @@ class Answers:
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self._folder = folder
+        self._settings: dict[str, Any] = json.loads(json.dumps(settings.to_dict()))
         folder.mkdir(parents=True, exist_ok=True)
-        wanted = json.loads(json.dumps(settings.to_dict()))
-        _publish(folder / _SETTINGS, wanted)
-        before = read_settings(folder)
-        if changed := [name for name, value in wanted.items() if before.get(name) != value]:
-            was, now = before.get(changed[0]), wanted[changed[0]]
+        if not read_passes(folder):
+            write_json(folder / _SETTINGS, self._settings)
+        self._check()
+
+    def _check(self) -> None:
+        before = read_settings(self._folder)
+        if changed := [name for name, value in self._settings.items() if before.get(name) != value]:
+            was, now = before.get(changed[0]), self._settings[changed[0]]
             raise MillpondError(
-                f"{printable(str(folder))} holds answers with another {changed[0]} ({was!r}, not {now!r}): choose another --out"
+                f"{printable(str(self._folder))} holds answers with another {changed[0]} ({was!r}, not {now!r}): choose another --out"
             )
 
     def passes(self) -> dict[tuple[str, str], Pass]:
@@ -67,7 +71,12 @@ class Answers:
         return read_passes(self._folder)
 
     def add(self, shard: Shard, found: Pass) -> None:
-        """Write one down, so that it is there whatever happens next."""
+        """Write one down, so that it is there whatever happens next.
+
+        Raises:
+            MillpondError: another run has taken the folder meanwhile.
+        """
+        self._check()
         path = self._folder / shard.file
         line = json.dumps(found.to_dict()) + "\n"
         with path.open("a+b") as file:
@@ -114,29 +123,13 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a file that is there whole or not at all, in the place of one that is."""
-    part = _written(path, value)
-    os.replace(part, path)
-
-
-def _publish(path: Path, value: Any) -> None:
-    """The same, unless a file is there: of several processes that begin at once, one writes it."""
-    part = _written(path, value)
-    try:
-        os.link(part, path)
-    except FileExistsError:
-        pass
-    finally:
-        part.unlink()
-
-
-def _written(path: Path, value: Any) -> Path:
     handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(json.dumps(value, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.chmod(part, 0o644)
-    return Path(part)
+    os.replace(part, path)
 
 
 def _last_byte(path: Path) -> bytes:

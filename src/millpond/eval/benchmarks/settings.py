@@ -70,7 +70,7 @@ class Arm:
         Raises:
             PolicyError: the policy needs what the settings do not give.
         """
-        policy = policies.read(self.policy)
+        policy = policies.read("full" if self.policy == LAST_FRAMES else self.policy)
         return SessionConfig(
             budget=settings.budget if policy.capped else None,
             policy=policy,

@@ -127,7 +127,7 @@ def _too_large(family: Family, arm: Arm, info: frames.SourceInfo, fps: float) ->
 
 
 def _watch(family: Family, video: Video, arm: Arm, settings: Settings, source: frames.Source) -> Pass:
-    stream: _Stream = _LastFrames(family, settings) if arm.policy == LAST_FRAMES else _Whole(family, arm, settings)
+    stream = (_LastFrames if arm.policy == LAST_FRAMES else _Whole)(family, arm.config(settings))
     cut = _Cut(source)
     replies: list[Reply] = []
     texts: dict[str, str] = {}
@@ -183,8 +183,8 @@ class _Cut:
 class _Whole:
     """A session that is fed everything."""
 
-    def __init__(self, family: Family, arm: Arm, settings: Settings) -> None:
-        self._session = Session(family, arm.config(settings))
+    def __init__(self, family: Family, config: SessionConfig) -> None:
+        self._session = Session(family, config)
 
     def feed(self, arrived: Iterator[Frame]) -> None:
         self._session.feed(arrived)
@@ -200,9 +200,8 @@ class _Whole:
 class _LastFrames:
     """The same model without a memory: a session of its own for each question, that is fed the latest frames."""
 
-    def __init__(self, family: Family, settings: Settings) -> None:
-        self._family = family
-        self._config = SessionConfig(policy="full", positions=settings.positions)  # type: ignore[arg-type]
+    def __init__(self, family: Family, config: SessionConfig) -> None:
+        self._family, self._config = family, config
         self._last: deque[Frame] = deque(maxlen=_LAST)
         self.usage: Usage | None = None
 
@@ -215,6 +214,3 @@ class _LastFrames:
         answer = session.ask(query.prompt, max_new_tokens=query.max_new_tokens)
         self.usage = session.usage
         return answer
-
-
-_Stream = _Whole | _LastFrames
