@@ -124,8 +124,12 @@ def markdown(rows: Sequence[dict[str, Any]], title: str) -> str:
     if names:
         lines += ["", _line(["", *(row["policy"] for row in rows)]), _line(["---"] * (len(rows) + 1))]
         lines += [_line([name, *(_figure(row["parts"].get(name)) for row in rows)]) for name in names]
-    notes = [note for row in rows for note in _notes(row)]
-    return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
+    notes: dict[str, list[str]] = {}
+    for row in rows:
+        for note in _notes(row):
+            notes.setdefault(note, []).append(row["policy"])
+    said = [f"{', '.join(names) if len(names) < len(rows) else 'all'}: {note}" for note, names in notes.items()]
+    return "\n".join([*lines, *([""] if said else []), *said]) + "\n"
 
 
 def _notes(row: dict[str, Any]) -> list[str]:
@@ -134,7 +138,7 @@ def _notes(row: dict[str, Any]) -> list[str]:
         found.append(f"{row['unreadable']} answers name no choice")
     if row["left_out"]:
         found.append("left out: " + ", ".join(f"{count} ({why})" for why, count in row["left_out"].items()))
-    return [f"{row['policy']}: {note}" for note in found]
+    return found
 
 
 def _figure(part: dict[str, Any] | None) -> str:

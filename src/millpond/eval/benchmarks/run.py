@@ -13,13 +13,15 @@ from time import perf_counter
 import torch
 import transformers
 
-from millpond.errors import MillpondError
+from millpond import frames
+from millpond.errors import BudgetError, MillpondError, SourceError
 from millpond.eval.benchmarks.answers import Answers, Shard
 from millpond.eval.benchmarks.base import Annotations, Fault, Query, Video
 from millpond.eval.benchmarks.settings import Arm, Settings
 from millpond.eval.benchmarks.watch import Pass, watch
 from millpond.models.base import Family
 from millpond.printable import printable
+from millpond.session import Session
 
 
 def askable(annotations: Annotations, family: Family) -> tuple[Annotations, int]:
@@ -69,19 +71,17 @@ def run(
         told: given a line for each video that cannot be watched, once.
 
     Raises:
-        BudgetError: an asked policy does not fit into the budget: nothing is gained by going on. PolicyError: or cannot work here.
+        BudgetError, PolicyError: an arm does not fit into the budget, or cannot work here; as a rule before anything is watched.
     """
-    for arm in chosen:
-        arm.config(settings)  # what cannot work is refused before anything is watched
-    jobs = [(video, arm) for video in shard.part(annotations.videos) for arm in chosen]
     before = answers.passes()
-    done = sum((key := (video.id, arm.name)) in before and before[key].whole for video, arm in jobs)
+    jobs = [(video, arm) for video in shard.part(annotations.videos) for arm in chosen]
+    left = [job for job in jobs if not ((key := (job[0].id, job[1].name)) in before and before[key].whole)]
+    _check(family, settings, left)
+    done = len(jobs) - len(left)
     yield done, len(jobs)
     mourned: set[str] = set()
-    for video, arm in jobs:
+    for video, arm in left:
         known = before.get((video.id, arm.name))
-        if known is not None and known.whole:
-            continue
         began = perf_counter()
         found = watch(family, video, arm, settings)
         if found.broken is not None and video.id not in mourned:
@@ -91,6 +91,27 @@ def run(
             answers.add(shard, replace(found, seconds_spent=round(perf_counter() - began, 3)))
         done += 1
         yield done, len(jobs)
+
+
+def _check(family: Family, settings: Settings, jobs: Sequence[tuple[Video, Arm]]) -> None:
+    """Refuse what cannot work before anything is watched: each arm, for every frame size that it will meet."""
+    sizes: dict[tuple[int, int], str] = {}
+    for video in {video.id: video for video, _ in jobs}.values():
+        try:
+            with frames.open(video.path) as source:
+                if source.info.height and source.info.width:
+                    sizes.setdefault((source.info.height, source.info.width), video.id)
+        except SourceError:
+            continue  # told when it is its turn
+    for arm in dict.fromkeys(arm for _, arm in jobs):
+        session = Session(family, arm.config(settings))
+        for (height, width), video_id in sizes.items():
+            try:
+                session.plan_for(height, width)
+            except BudgetError as error:
+                raise BudgetError(f"{arm.name}, {printable(video_id)}: {error}", minimum=error.minimum) from error
+            except SourceError:
+                continue  # the model cannot be shown such frames: as above
 
 
 def asked_of(video: Video, found: Pass | None) -> list[tuple[Query, str]]:

@@ -19,7 +19,7 @@ class Settings:
 
     Attributes:
         benchmark: its name. questions: fingerprint of its annotations.
-        model: name of its folder, or its hub id. model_config: fingerprint of its config. dtype: of its weights.
+        model: name of its folder, or its hub id. dtype: of its weights. model_config: fingerprint of its config.
         budget: bytes of every arm with a cap. host_budget: beside it, for policies that retrieve.
         fps: frames taken a second. max_frames: of a longer video fewer are taken; None: never. max_pixels: of a frame; None: the model's own.
         positions, recent_frames: as in a `SessionConfig`; recent frames are for the asked policies alone.
@@ -30,8 +30,8 @@ class Settings:
     benchmark: str
     questions: str
     model: str
-    model_config: str
     dtype: str
+    model_config: str
     budget: int
     host_budget: int | None
     fps: float

@@ -53,7 +53,7 @@ class VideoMME(Benchmark):
         parts: dict[str, Part] = {length: lengths[length] for length in _LENGTHS if length in lengths}
         parts |= by_key([(query.task, right) for query, right in marks])
         total = accuracy([right for _, right in marks])
-        return Score(total.value if marks else None, parts, len(answered) - len(found))
+        return Score(total.value, parts, len(answered) - len(found))
 
 
 def _questions(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
