@@ -12,7 +12,6 @@ import typer
 
 from millpond.cli.errors import FAILED, note, say
 from millpond.cli.options import (
-    BudgetOption,
     DeviceOption,
     DtypeOption,
     FpsOption,
@@ -25,6 +24,7 @@ from millpond.cli.options import (
     QuietFlag,
     RecentOption,
     budget_for,
+    read_budget,
 )
 from millpond.policies import DEFAULT_POLICY
 from millpond.printable import printable
@@ -56,7 +56,18 @@ def evaluate(
         typer.Option("--data", "-d", metavar="DIR", help="The benchmark's files as published; videos anywhere below."),
     ],
     model: ModelOption = "minnow",
-    budget: BudgetOption = None,
+    budget: Annotated[
+        int | None,
+        typer.Option(
+            "--budget",
+            "-b",
+            envvar="MILLPOND_BUDGET",
+            parser=read_budget,
+            metavar="SIZE",
+            show_default="none: it must be given, unless --merge is",
+            help="Bytes for everything that a stream remembers, under each policy with a cap.",
+        ),
+    ] = None,
     policy: Annotated[
         list[str],
         typer.Option(
