@@ -107,12 +107,13 @@ $(TRITON)/.ready: $(VENV)/.ready
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-deps --target $(TRITON) triton
 	touch $@
 
-# torchvision comes with lmms-eval; beside a torch without CUDA its wheel does not load, and nothing here needs it.
+# torchvision comes with lmms-eval; beside a torch without CUDA its wheel does not load, and nothing here needs it. Its datasets 5.2 needs
+# what filelock 4.3 took away.
 $(INTEROP)/.ready: pyproject.toml
 	rm -rf $(INTEROP)
 	$(PYTHON) -m venv $(INTEROP)
 	$(INTEROP)/bin/python $(PIP_INSTALL) 'torch==2.13.0' 'torchvision==0.28.0' 'lmms-eval==0.7.3' 'av<16' 'wandb==0.25.0' \
-		'transformers>=5.17,<6' typer rich pytest hypothesis 'setuptools>=77'
+		'transformers>=5.17,<6' 'filelock<4.3' typer rich pytest hypothesis 'setuptools>=77'
 	$(INTEROP)/bin/python -m pip --disable-pip-version-check -q uninstall -y torchvision
 	$(INTEROP)/bin/python $(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	touch $@

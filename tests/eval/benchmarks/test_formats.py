@@ -200,6 +200,16 @@ def test_a_missing_video_is_told_with_what_is_lost(tmp_path: Path) -> None:
     assert len(after.videos) == 1
 
 
+def test_two_videos_of_one_name_are_told_apart_by_their_folder_or_not_at_all(tmp_path: Path) -> None:
+    published.rvs_ego(tmp_path)
+    published.clip(tmp_path / "other" / "v1.mp4", seconds=1)
+    (video,) = get("rvs-ego").read(tmp_path).videos
+    assert video.path == tmp_path / "ego" / "videos" / "v1.mp4"
+    (tmp_path / "ego" / "videos").rename(tmp_path / "ego" / "films")
+    (fault,) = get("rvs-ego").read(tmp_path).faults
+    assert fault.line == "the video data/rvs/ego/videos/v1.mp4 may be one of 2, in ego/films, other"
+
+
 def test_a_question_that_appears_twice_is_asked_once(tmp_path: Path) -> None:
     published.ego_schema(tmp_path)
     rows = json.loads((tmp_path / "questions.json").read_text())

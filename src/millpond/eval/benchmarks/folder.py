@@ -71,6 +71,9 @@ class Folder:
 
         Args:
             name: a path or a bare name, with or without its ending; other endings of video files are found too.
+
+        Raises:
+            LookupError: several have the name and none the path.
         """
         wanted = PurePosixPath(name.replace("\\", "/"))
         stem = wanted.stem if wanted.suffix.lower() in _VIDEOS else wanted.name
@@ -80,7 +83,10 @@ class Folder:
             end = parents[first:]
             if like := [path for path in found if path.parent.parts[-len(end) :] == end]:
                 return like[0]
-        return found[0] if len(found) == 1 else None
+        if len(found) > 1:
+            places = ", ".join(sorted(str(path.parent.relative_to(self.root)) for path in found)[:4])
+            raise LookupError(f"the video {printable(name)} may be one of {len(found)}, in {printable(places)}")
+        return found[0] if found else None
 
 
 def load_json(path: Path) -> Any:
@@ -178,18 +184,26 @@ class Reader:
         """All of them: each video's questions by the time of asking, those at its end last."""
         videos, faults = [], list(self._faults)
         for name, queries in self._queries.items():
-            path = self._folder.video(name)
-            if path is None and name in self._also:
-                path = self._folder.video(self._also[name])
+            path, fault = self._find(name)
             if path is None:
-                counted = sum(query.after_yes is None for query in queries)
-                faults.append(Fault("missing video", f"there is no video {printable(name)}", counted))
+                faults.append(Fault("missing video", fault, sum(query.after_yes is None for query in queries)))
                 continue
             ordered = sorted(queries, key=lambda query: float("inf") if query.seconds is None else query.seconds)
             videos.append(Video(name, path, tuple(ordered)))
         everything = [(name, query) for name, queries in self._queries.items() for query in queries]
         asked = tuple(query for _, query in everything)
         return Annotations(tuple(videos), tuple(faults), asked, fingerprint(everything))
+
+    def _find(self, name: str) -> tuple[Path | None, str]:
+        """A video, or why there is none."""
+        fault = f"there is no video {printable(name)}"
+        for called in (name, *([self._also[name]] if name in self._also else [])):
+            try:
+                if path := self._folder.video(called):
+                    return path, ""
+            except LookupError as error:
+                fault = str(error)
+        return None, fault
 
 
 # --- fields of a row ----------------------------------------------------------------------------------------------------
