@@ -206,7 +206,7 @@ def _watch(
         benchmark=benchmark.name,
         questions=annotations.fingerprint,
         model=Path(model).name,
-        model_config=model_fingerprint(family),
+        weights=model_fingerprint(family),
         dtype=str(family.model.dtype).removeprefix("torch."),
         reserve_tokens=reserve,
         versions=versions(),

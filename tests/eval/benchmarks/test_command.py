@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from millpond import minnow, models
 from millpond.cli.main import app
 from millpond.eval.benchmarks import BENCHMARKS
+from millpond.eval.benchmarks.run import model_fingerprint
 from tests.eval.benchmarks import published
 
 ARMS = ["full", "last-4-frames", "uniform", "recent", "infinipot-v"]
@@ -103,6 +106,17 @@ def test_a_run_is_gone_on_with_and_another_is_not_mixed_in(tmp_path: Path) -> No
 def published_row() -> dict[str, Any]:
     choice = {"question": "Which?", "answer": "x", "options": ["x", "y", "z"], "gt": 0}
     return {"id": 9, "task": "EPM", "video": "COIN/one.mp4", "realtime": 5, **choice}
+
+
+def test_a_model_is_known_by_what_it_is_not_by_where_it_lies(tmp_path: Path) -> None:
+    def told(folder: str | Path, change: float = 0.0) -> str:
+        family = models.load(folder, device="cpu")
+        next(family.model.parameters()).data += change
+        return model_fingerprint(family)
+
+    copy = shutil.copytree(minnow.folder(), tmp_path / "elsewhere")
+    assert told(copy) == told("minnow")
+    assert told("minnow", 1e-3) != told("minnow")
 
 
 def test_a_budget_that_was_too_small_does_not_hold_the_folder(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ class Settings:
 
     Attributes:
         benchmark: its name. questions: fingerprint of its annotations.
-        model: name of its folder, or its hub id. dtype: of its weights. model_config: fingerprint of its config.
+        model: name of its folder, or its hub id. dtype: of its weights. weights: fingerprint of its config and weights.
         budget: bytes of every arm with a cap. host_budget: beside it, for policies that retrieve.
         fps: frames taken a second. max_frames: of a longer video fewer are taken; None: never. max_pixels: of a frame; None: the model's own.
         positions, recent_frames: as in a `SessionConfig`; recent frames are for the asked policies alone.
@@ -31,7 +31,7 @@ class Settings:
     questions: str
     model: str
     dtype: str
-    model_config: str
+    weights: str
     budget: int
     host_budget: int | None
     fps: float
