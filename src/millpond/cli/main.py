@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from millpond.cli import bench, demo, inspect, precision, recompute
+from millpond.cli import eval as evaluation
 from millpond.cli.errors import Commands
 from millpond.cli.options import WatchCommand
 from millpond.cli.watch import watch
@@ -49,6 +50,7 @@ app.command()(inspect.policies)
 app.command()(demo.demo)
 app.command()(precision.quantize)
 app.command()(precision.calibrate)
+app.command("eval")(evaluation.evaluate)
 app.add_typer(bench.app, name="bench")
 app.add_typer(recompute.app, name="recompute")
 
