@@ -52,7 +52,7 @@ def filled(policy: str, name: str, **options: Any) -> Session:
         try:
             session = Session(family, budget=budget, policy=policy, reserve_tokens=64, **options)
             plan = session.plan_for(56, 56)
-            if policy == "full" or plan.headroom_tokens >= 6 * plan.group_tokens:
+            if policy == "full" or plan.headroom_tokens >= 4 * plan.group_tokens:
                 break
         except BudgetError:
             pass
@@ -61,7 +61,7 @@ def filled(policy: str, name: str, **options: Any) -> Session:
     for at in range(4, 2000, 2):
         before = session.usage.compactions
         session.feed(list(moving(2, start=at, fps=1, seed=at)))
-        if at > 60 and (policy == "full" or 1 <= before < session.usage.compactions):
+        if (policy == "full" and at > 40) or 1 <= before < session.usage.compactions:
             return session
     raise AssertionError("it never compacted")
 
@@ -126,7 +126,7 @@ def test_an_answer_and_a_stream_do_not_see_each_other(policy: str) -> None:
     assert session._runner.pond.turn is None
     assert state_of(session) == state_of(quiet)
     check_books(session)
-    more = list(moving(60, start=6000, seed=8, fps=1))
+    more = list(moving(30, start=6000, seed=8, fps=1))
     for one in (session, quiet):
         one.feed(more)
     assert policy == "full" or session.usage.compactions > compactions
