@@ -23,7 +23,7 @@ from tests.models.tiny import tiny
 from tests.nightly import nightly
 from tests.session import faults
 from tests.session.frames import moving
-from tests.session.measure import held_bytes
+from tests.session.measure import held_bytes, transient_peak
 from tests.session.test_faults import check_books, check_locks, state_of
 
 QUESTION = "which one"
@@ -67,8 +67,8 @@ def filled(policy: str, name: str, **options: Any) -> Session:
 
 
 def fits(session: Session) -> bool:
-    """Whether a block of frames can go in without waiting for a turn."""
-    return not _waits(session._runner, session.plan.block_tokens)
+    """Whether a group of frames can go in, and another wait, without waiting for a turn."""
+    return not _waits(session._runner, 2 * session.plan.group_tokens)
 
 
 def asked(session: Session, limit: int, *, remember: bool = False) -> Iterator[str]:
@@ -468,3 +468,26 @@ def test_a_fault_at_any_line_of_an_answer_beside_a_stream(base: Session, thread:
         check_locks(session)
     # In its own thread a fault behind the end reaches nobody.
     assert raised > len(lines) // every - (10 if thread else 1)
+
+
+@pytest.mark.parametrize("policy", ["cake+cake", "mikv:group=8:full_share=0.4:base=h2o"])
+@pytest.mark.parametrize("share", [1.0, 0.02])
+def test_taking_turns_needs_no_scratch_that_is_not_planned(
+    policy: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, options = KINDS[policy]
+    session = filled(policy, name, **options)
+    answer = asked(session, 30)
+    for _ in range(20):
+        next(answer)
+    session.feed(news(2))
+    pond = session._runner.pond
+    lines = [
+        replace(line, bytes=int(line.bytes * share)) if line.name == "scratch" else line for line in pond.plan.lines
+    ]
+    monkeypatch.setattr(pond, "plan", replace(pond.plan, lines=tuple(lines)))
+    held = pond.ledger.held
+    for bring in (pond.bring_turn, pond.bring_stream):
+        assert 0 < transient_peak(bring) <= pond.plan.scratch_bytes
+        assert pond.ledger.held == held
+    assert pond.plan.scratch_bytes >= 2 * pond.geometry.vector_bytes
