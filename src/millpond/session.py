@@ -254,7 +254,10 @@ class Session:
                             begins()
                             runner.finish_turns()
                             runner.check_model()
-                            turn = (RememberedTurn if remember else Turn)(runner, self._ingest, question, limit)
+                            at = self._ingest.at  # once: while they wait frames may come at any time
+                            self._ingest.make_room(at)
+                            turn = (RememberedTurn if remember else Turn)(runner, self._ingest, at, question, limit)
+                            del at
                         piece = turn.next_piece()
                         if piece is None:
                             turn.commit()

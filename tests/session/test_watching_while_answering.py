@@ -491,3 +491,25 @@ def test_taking_turns_needs_no_scratch_that_is_not_planned(
         assert 0 < transient_peak(bring) <= pond.plan.scratch_bytes
         assert pond.ledger.held == held
     assert pond.plan.scratch_bytes >= 2 * pond.geometry.vector_bytes
+
+
+@pytest.mark.parametrize("remember", [False, True])
+def test_a_question_in_the_middle_of_a_feed_is_shown_the_frames_that_wait(session: Session, remember: bool) -> None:
+    """Also where they and the question are more than what is free: the compaction that they need comes a little earlier."""
+    quiet, most = session.fork(), session.plan.reserve_tokens - 23 - 3  # beside the question and its answer
+    shown = []
+
+    def source() -> Iterator[Frame]:
+        for frame in news(33):
+            yield frame
+            free = session._runner.pond.free - session.plan.reserve_tokens
+            waiting = -(-len(session._ingest.at.waiting) // 2) * session.plan.group_tokens
+            if not shown and waiting > free + most:
+                shown.append(waiting)
+                session.ask(QUESTION, max_new_tokens=2, remember=remember)
+
+    session.feed(source())
+    assert shown
+    if not remember:
+        quiet.feed(news(33))
+        assert state_of(session) == state_of(quiet)
