@@ -4,7 +4,8 @@
 
 Minnow watches a camera that gives frames at a steady rate. In every round, in turns: an answer alone; the camera alone; the camera while
 an answer of 256 tokens streams to a reader that takes 50 ms over every piece; the same with a remembered turn, which has its place in
-the stream, so that frames wait for it. A pause is the time from handing a frame to the session until it asks for the next. The aim: the
+the stream, so that frames wait for it; and the first with a camera so fast that the headroom is used up and a compaction waits for
+the answer. A pause is the time from handing a frame to the session until it asks for the next. The aim: the
 longest pause beside an answer is at most the longest block of frames and the longest step of an answer, each as found without the other.
 
 Both by the wall clock and in processor time of the process. The machine is shared, and a wall clock counts what other jobs take; only one
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any, TypeVar
@@ -29,7 +31,7 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from millpond import Answer, Session
+from millpond import Answer, PendingAnswer, Session
 from millpond.eval import streams
 from millpond.eval.hardware import describe
 from millpond.frames import Frame
@@ -83,23 +85,25 @@ class Camera:
                 yield Frame(self.start + at / self.fps, self.pictures[at % len(self.pictures)])
 
 
-def watched(session: Session, pictures: list[np.ndarray], fps: float, during: Callable[[], T]) -> tuple[list[Spent], T]:
-    """The pauses of a camera while something is done, and what that gave."""
+def watched(
+    session: Session, pictures: list[np.ndarray], fps: float, begin: Callable[[], T], during: Callable[[T], Any]
+) -> tuple[list[Spent], Any]:
+    """The pauses of a camera that is switched on when something has begun, while it goes on; and what that gave."""
     camera = Camera(pictures, fps, session.usage.stream_seconds + 1)
     feeder = threading.Thread(target=session.feed, args=(camera,))
+    begun = begin()
     feeder.start()
     try:
-        found = during()
+        found = during(begun)
     finally:
         camera.off.set()
         feeder.join()
     return camera.pauses, found
 
 
-def read_slowly(session: Session, tokens: int, *, remember: bool) -> tuple[Answer, float]:
+def read_slowly(answer: PendingAnswer) -> tuple[Answer, float]:
     """An answer, and the seconds until its reader has read it."""
     began = perf_counter()
-    answer = session.begin(QUESTION, max_new_tokens=tokens, remember=remember)
     for _ in answer:
         time.sleep(READING_SECONDS)
     return answer.result(), perf_counter() - began
@@ -122,11 +126,16 @@ def answered(session: Session, tokens: int) -> tuple[Answer, list[Spent]]:
 
 def one_round(base: Session, pictures: list[np.ndarray], fps: float, tokens: int) -> dict[str, Any]:
     alone, steps = answered(base.fork(), tokens)
-    rest, _ = watched(base.fork(), pictures, fps, lambda: time.sleep(5))
-    session = base.fork()
-    beside, (answer, reading) = watched(session, pictures, fps, lambda: read_slowly(session, tokens, remember=False))
-    other = base.fork()
-    kept, _ = watched(other, pictures, fps, lambda: read_slowly(other, tokens, remember=True))
+    rest, _ = watched(base.fork(), pictures, fps, lambda: None, lambda _: time.sleep(8))
+
+    def asked(fps: float, *, remember: bool = False) -> tuple[list[Spent], tuple[Answer, float]]:
+        session = base.fork()
+        begin = partial(session.begin, QUESTION, max_new_tokens=tokens, remember=remember)
+        return watched(session, pictures, fps, begin, read_slowly)
+
+    beside, (answer, reading) = asked(fps)
+    due, _ = asked(20 * fps)
+    kept, _ = asked(fps, remember=True)
     return {
         "answer_tokens": len(answer.token_ids),
         "answer_is_that_at_rest": answer.token_ids == alone.token_ids,
@@ -137,6 +146,7 @@ def one_round(base: Session, pictures: list[np.ndarray], fps: float, tokens: int
         "longest_step_alone": longest(steps),
         "median_step_alone_cpu_ms": round(statistics.median(step.cpu for step in steps), 2),
         "longest_pause_beside_an_answer": longest(beside),
+        "longest_pause_where_a_compaction_falls_due": longest(due),
         "longest_pause_beside_a_remembered_turn": longest(kept),
     }
 
@@ -158,10 +168,10 @@ def ratios(rounds: list[dict[str, Any]], clock: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--fps", type=float, default=8.0)
-    parser.add_argument("--budget", default="8MiB")
+    parser.add_argument("--fps", type=float, default=4.0)
+    parser.add_argument("--budget", default="16MiB")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     family = load("minnow")

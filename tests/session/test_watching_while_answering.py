@@ -23,7 +23,7 @@ from tests.models.tiny import tiny
 from tests.nightly import nightly
 from tests.session import faults
 from tests.session.frames import moving
-from tests.session.measure import held_bytes
+from tests.session.measure import held_bytes, transient_peak
 from tests.session.test_faults import check_books, check_locks, state_of
 
 QUESTION = "which one"
@@ -52,7 +52,7 @@ def filled(policy: str, name: str, **options: Any) -> Session:
         try:
             session = Session(family, budget=budget, policy=policy, reserve_tokens=64, **options)
             plan = session.plan_for(56, 56)
-            if policy == "full" or plan.headroom_tokens >= 6 * plan.group_tokens:
+            if policy == "full" or plan.headroom_tokens >= 4 * plan.group_tokens:
                 break
         except BudgetError:
             pass
@@ -61,14 +61,14 @@ def filled(policy: str, name: str, **options: Any) -> Session:
     for at in range(4, 2000, 2):
         before = session.usage.compactions
         session.feed(list(moving(2, start=at, fps=1, seed=at)))
-        if at > 60 and (policy == "full" or 1 <= before < session.usage.compactions):
+        if (policy == "full" and at > 40) or 1 <= before < session.usage.compactions:
             return session
     raise AssertionError("it never compacted")
 
 
 def fits(session: Session) -> bool:
-    """Whether a block of frames can go in without waiting for a turn."""
-    return not _waits(session._runner, session.plan.block_tokens)
+    """Whether a group of frames can go in, and another wait, without waiting for a turn."""
+    return not _waits(session._runner, 2 * session.plan.group_tokens)
 
 
 def asked(session: Session, limit: int, *, remember: bool = False) -> Iterator[str]:
@@ -126,7 +126,7 @@ def test_an_answer_and_a_stream_do_not_see_each_other(policy: str) -> None:
     assert session._runner.pond.turn is None
     assert state_of(session) == state_of(quiet)
     check_books(session)
-    more = list(moving(60, start=6000, seed=8, fps=1))
+    more = list(moving(30, start=6000, seed=8, fps=1))
     for one in (session, quiet):
         one.feed(more)
     assert policy == "full" or session.usage.compactions > compactions
@@ -468,3 +468,48 @@ def test_a_fault_at_any_line_of_an_answer_beside_a_stream(base: Session, thread:
         check_locks(session)
     # In its own thread a fault behind the end reaches nobody.
     assert raised > len(lines) // every - (10 if thread else 1)
+
+
+@pytest.mark.parametrize("policy", ["cake+cake", "mikv:group=8:full_share=0.4:base=h2o"])
+@pytest.mark.parametrize("share", [1.0, 0.02])
+def test_taking_turns_needs_no_scratch_that_is_not_planned(
+    policy: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, options = KINDS[policy]
+    session = filled(policy, name, **options)
+    answer = asked(session, 30)
+    for _ in range(20):
+        next(answer)
+    session.feed(news(2))
+    pond = session._runner.pond
+    lines = [
+        replace(line, bytes=int(line.bytes * share)) if line.name == "scratch" else line for line in pond.plan.lines
+    ]
+    monkeypatch.setattr(pond, "plan", replace(pond.plan, lines=tuple(lines)))
+    held = pond.ledger.held
+    for bring in (pond.bring_turn, pond.bring_stream):
+        assert 0 < transient_peak(bring) <= pond.plan.scratch_bytes
+        assert pond.ledger.held == held
+    assert pond.plan.scratch_bytes >= 2 * pond.geometry.vector_bytes
+
+
+@pytest.mark.parametrize("remember", [False, True])
+def test_a_question_in_the_middle_of_a_feed_is_shown_the_frames_that_wait(session: Session, remember: bool) -> None:
+    """Also where they and the question are more than what is free: the compaction that they need comes a little earlier."""
+    quiet, most = session.fork(), session.plan.reserve_tokens - 23 - 3  # beside the question and its answer
+    shown = []
+
+    def source() -> Iterator[Frame]:
+        for frame in news(33):
+            yield frame
+            free = session._runner.pond.free - session.plan.reserve_tokens
+            waiting = -(-len(session._ingest.at.waiting) // 2) * session.plan.group_tokens
+            if not shown and waiting > free + most:
+                shown.append(waiting)
+                session.ask(QUESTION, max_new_tokens=2, remember=remember)
+
+    session.feed(source())
+    assert shown
+    if not remember:
+        quiet.feed(news(33))
+        assert state_of(session) == state_of(quiet)

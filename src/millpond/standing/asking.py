@@ -127,7 +127,6 @@ class _SharedTurn(Step):
     def __init__(self, stream: Stream) -> None:
         self._changing = stream.changing
         self._shown = Shown.now(stream.runner, stream.ingest)
-        self._shown.make_room(stream.runner)
         super().__init__(stream.runner, stream.ingest)
 
     def show(self, questions: Sequence[str]) -> list[Exception | None]:

@@ -108,7 +108,7 @@ class Ingest:
                 self.update_ledger()
                 self.at = replace(self.at, dropped=self.at.dropped + getattr(opened, "dropped", 0) - dropped)
                 self._digest(partial=False)
-                self._ensure_capacity_for_waiting()
+                self.make_room(self.at)
         return taken
 
     def _offset(self, frame: Any, offset: int | None) -> int:
@@ -230,11 +230,13 @@ class Ingest:
         with self._runner.timed("vision"):
             return self._runner.family.encode([frame for _, frame in shots], [time for time, _ in shots])
 
-    def _ensure_capacity_for_waiting(self) -> None:
-        """Ensure capacity for an incomplete group now, so that a question can show it without touching the memory."""
-        if self.at.grid is not None:
-            reopening = 0 if self.at.video_open else len(self._runner.family.reopening())
-            make_room(self._runner, reopening + self.at.grid.tokens)
+    def make_room(self, at: Standing) -> None:
+        """Ensure capacity for the frames that wait, so that a question can show them: an incomplete group when its feed has ended, and so
+        before anybody asks; in the middle of a feed, when somebody does."""
+        if at.grid is not None:
+            reopening = 0 if at.video_open else len(self._runner.family.reopening())
+            groups = -(-len(at.waiting) // self._runner.family.frames_per_group)
+            make_room(self._runner, reopening + groups * at.grid.tokens)
 
     def shown(self, at: Standing) -> tuple[list[int], list[Sequence[Shot]]]:
         """What a question sees of the latest frames, asked when they stand so; nothing is taken in.

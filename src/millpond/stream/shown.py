@@ -32,20 +32,14 @@ class Shown:
 
     @classmethod
     def now(cls, runner: Runner, ingest: Ingest) -> Shown:
-        """As the stream stands."""
+        """As the stream stands, when room has been made for the frames that wait; nothing may be running in it."""
         at = ingest.at  # once: frames may join those that wait at any time
+        ingest.make_room(at)
         reopening, (*recent, waiting) = ingest.shown(at)
         after_video = any((*recent, waiting)) or at.video_open
         groups = -(-len(waiting) // runner.family.frames_per_group)
         waiting_tokens = 0 if at.grid is None else groups * at.grid.tokens
         return cls(reopening, recent, waiting, after_video, at.last_us or 0, waiting_tokens)
-
-    def make_room(self, runner: Runner) -> None:
-        """Ensure capacity for the frames that wait, before a turn begins: in the middle of a feed they may be most of a block. Once a feed
-        has ended there is room, and the memory is not touched."""
-        if self.waiting:
-            with runner.timed("compaction"):
-                runner.ensure_capacity(len(self.reopening) + self.waiting_tokens)
 
     def ensure_capacity(self, runner: Runner, question: str) -> None:
         """Make sure that all of it, the question, what that retrieves and one token fit.

@@ -35,7 +35,6 @@ class Turn:
         self._runner, self._ingest = runner, ingest
         self.done = Generated()
         self._shown = Shown.now(runner, ingest)
-        self._shown.make_room(runner)
         self.time_us = self._shown.time_us
         self._pieces = self._run(question, limit)
 
