@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -112,6 +113,11 @@ def scene(kind: str, above: int = 12) -> Scene:
         clock.next = max(clock.next, int(at.max()) + 1)
 
 
+def copied(scene: Scene) -> Scene:
+    """A second one on storage of its own; the ledger's lock has no copy."""
+    return copy.deepcopy(scene, {id(scene.pond.ledger._entering): threading.Lock()})
+
+
 def compact(one: Scene) -> None:
     one.pond.compact(one.pond.full_precision_tokens - 6)
 
@@ -176,7 +182,7 @@ def same(first: list[Any], second: list[Any]) -> bool:
 
 def twins(start: Scene, move: Callable[[Scene], None]) -> list[list[Any]]:
     """What the pond is before the move, after each of its transactions, and in the end."""
-    other = copy.deepcopy(start)
+    other = copied(start)
     seen = [state(other)]
     carry_out = other.pond.carry_out
 
@@ -260,14 +266,14 @@ def test_interrupted_at_any_line(name: str, kind: str, compiled: bool) -> None:
     move, start, offset = MOVES[name][0], scene(kind), CASES.index((name, kind, compiled))
     allowed = twins(start, move)
     counted = Lines()
-    other = copy.deepcopy(start)
+    other = copied(start)
     with counted.watching():
         move(other)
     # Every line that ran, at its first run and at its last.
     first = {line: at for at, line in reversed(list(enumerate(counted.lines)))}
     last = {line: at for at, line in enumerate(counted.lines)}
     for number, at in list(enumerate(sorted({*first.values(), *last.values()})))[offset % SHARE :: SHARE]:
-        one = copy.deepcopy(start)
+        one = copied(start)
         fault = FAULTS[number // SHARE % len(FAULTS)]("on purpose")
         caught: BaseException | None = None
         try:
@@ -288,11 +294,11 @@ def test_interrupted_at_any_line(name: str, kind: str, compiled: bool) -> None:
 def test_no_memory_at_any_operator(name: str, kind: str, compiled: bool) -> None:
     move, start, offset = MOVES[name][0], scene(kind), CASES.index((name, kind, compiled))
     allowed = twins(start, move)
-    other = copy.deepcopy(start)
+    other = copied(start)
     with Operators(0, for_good=False) as counted:
         move(other)
     for number, at in enumerate(range(1 + offset, counted.count + 1, max(1, counted.count // 12))):
-        one = copy.deepcopy(start)
+        one = copied(start)
         with pytest.raises((torch.OutOfMemoryError, BudgetError)), Operators(at, for_good=number % 2 == 0):
             move(one)
         if one.pond.moving:

@@ -86,6 +86,8 @@ class Pond(TakingTurns, Cache):
 
     copies = True
     """What a forward gives it is copied into its own storage, so a decoder may run in inference mode."""
+    filling = False
+    """Set while a forward runs of which nobody reads the hidden state, or looks at queries."""
 
     def __init__(self, geometry: Geometry, plan: Plan, policy: Policy, device: torch.device) -> None:
         self.geometry = geometry = replace(geometry, accumulated_attention=policy.needs.accumulated_attention)

@@ -204,13 +204,9 @@ class Family(ABC):
             positions: int64 [axes, n].
 
         Returns:
-            The last hidden state, [n, hidden], after the final norm.
+            The last hidden state, [n, hidden], after the final norm. Of a cache that says `filling` nobody reads it, and a family may
+            leave out what does not reach the cache, and give [0, hidden].
         """
-
-    def fill(self, tokens: Tokens, positions: Tensor, cache: Any) -> None:
-        """Bring the tokens into `cache` as `forward` does, where nobody needs the hidden state or looks at queries: a family may leave out
-        what does not reach the cache."""
-        self.forward(tokens, positions, cache)
 
     @abstractmethod
     def showing_queries(self, see: See, *, before: bool = False) -> AbstractContextManager[None]:

@@ -98,16 +98,11 @@ class DecoderFamily(Family):
     def forward(self, tokens: Tokens, positions: Tensor, cache: Any) -> Tensor:
         copies = getattr(cache, "copies", False)
         with torch.inference_mode() if copies else nullcontext():
+            if getattr(cache, "filling", False):
+                fill(partial(self._run, tokens, positions, cache), cache)
+                return tokens.embeds[:0]
             hidden = self._run(tokens, positions, cache, cache)
         return hidden.clone() if copies else hidden  # the copy is an ordinary tensor
-
-    @torch.no_grad()
-    def fill(self, tokens: Tokens, positions: Tensor, cache: Any) -> None:
-        if not getattr(cache, "copies", False):
-            super().fill(tokens, positions, cache)
-            return
-        with torch.inference_mode():
-            fill(partial(self._run, tokens, positions, cache), cache)
 
     def _run(self, tokens: Tokens, positions: Tensor, cache: Any, into: Any) -> Tensor:
         """The decoder's forward behind what `cache` holds, hidden states [n, hidden]; `into` is the cache, or stands for it."""

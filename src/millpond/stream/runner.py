@@ -200,11 +200,11 @@ class Runner:
                 positions = positions if admitted is None else positions[:, admitted]
                 # A remembered turn is never looked at: it holds a question.
                 see = self._sight(positions) if not text or mark == 0 else None
-                if see is not None:
+                self.pond.filling = see is None
+                try:
                     self._forward(taken, positions, text=text, see=see)
-                else:
-                    self.pond.write_metadata(taken.time_us, grid_positions(taken, text=text), positions)
-                    self.family.fill(taken, positions, self.pond)
+                finally:
+                    self.pond.filling = False
         if mark >= self.pond.plan.prompt_tokens and len(taken):
             self.pond.commit(taken.time_us, grid_positions(taken, text=text))
         self.tokens += len(tokens)

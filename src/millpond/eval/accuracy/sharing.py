@@ -101,6 +101,7 @@ class SharedStream:
             if see is not None:
                 see(index, asked)
 
+        cache.filling = False  # the queries of every layer are looked at, for sessions that need them
         with self._show(note):
             hidden = self._decode(tokens, positions, cache)
         seconds = perf_counter() - began
