@@ -438,7 +438,7 @@ def small(line: Line) -> Line:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("thread", "every"),
-    nightly([(False, 3), (True, 3), (False, 1), (True, 1)], but=[(False, 3), (True, 3)]),
+    nightly([(False, 4), (True, 8), (False, 1), (True, 1)], but=[(False, 4), (True, 8)]),
 )
 def test_a_fault_at_any_line_of_an_answer_beside_a_stream(base: Session, thread: bool, every: int) -> None:
     """In the thread that asks, and in one of its own: the stream is as if it had not been asked."""
