@@ -23,6 +23,8 @@ def attributes(thing: Any, path: str, seen: set[int]) -> Iterator[tuple[str, obj
         yield path, {name: size for name, size in thing._accounts.items() if size}  # a peak is each one's own
     elif isinstance(thing, dict):
         for name, value in thing.items():
+            if name == "_planned":
+                continue  # the plan that was worked out last, in case that it is asked for again
             yield from attributes(value, f"{path}.{name}", seen)
     elif isinstance(thing, (list, tuple)):
         yield path, len(thing)

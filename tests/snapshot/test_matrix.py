@@ -135,11 +135,11 @@ def bits(session: Session) -> tuple[dict[str, Any], dict[str, bytes]]:
 def everything(session: Session) -> dict[str, object]:
     """Every attribute of its stream by path, found without knowing what is saved.
 
-    A plan notes what it was asked, so it is compared whole, and the one that was made last is no state; who has or had access is each session's own.
+    A plan notes what it was asked, so it is compared whole; who has or had access is each session's own.
     """
     shared = {id(session.family), id(session.family.rope)}
     found = dict(attributes({"runner": session._runner, "ingest": session._ingest}, "session", shared))
-    own = {"plan", "access", "_planned", "_planned[0]", "_planned[1]"}
+    own = {"plan", "access"}
     return {path: value for path, value in found.items() if not own & set(path.split("."))} | {"plan": session.plan}
 
 

@@ -175,6 +175,8 @@ _running: dict[threading.Thread, _Work] = {}
 @atexit.register
 def _end_all() -> None:
     """No thread may be inside the model when the interpreter goes."""
-    for thread, work in list(_running.items()):
+    running = list(_running.items())
+    for _, work in running:
         work.cancel()
+    for thread, _ in running:
         thread.join()
