@@ -81,13 +81,12 @@ class Pond(TakingTurns, Cache):
         recent: what of the stream's newest part can still be protected.
         host: where frames go that are not kept; None where they are forgotten.
         rope: of the model, shown to a policy that rerotates keys; a session's runner sets it.
+        filling: set while a forward runs of which nobody reads the hidden state, or looks at queries.
         compactions: passes so far. evicted: tokens forgotten so far (per head; all heads forget equally many).
     """
 
     copies = True
     """What a forward gives it is copied into its own storage, so a decoder may run in inference mode."""
-    filling = False
-    """Set while a forward runs of which nobody reads the hidden state, or looks at queries."""
 
     def __init__(self, geometry: Geometry, plan: Plan, policy: Policy, device: torch.device) -> None:
         self.geometry = geometry = replace(geometry, accumulated_attention=policy.needs.accumulated_attention)
@@ -103,6 +102,7 @@ class Pond(TakingTurns, Cache):
         self.recent = RecentWindow()
         self.host: HostCache | None = None
         self.rope: Rope | None = None
+        self.filling = False
         self.compactions = 0
         self.evicted = 0
 

@@ -79,10 +79,9 @@ class Turn:
         clock = self._clock()
         self._begin()
         before, recent_tokens = shown.run(runner, ingest, clock)
-        behind = pond.length
-        asked = dated(runner.family.question(question, after_video=shown.after_video), self.time_us)
+        behind, after_video = pond.length, shown.after_video
         del shown, self._shown  # frames that the stream may let go of before the answer ends
-        hidden = runner.ask(asked, clock)
+        hidden = runner.ask(dated(runner.family.question(question, after_video=after_video), self.time_us), clock)
         if not self._remember:
             pond.claim_turn(limit - 1)  # the last token is not run
         pieces = generate(
