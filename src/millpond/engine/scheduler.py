@@ -1,0 +1,230 @@
+"""One thread owns the model: it gathers what the sessions' threads wait for, runs it in as few passes as it can, and wakes them.
+
+Questions go before frames; a block of frames that has stood back twice goes along with the next pass. A pass begins when every thread
+that could join it is waiting, or has been waited for long enough. Knows requests; no session, no budget, no policy.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from time import perf_counter
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from millpond.errors import MillpondError
+from millpond.models.base import Family, Tokens
+from millpond.models.batching import Request, encode_batch, forward_batch, logits_batch
+
+FORWARD_TOKENS = 2048
+"""Most tokens of one pass: more would make questions wait longer than their tokens gain."""
+_STAND_BACK = 2
+# Threads that were served are waited for at most this long, or half the time that the last pass took.
+_PATIENCE_SECONDS, _PATIENCE_SHARE = 0.001, 0.5
+
+T = TypeVar("T")
+Kind = Literal["logits", "encode", "forward"]
+_KINDS: tuple[Kind, ...] = ("logits", "encode", "forward")
+_asking: ContextVar[bool] = ContextVar("millpond_engine_asking", default=False)
+
+
+@contextmanager
+def asking() -> Iterator[None]:
+    """Within it, what this thread needs of the model is a question's, and goes before frames."""
+    token = _asking.set(True)
+    try:
+        yield
+    finally:
+        _asking.reset(token)
+
+
+class _Wanted:
+    """What one thread waits for.
+
+    Attributes:
+        kind, what: the call, and its arguments as the batching functions take them. size: tokens. urgent: a question's.
+        stood_back: passes in which questions went before it.
+    """
+
+    def __init__(self, kind: Kind, what: Any, size: int) -> None:
+        self.kind, self.what, self.size = kind, what, size
+        self.urgent, self.thread, self.stood_back = _asking.get(), threading.get_ident(), 0
+        self._outcome: Any = None
+        self._done = threading.Lock()
+        self._done.acquire()
+
+    def finish(self, outcome: Any) -> None:
+        """Wake the thread up, with what came of it or an error."""
+        self._outcome = outcome
+        self._done.release()
+
+    def wait(self) -> Any:
+        """What came of it; raises if that is an error."""
+        self._done.acquire()
+        self._done.release()  # an interrupted wait is repeated
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+        return self._outcome
+
+
+class Scheduler:
+    """The model's thread.
+
+    Args:
+        family: the real one; nobody else runs its model while this does.
+        most_tokens: of one pass; with 1 every request runs alone, bit for bit as without an engine.
+
+    Attributes:
+        passes, requests: how many ran so far, and for how many requests.
+    """
+
+    def __init__(self, family: Family, most_tokens: int = FORWARD_TOKENS) -> None:
+        self._family, self._most_tokens = family, most_tokens
+        self.passes = self.requests = 0
+        self._changed = threading.Condition(threading.Lock())
+        self._waiting: list[_Wanted] = []
+        self._expected: dict[int, bool] = {}  # threads that were served last and may be back soon; whether with a question
+        self._until = 0.0  # as long as they are waited for
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="millpond-scheduler", daemon=True)
+        self._thread.start()
+
+    def forward(self, request: Request) -> Tensor:
+        """See `Family.forward`."""
+        hidden: Tensor = self._ask(_Wanted("forward", request, len(request.tokens)))
+        return hidden
+
+    def encode(self, frames: list[np.ndarray], times_us: list[int]) -> Tokens:
+        """See `Family.encode`."""
+        size = self._family.grid(*frames[0].shape[:2]).tokens * -(-len(frames) // self._family.frames_per_group)
+        tokens: Tokens = self._ask(_Wanted("encode", (frames, times_us), size))
+        return tokens
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `Family.logits`; one hidden state, [hidden]."""
+        scores: Tensor = self._ask(_Wanted("logits", hidden, 1))
+        return scores
+
+    def leave(self) -> None:
+        """This thread wants nothing more for now: nobody waits for it."""
+        with self._changed:
+            if self._expected.pop(threading.get_ident(), None) is not None:
+                self._changed.notify()
+
+    def close(self) -> None:
+        """End the thread, behind a pass that runs; whoever waits is told."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _ask(self, wanted: _Wanted) -> Any:
+        with self._changed:
+            if self._closed:
+                raise MillpondError("the engine is closed")
+            self._waiting.append(wanted)
+            self._expected.pop(wanted.thread, None)
+            self._changed.notify()
+        try:
+            return wanted.wait()
+        except BaseException:
+            # An interrupt (Ctrl-C): what already runs writes to this thread's memory until it is done.
+            with self._changed:
+                withdrawn = wanted in self._waiting
+                if withdrawn:
+                    self._waiting.remove(wanted)
+            while not withdrawn and wanted._outcome is None:
+                wanted._done.acquire()
+                wanted._done.release()
+            raise
+
+    def _run(self) -> None:
+        with torch.no_grad():
+            while True:
+                with self._changed:
+                    batch = self._next()
+                if batch is None:
+                    return
+                began = perf_counter()
+                outcomes = self._serve(batch)
+                ended = perf_counter()
+                with self._changed:
+                    self.passes += 1
+                    self.requests += len(batch)
+                    self._expected.update((wanted.thread, wanted.urgent) for wanted in batch)
+                    self._until = ended + max(_PATIENCE_SECONDS, _PATIENCE_SHARE * (ended - began))
+                    for wanted, outcome in zip(batch, outcomes, strict=True):
+                        wanted.finish(outcome)
+                # Nothing of a session's is held while nobody waits.
+                del batch, outcomes, wanted, outcome
+
+    def _next(self) -> list[_Wanted] | None:
+        """The next pass, when it is time for it; None at the end."""
+        while True:
+            if self._closed:
+                for wanted in self._waiting:
+                    wanted.finish(MillpondError("the engine was closed meanwhile"))
+                self._waiting.clear()
+                return None
+            now = perf_counter()
+            if now >= self._until:
+                self._expected.clear()
+            if not self._waiting:
+                self._changed.wait()
+                continue
+            asked = any(wanted.urgent for wanted in self._waiting)
+            if any(urgent or not asked for urgent in self._expected.values()):
+                self._changed.wait(self._until - now)
+                continue
+            return self._pick(asked)
+
+    def _pick(self, asked: bool) -> list[_Wanted]:
+        """Which of those that wait run now: all of one kind, as many as fit, questions first."""
+        due = [wanted for wanted in self._waiting if wanted.urgent or not asked or wanted.stood_back >= _STAND_BACK]
+        kind = next(kind for kind in _KINDS if any(wanted.kind == kind for wanted in due))
+        batch: list[_Wanted] = []
+        for wanted in sorted((one for one in due if one.kind == kind), key=lambda one: not one.urgent):
+            if batch and sum(one.size for one in batch) + wanted.size > self._most_tokens:
+                continue
+            batch.append(wanted)
+        for wanted in batch:
+            self._waiting.remove(wanted)
+        for wanted in self._waiting:
+            wanted.stood_back += 1
+        return batch
+
+    def _serve(self, batch: Sequence[_Wanted]) -> Sequence[Any]:
+        """What comes of each: a result, or the error that is its own."""
+        run: dict[Kind, Callable[[Family, list[Any]], Sequence[Any]]] = {
+            "forward": _forward_each,
+            "encode": encode_batch,
+            "logits": logits_batch,
+        }
+        what = [wanted.what for wanted in batch]
+        try:
+            return run[batch[0].kind](self._family, what)
+        except BaseException as error:  # whatever it is, nobody may be left waiting
+            return [error] * len(batch)
+
+
+def _forward_each(family: Family, requests: list[Request]) -> Sequence[Tensor | Exception]:
+    """A pass; where the model fails in the midst of several, each again by itself, so that only whose fault it is sees it."""
+    lengths = [request.cache.length for request in requests]
+    try:
+        return forward_batch(family, requests)
+    except Exception as error:
+        if len(requests) == 1:
+            return [error]
+        outcomes: list[Tensor | Exception] = []
+        for request, length in zip(requests, lengths, strict=True):
+            if request.see is not None:
+                outcomes.append(error)  # what it has shown of its queries cannot be taken back here
+                continue
+            request.cache.truncate(length)
+            outcomes.extend(forward_batch(family, [request]))
+        return outcomes
