@@ -27,6 +27,7 @@ from millpond.memory.available import check_memory
 from millpond.models.base import Family
 from millpond.policies.base import Policy
 from millpond.policies.composition import NO_HOST_MEMORY, TURNS, check
+from millpond.snapshot import load, save
 from millpond.stream.exclusive import Exclusive
 from millpond.stream.ingest import Ingest
 from millpond.stream.runner import Runner
@@ -292,6 +293,43 @@ class Session:
             other = object.__new__(Session)
             other._begin(runner, self._ingest.fork(runner))
             return other
+
+    # --- to a file and back ---------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write everything that the session goes on with to one file, in place of what was there; see docs/snapshots.md.
+
+        Waits until a running turn has ended. When it returns the file is on disk; whoever reads meanwhile, or after this process was killed
+        in the middle, finds the old file or the new one, whole.
+
+        Raises:
+            SnapshotError: it cannot be written, or a policy's or admission's values cannot; what was there stays.
+        """
+        with self._exclusive():
+            save(self._runner, self._ingest, path)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, model: Family | str | Path | tuple[Any, Any], **arguments: Unpack[SessionArguments]
+    ) -> Session:
+        """Go on where a saved session stood: the same frames and questions after it give the same bytes and answers.
+
+        Args:
+            model: the one that it was saved with: adapted, or as for `from_pretrained`, then loaded as its checkpoint says.
+            arguments: those that are given must be the saved session's. Only these may differ: `budget`, to which the session is resized
+                after it was loaded, and `host_path`, which is not saved. A policy or an admission that no package registers must be given.
+
+        Raises:
+            SnapshotError: no whole snapshot, of a newer format, or of another model, dtype, policy or other arguments; says what differs.
+            BudgetError: more than the memory that there is, or the new budget is too small.
+        """
+        family = model if isinstance(model, Family) else load_within(model, None, DEFAULT_FRAME, SessionConfig())[0]
+        budget = arguments.pop("budget", None)
+        session = object.__new__(cls)
+        session._begin(*load(path, family, host_path=arguments.pop("host_path", None), expected=arguments))
+        if budget is not None:
+            session.resize(budget)
+        return session
 
     # --- one thing at a time ------------------------------------------------------------------------------------
 

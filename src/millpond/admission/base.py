@@ -27,6 +27,8 @@ class Admission(ABC):
     """The name on the command line and in tables."""
     source: ClassVar[str]
     """The publication, and what of it was read."""
+    state_types: ClassVar[tuple[type, ...]] = ()
+    """Dataclasses that a state consists of, beside numbers, words, tensors and tuples of them: what a snapshot may hold."""
 
     @abstractmethod
     def judge(self, feature: Tensor, state: Any) -> tuple[Verdict, Any]:

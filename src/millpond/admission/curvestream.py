@@ -47,6 +47,7 @@ class CurveStream(Admission):
 
     name: ClassVar[str] = "curvestream"
     source: ClassVar[str] = "Wang et al., CurveStream, 2026 (arXiv 2603.19571): abstract, and notes on the paper"
+    state_types: ClassVar[tuple[type, ...]] = (Trajectory,)
 
     k: float = 1.0
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from millpond.errors import PrecisionError
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -60,7 +60,7 @@ def header_of(path: Path) -> dict[str, Entry]:
         for name, row in written.items():
             if name != "__metadata__":
                 first, last = (8 + size + int(at) for at in row["data_offsets"])
-                entries[name] = Entry(_DTYPES[row["dtype"]], tuple(int(n) for n in row["shape"]), first, last)
+                entries[name] = Entry(DTYPES[row["dtype"]], tuple(int(n) for n in row["shape"]), first, last)
                 if entries[name].nbytes != prod(entries[name].shape) * entries[name].dtype.itemsize:
                     raise ValueError(f"{name} has other bytes than its shape")
         if max((entry.last for entry in entries.values()), default=0) > path.stat().st_size:
