@@ -151,6 +151,10 @@ class Family(ABC):
             times_us: stream time of each frame in microseconds, not decreasing; a group carries its first frame's time.
         """
 
+    def encode_several(self, blocks: Sequence[tuple[list[np.ndarray], list[int]]]) -> list[Tokens]:
+        """`encode` for blocks of several streams, all frames of one size; in one run of the vision tower where a family can."""
+        return [self.encode(frames, times_us) for frames, times_us in blocks]
+
     # --- text -------------------------------------------------------------------------------------------------
 
     @abstractmethod

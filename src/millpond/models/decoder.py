@@ -104,16 +104,23 @@ class DecoderFamily(Family):
             layers_of_different_lengths(self.decoder) if uneven else nullcontext(),
             torch.inference_mode() if copies else nullcontext(),
         ):
-            out = self.decoder(
-                inputs_embeds=embeds,
-                attention_mask=None if uneven or not copies else causal_mask(self.decoder, cache, embeds),
-                position_ids=(positions[:1] if len(positions) == 1 else positions[:, None]).to(self.device),
-                use_cache=True,
-                **{self._cache_argument: cache},
-                **self._beside(tokens),
-            )
-        hidden: Tensor = out.last_hidden_state[0]
+            mask = None if uneven or not copies else causal_mask(self.decoder, cache, embeds)
+            hidden = self.decode(tokens, embeds, positions[:, None], cache, mask)[0]
         return hidden.clone() if copies else hidden  # the copy is an ordinary tensor
+
+    def decode(self, tokens: Tokens, embeds: Tensor, positions: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
+        """One call of the decoder over embeds [B, n, hidden] at positions [axes, B, n], which are those of `tokens`, into whatever stands in
+        for a cache; returns its last hidden state [B, n, hidden]."""
+        out = self.decoder(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=(positions[0] if len(positions) == 1 else positions).to(self.device),
+            use_cache=True,
+            **{self._cache_argument: cache},
+            **self._beside(tokens),
+        )
+        hidden: Tensor = out.last_hidden_state
+        return hidden
 
     def _beside(self, tokens: Tokens) -> dict[str, Any]:
         """More arguments of the decoder, for families that have them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -43,28 +44,34 @@ class Llava(DecoderFamily):
         """Prepared frames -> float32 [1, n, 3, side, side]."""
         return normalise(torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2), self._mean, self._std)[None]
 
-    @torch.no_grad()
     def encode(self, frames: list[np.ndarray], times_us: list[int]) -> Tokens:
+        return self.encode_several([(frames, times_us)])[0]
+
+    @torch.no_grad()
+    def encode_several(self, blocks: Sequence[tuple[list[np.ndarray], list[int]]]) -> list[Tokens]:
         config = self.model.config
+        sizes = [len(frames) * self.across**2 for frames, _ in blocks]
         # The pixels' argument has had two names, so it goes by place.
         out = self.model.model.get_video_features(
-            self.pixels(frames).to(self.device, self.vision_dtype),
+            self.pixels([frame for frames, _ in blocks for frame in frames]).to(self.device, self.vision_dtype),
             vision_feature_layer=config.vision_feature_layer,
             vision_feature_select_strategy=config.vision_feature_select_strategy,
         )
-        size = self.across**2
-        count = size * len(frames)
         # One video, so one row, of one or two dimensions by version. Some versions end OneVision's features with the newline of
         # the whole video; here it comes with the question.
-        embeds = out.pooler_output[0].reshape(-1, self.hidden)[:count]
+        embeds = out.pooler_output[0].reshape(-1, self.hidden)[: sum(sizes)].to(self.geometry.dtype)
+        several = zip(embeds.split(sizes) if len(sizes) > 1 else [embeds], blocks, strict=True)
+        return [self._laid_out(each if len(sizes) == 1 else each.clone(), times_us) for each, (_, times_us) in several]
+
+    def _laid_out(self, embeds: Tensor, times_us: list[int]) -> Tokens:
         grid_position = torch.stack(
             torch.meshgrid(torch.arange(self.across), torch.arange(self.across), indexing="ij"), dim=-1
         )
         return Tokens(
-            embeds=embeds.to(self.geometry.dtype),
-            grid_position=grid_position.view(-1, 2).repeat(len(frames), 1).to(torch.int16),
-            time_us=torch.tensor(times_us, dtype=torch.long).repeat_interleave(size),
-            visual=torch.ones(count, dtype=torch.bool),
+            embeds=embeds,
+            grid_position=grid_position.view(-1, 2).repeat(len(times_us), 1).to(torch.int16),
+            time_us=torch.tensor(times_us, dtype=torch.long).repeat_interleave(self.across**2),
+            visual=torch.ones(len(embeds), dtype=torch.bool),
         )
 
     def assign_positions(self, tokens: Tokens, clock: Clock) -> Tensor:

@@ -9,6 +9,7 @@ beyond, or below, give `max_pixels` and `min_pixels` to `adapt` by themselves: t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -123,10 +124,15 @@ class Qwen2VL(DecoderFamily):
         pixels = pixels.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(groups * rows * cols, colours, span * patch * patch)
         return normalise(pixels, self.mean, self.std).flatten(1), torch.tensor([[groups, rows, cols]])
 
-    @torch.no_grad()
     def encode(self, frames: list[np.ndarray], times_us: list[int]) -> Tokens:
-        flat, grid = self.patches(frames)
-        device, shape = self.device, tuple(grid[0].tolist())
+        return self.encode_several([(frames, times_us)])[0]
+
+    @torch.no_grad()
+    def encode_several(self, blocks: Sequence[tuple[list[np.ndarray], list[int]]]) -> list[Tokens]:
+        span, device = self.frames_per_group, self.device
+        whole = [frames + [frames[-1]] * (-len(frames) % span) for frames, _ in blocks]
+        flat, grid = self.patches([frame for frames in whole for frame in frames])
+        shape = tuple(grid[0].tolist())
         grid = grid.to(device)
         layout = self._layouts.get(shape)
         if layout is None:
@@ -134,18 +140,27 @@ class Qwen2VL(DecoderFamily):
             self._layouts = {**dict(list(self._layouts.items())[1 - _LAYOUTS :]), shape: layout}
         with torch.inference_mode():
             out = self.model.model.visual(flat.to(device, self.vision_dtype), grid_thw=grid, **layout)
-        groups, high, wide = shape
+        # Frames see only themselves in the tower, so those of several streams can stand behind one another.
+        _, high, wide = shape
         rows, cols = high // self.merge, wide // self.merge
-        grid_position = np.empty((groups, rows, cols, 2), dtype=np.int16)
-        grid_position[..., 0], grid_position[..., 1] = np.arange(rows)[:, None], np.arange(cols)
-        times = np.array(times_us[:: self.frames_per_group], dtype=np.int64)
-        return Tokens(
-            embeds=out.pooler_output.to(self.geometry.dtype, copy=True),  # the copies are ordinary tensors
-            grid_position=torch.from_numpy(grid_position.reshape(-1, 2)),
-            time_us=torch.from_numpy(times.repeat(rows * cols)),
-            visual=torch.ones(groups * rows * cols, dtype=torch.bool),
-            deepstack=tuple(layer.clone() for layer in getattr(out, "deepstack_features", None) or ()),
-        )
+        sizes = [len(frames) // span * rows * cols for frames in whole]
+        deepstack = [layer.split(sizes) for layer in getattr(out, "deepstack_features", None) or ()]
+        several = []
+        for index, (embeds, (_, times_us)) in enumerate(zip(out.pooler_output.split(sizes), blocks, strict=True)):
+            groups = sizes[index] // (rows * cols)
+            grid_position = np.empty((groups, rows, cols, 2), dtype=np.int16)
+            grid_position[..., 0], grid_position[..., 1] = np.arange(rows)[:, None], np.arange(cols)
+            times = np.array(times_us[::span], dtype=np.int64)
+            several.append(
+                Tokens(
+                    embeds=embeds.to(self.geometry.dtype, copy=True),  # the copies are ordinary tensors
+                    grid_position=torch.from_numpy(grid_position.reshape(-1, 2)),
+                    time_us=torch.from_numpy(times.repeat(rows * cols)),
+                    visual=torch.ones(sizes[index], dtype=torch.bool),
+                    deepstack=tuple(layer[index].clone() for layer in deepstack),
+                )
+            )
+        return several
 
     # --- positions ----------------------------------------------------------------------------------------------
 

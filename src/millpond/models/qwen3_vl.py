@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -83,11 +84,14 @@ class Qwen3VL(Qwen2VL):
     def reopening(self) -> list[int]:
         return super().reopening()[:-1]
 
-    @torch.no_grad()
-    def encode(self, frames: list[np.ndarray], times_us: list[int]) -> Tokens:
-        seen = super().encode(frames, times_us)
+    def encode_several(self, blocks: Sequence[tuple[list[np.ndarray], list[int]]]) -> list[Tokens]:
+        seen = super().encode_several(blocks)
+        return [self._tagged(each, times_us) for each, (_, times_us) in zip(seen, blocks, strict=True)]
+
+    def _tagged(self, seen: Tokens, times_us: list[int]) -> Tokens:
+        """Every group of frames behind its timestamp and between its tags."""
         span = self.frames_per_group
-        groups = -(-len(frames) // span)
+        groups = -(-len(times_us) // span)
         size = len(seen) // groups
         parts: list[Tokens] = []
         for group in range(groups):

@@ -107,19 +107,53 @@ def layers_of_different_lengths(decoder: Any) -> Iterator[None]:
     Raises:
         ModelError: the attention implementation is none of "sdpa", "eager" and flash attention.
     """
-    implementation = decoder.config._attn_implementation
-    # Flash attention aligns to the lower right by itself.
-    if not implementation.startswith(("millpond_", "flash_attention")):
-        if implementation not in ("sdpa", "eager"):
-            raise ModelError(
-                f"layer budgets need attn_implementation 'sdpa', 'eager' or 'flash_attention_2', not {implementation!r}"
-            )
-        decoder.set_attn_implementation(_registered(implementation))
+    if not decoder.config._attn_implementation.startswith(
+        "flash_attention"
+    ):  # which aligns to the lower right by itself
+        _attend_by_ours(decoder)
     token = _own_lengths.set(True)
     try:
         yield
     finally:
         _own_lengths.reset(token)
+
+
+# --- attention by whoever runs the forward -------------------------------------------------------------------------
+
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""Called, behind the cache's `update`, with rotated queries [B, heads, n, D], with the keys and values that the cache gave, and with the
+scaling; returns what the queries gather, [B, n, heads, D]."""
+
+_attend: ContextVar[Attend | None] = ContextVar("millpond_attend", default=None)
+
+
+def attends_by_sdpa(decoder: Any) -> bool:
+    """Whether a decoder's attention is torch's `scaled_dot_product_attention`."""
+    implementation: str = decoder.config._attn_implementation
+    return implementation.removeprefix("millpond_") == "sdpa"
+
+
+@contextmanager
+def attention_by(decoder: Any, attend: Attend) -> Iterator[None]:
+    """Within it, `attend` stands in for the attention of this thread's forwards of `decoder`; the same door, and the same rule for others'
+    use of the model, as for `layers_of_different_lengths`."""
+    _attend_by_ours(decoder)
+    token = _attend.set(attend)
+    try:
+        yield
+    finally:
+        _attend.reset(token)
+
+
+def _attend_by_ours(decoder: Any) -> None:
+    implementation = decoder.config._attn_implementation
+    if implementation.startswith("millpond_"):
+        return
+    if implementation not in ("sdpa", "eager"):
+        raise ModelError(
+            f"layer budgets need attn_implementation 'sdpa', 'eager' or 'flash_attention_2', not {implementation!r}"
+        )
+    decoder.set_attn_implementation(_registered(implementation))
 
 
 @cache
@@ -135,14 +169,16 @@ def _by_own_length(attend: Callable[..., Any], additive: bool) -> Callable[..., 
     def attend_by_own_length(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
+        if (own := _attend.get()) is not None:
+            return own(query, key, value, kwargs["scaling"]), None
         if _own_lengths.get():
-            attention_mask = _causal(query, key.shape[2], additive)
+            attention_mask = lower_right_mask(query, key.shape[2], additive)
         return attend(module, query, key, value, attention_mask, **kwargs)
 
     return attend_by_own_length
 
 
-def _causal(query: Tensor, keys: int, additive: bool) -> Tensor | None:
+def lower_right_mask(query: Tensor, keys: int, additive: bool = False) -> Tensor | None:
     """The lower-right causal mask of queries [1, heads, n, D] that are the last n of `keys` tokens: [1, 1, n, keys].
 
     None for a single query, which sees everything.
