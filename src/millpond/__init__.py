@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from millpond.cache import PondCache
     from millpond.cache.plan import Plan
     from millpond.config import SessionConfig
+    from millpond.engine import Engine
     from millpond.memory.budget import Budget
     from millpond.session import Session
 
@@ -25,6 +26,7 @@ __all__ = [
     "Answer",
     "Budget",
     "BudgetError",
+    "Engine",
     "LayerMemory",
     "MillpondError",
     "ModelError",
@@ -43,6 +45,7 @@ __all__ = [
 _LATER = {
     "Answer": "millpond.answer",
     "Budget": "millpond.memory.budget",
+    "Engine": "millpond.engine",
     "LayerMemory": "millpond.answer",
     "Plan": "millpond.cache.plan",
     "PondCache": "millpond.cache",

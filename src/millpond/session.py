@@ -281,6 +281,11 @@ class Session:
         with self._changing():  # before the first frame this makes the memory
             return Usage(**self._runner.usage(), **self._ingest.usage())
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes held at this instant, by the ledger, and in host memory; waits for nobody, and makes nothing."""
+        return self._runner.held_bytes
+
     def memory(self) -> tuple[LayerMemory, ...]:
         """What is remembered: time and grid position of every kept token, per layer and head; while an answer is streamed, its turn's too."""
         with self._changing():

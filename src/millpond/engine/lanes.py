@@ -1,32 +1,30 @@
-"""Jobs of many sessions on one pool of threads: those of a session one behind the other, those of different ones side by side.
+"""What is done with one session, in order; with many of them, side by side. Knows neither sessions nor models.
 
-Knows neither sessions nor models.
+Most of it is done by whoever asks for it, in a thread of its own, once its turn has come (`turn`). What was only left here to be done
+(`put`) is done by a pool of threads.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from millpond.errors import MillpondError
 
 
 class Job:
-    """Something to do in its turn.
+    """Something that is done in its turn.
 
     Args:
-        run: does it. long: it answers a question: of these only so many run at once that threads stay free for what is short.
-
-    Attributes:
-        outcome: what `run` gives, once it has. Cancelled before its turn, it is passed over.
+        run: does it, in a thread of the pool, and raises nothing; None: whoever waits for its turn does it itself.
     """
 
-    def __init__(self, run: Callable[[], Any], *, long: bool = False) -> None:
-        self.run, self.long = run, long
-        self.outcome: Future[Any] = Future()
+    def __init__(self, run: Callable[[], Any] | None = None) -> None:
+        self.run = run
+        self.called = threading.Event()  # its turn has come, or will not come any more
 
 
 class Lane:
@@ -34,107 +32,117 @@ class Lane:
 
     def __init__(self) -> None:
         self.jobs: deque[Job] = deque()
-        self.running = False
+        self.current: Job | None = None
 
 
 class Pool:
-    """Threads that do the jobs of all lanes, first come first served; begun when they are needed.
+    """Threads that do what was left to be done, first come first served; begun when they are needed.
 
     Args:
         threads: most of them. idle: called by a thread behind each job.
+
+    Attributes:
+        lock: held while a lane is changed; notified whenever one was.
     """
 
     def __init__(self, threads: int, idle: Callable[[], None]) -> None:
         self._most, self._idle = threads, idle
-        self._most_long = max(1, threads * 3 // 4)
-        self.lock = threading.Condition(threading.Lock())
+        lock = threading.Lock()
+        self.lock, self._work = threading.Condition(lock), threading.Condition(lock)
         self._ready: deque[Lane] = deque()
+        self._waiting: set[Job] = set()  # whose threads wait for their turn
         self._threads: list[threading.Thread] = []
-        self._free = self._long = 0
+        self._free = 0
         self._closed = False
 
     def put(self, lane: Lane, job: Job) -> None:
-        """Line a job up.
+        """Line a job up, for who holds the lock.
 
         Raises:
             MillpondError: the pool is closed.
         """
-        with self.lock:
-            self.put_locked(lane, job)
-
-    def put_locked(self, lane: Lane, job: Job) -> None:
-        """The same for who holds the lock."""
         if self._closed:
             raise MillpondError("the engine is closed")
         lane.jobs.append(job)
-        if not lane.running and len(lane.jobs) == 1:
-            self._line_up(lane)
+        self._go_on(lane)
+
+    def drop(self, lane: Lane, job: Job) -> None:
+        """Take a job that has not begun out of its lane, for who holds the lock."""
+        lane.jobs.remove(job)
+
+    @contextmanager
+    def turn(self, lane: Lane, waiting: Callable[[], None] | None = None) -> Iterator[Callable[[], None]]:
+        """Wait for this thread's turn in a lane, and have it within a `with` block, or until what it gives is called.
+
+        Args:
+            waiting: called once it has its place.
+        """
+        job = Job()
+        try:
+            with self.lock:
+                self._waiting.add(job)
+                self.put(lane, job)
+            if waiting is not None:
+                waiting()
+            job.called.wait()
+            if lane.current is not job:
+                raise MillpondError("the engine was closed meanwhile")
+            yield lambda: self._end(lane, job)
+        finally:
+            self._end(lane, job)
 
     def close(self) -> None:
-        """End all threads, behind the jobs that run; jobs that wait are cancelled."""
+        """End all threads, behind the jobs that run; what waits is not done any more."""
         with self.lock:
             self._closed = True
-            for lane in self._ready:
-                self._drop(lane)
             self._ready.clear()
+            for job in self._waiting:
+                job.called.set()
             self.lock.notify_all()
+            self._work.notify_all()
         for thread in self._threads:
-            thread.join()
+            if thread is not threading.current_thread():  # where an engine is collected
+                thread.join()
         self._threads.clear()
 
-    def _drop(self, lane: Lane) -> None:
-        for job in lane.jobs:
-            job.outcome.cancel()
-        lane.jobs.clear()
+    def _end(self, lane: Lane, job: Job) -> None:
+        """A job has ended, or is given up before its turn."""
+        with self.lock:
+            self._waiting.discard(job)
+            if lane.current is job:
+                lane.current = None
+                self._go_on(lane)
+            elif job in lane.jobs:
+                lane.jobs.remove(job)
 
-    def _line_up(self, lane: Lane) -> None:
+    def _go_on(self, lane: Lane) -> None:
+        if lane.current is not None or not lane.jobs or self._closed:
+            return
+        job = lane.current = lane.jobs.popleft()
+        if job.run is None:
+            job.called.set()
+            return
         self._ready.append(lane)
-        if self._free:
-            self.lock.notify()
+        if len(self._ready) <= self._free:
+            self._work.notify()
         elif len(self._threads) < self._most:
-            thread = threading.Thread(target=self._work, name="millpond-engine", daemon=True)
+            thread = threading.Thread(target=self._run, name="millpond-engine", daemon=True)
             self._threads.append(thread)
             thread.start()
 
-    def _take(self) -> tuple[Lane, Job] | None:
-        """The next job, when there is one; None at the end."""
-        while not self._closed:
-            for index, lane in enumerate(self._ready):
-                if not lane.jobs[0].long or self._long < self._most_long:
-                    del self._ready[index]
-                    lane.running = True
-                    job = lane.jobs.popleft()
-                    self._long += job.long
-                    return lane, job
-            self._free += 1
-            self.lock.wait()
-            self._free -= 1
-        return None
-
-    def _work(self) -> None:
+    def _run(self) -> None:
         while True:
             with self.lock:
-                taken = self._take()
-            if taken is None:
-                return
-            lane, job = taken
-            if job.outcome.set_running_or_notify_cancel():
-                try:
-                    result = job.run()
-                except BaseException as error:
-                    job.outcome.set_exception(error)
-                    del error
-                else:
-                    job.outcome.set_result(result)
-                    del result
-            self._idle()
-            with self.lock:
-                lane.running = False
-                self._long -= job.long
+                self._free += 1
+                self._work.wait_for(lambda: self._ready or self._closed)
+                self._free -= 1
                 if self._closed:
-                    self._drop(lane)
-                elif lane.jobs:
-                    self._line_up(lane)
-                if job.long:
-                    self.lock.notify()  # one that had to wait for its like
-            del taken, lane, job
+                    return
+                lane = self._ready.popleft()
+                job = lane.current
+                assert job is not None
+                assert job.run is not None
+            job.run()
+            self._idle()
+            self._end(lane, job)
+            del lane, job

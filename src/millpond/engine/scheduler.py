@@ -121,7 +121,8 @@ class Scheduler:
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join()
+        if self._thread is not threading.current_thread():  # where an engine is collected
+            self._thread.join()
 
     def _ask(self, wanted: _Wanted) -> Any:
         with self._changed:
@@ -195,7 +196,7 @@ class Scheduler:
         for wanted in batch:
             self._waiting.remove(wanted)
         for wanted in self._waiting:
-            wanted.stood_back += 1
+            wanted.stood_back += asked
         return batch
 
     def _serve(self, batch: Sequence[_Wanted]) -> Sequence[Any]:

@@ -1,0 +1,203 @@
+"""One session of an engine, as its user holds it: what a `millpond.Session` has, in order, whether it is in memory or in its file."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from millpond import frames
+from millpond.answer import Answer, LayerMemory, Usage
+from millpond.engine.lanes import Lane
+from millpond.engine.residency import Resident
+from millpond.engine.scheduler import asking
+from millpond.errors import MillpondError, SourceError
+from millpond.frames import Frame
+from millpond.memory.budget import Budget
+
+if TYPE_CHECKING:
+    from millpond.engine.engine import Engine
+
+
+@dataclass(frozen=True)
+class Status:
+    """How one session of an engine stands.
+
+    Attributes:
+        name: of the session. in_memory: False while it is hibernated.
+        bytes: that it holds of the engine's; 0 while it is hibernated. hibernations: how often it was.
+        frames_waiting: offered and not yet taken. frames_dropped: offered and dropped, for want of room.
+        faults: offered frames that could not be taken; what had been seen stays. last_fault: what the latest of them said.
+    """
+
+    name: str
+    in_memory: bool
+    bytes: int
+    hibernations: int
+    frames_waiting: int
+    frames_dropped: int
+    faults: int
+    last_fault: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same names as plain values."""
+        return asdict(self)
+
+
+class EngineSession:
+    """A session of an engine, from `Engine.open`. Any thread may use it.
+
+    What it is asked to do is done in that order: a question sees every frame that was given before it. What goes wrong in one session is
+    told to whoever asked for it, and harms no other.
+    """
+
+    def __init__(self, engine: Engine, resident: Resident) -> None:
+        self._engine, self._resident = engine, resident
+        self._lane = Lane()
+        self._queue = engine._backlog.open(self._lane)
+        self._faults, self._fault = 0, ""
+
+    @property
+    def name(self) -> str:
+        """What it is called in its engine."""
+        return self._resident.name
+
+    # --- watching -----------------------------------------------------------------------------------------------
+
+    def feed(self, source: Frame | Iterable[Any]) -> int:
+        """Take in one frame, a list of frames, or everything a source gives, in this thread; see `millpond.Session.feed`.
+
+        A slow source holds up this call only. Until it ends the session stays in memory.
+
+        Raises:
+            BudgetError: as for a `Session`; or it is hibernated, and no room came free in time.
+            SourceError, ModelError: as for a `Session`. MillpondError: it was closed.
+        """
+        residency, resident = self._engine._residency, self._resident
+        with self._turn():
+            session = residency.enter(resident)
+        given = source
+        if not isinstance(source, Frame) and not hasattr(source, "dropped"):
+            given = frames.open(source)
+        try:
+            if isinstance(given, frames.Source):
+                residency.watch(resident, given)
+            return session.feed(given)
+        finally:
+            del session
+            if isinstance(given, frames.Source):
+                residency.unwatch(resident, given)
+                if given is not source:
+                    given.close()
+            residency.leave(resident)
+            self._engine._scheduler.leave()
+
+    def offer(self, frame: Frame, *, wait: float = 0.0) -> bool:
+        """Leave a frame to be taken in by the engine's threads, and return at once; its pixels are copied.
+
+        Where as many wait as may (`Engine`'s `queue_frames` and `queue_memory`), the oldest of them are dropped, and counted.
+
+        Args:
+            wait: seconds to wait for room before that.
+
+        Returns:
+            Whether it was queued without dropping any.
+
+        Raises:
+            SourceError: it is no frame. BudgetError: it is larger than all that may wait. MillpondError: the session is closed.
+        """
+        if not isinstance(frame, Frame):
+            raise SourceError(f"offer a millpond.frames.Frame, not {type(frame).__name__}")
+        return self._engine._backlog.put(self._queue, frame, self._take, wait)
+
+    def _take(self, frame: Frame) -> None:
+        """Take an offered frame in; what goes wrong is counted, for the one who offered it has gone."""
+        try:
+            with self._engine._residency.used(self._resident) as session:
+                session.feed(frame)
+        except Exception as error:
+            self._faults, self._fault = self._faults + 1, str(error)
+
+    # --- asking -------------------------------------------------------------------------------------------------
+
+    def ask(
+        self, question: str, *, max_new_tokens: int = 128, remember: bool = False, timeout: float | None = None
+    ) -> Answer:
+        """Answer a question about the stream so far, in this thread; see `millpond.Session.ask`.
+
+        Args:
+            timeout: seconds in which the answer must be complete, waiting for its turn included.
+
+        Raises:
+            MillpondError: the answer took longer; the stream is as it was before. Or the session was closed.
+            BudgetError, ModelError: as for a `Session`; or it is hibernated, and no room came free in time.
+        """
+        with self._turn(), self._engine._residency.used(self._resident) as session, asking():
+            return session.ask(question, max_new_tokens=max_new_tokens, remember=remember)
+
+    # --- the session itself -------------------------------------------------------------------------------------
+
+    def fork(self, name: str) -> EngineSession:
+        """A second session on a copy of the memory, with as many bytes.
+
+        Raises:
+            BudgetError: there is no room. MillpondError: there is a session of that name.
+        """
+        with self._turn():
+            return self._engine._fork(self._resident, name)
+
+    def resize(self, budget: str | int) -> None:
+        """Change the most bytes that it takes of the engine's, and has now; others make room as for an arrival.
+
+        Raises:
+            BudgetError: there is no room for more; or less than what works. Nothing changes.
+        """
+        with self._turn():
+            self._engine._residency.resize(self._resident, int(Budget(budget)))
+
+    def hibernate(self) -> None:
+        """Write it to its file and give its bytes back; the next frame or question brings it back.
+
+        Raises:
+            SnapshotError: it cannot be written; it stays in memory.
+        """
+        with self._turn():
+            self._engine._residency.hibernate(self._resident)
+
+    def close(self) -> None:
+        """End it: frames that wait are dropped, what has begun is done, its bytes and its file go. A second call does nothing."""
+        self._engine._backlog.close(self._queue)
+        self._engine._residency.close(self._resident)
+        self._engine._removed(self)
+
+    # --- looking in ---------------------------------------------------------------------------------------------
+
+    @property
+    def usage(self) -> Usage:
+        """Bytes, tokens, frames and seconds so far; of a hibernated one, as it went to its file."""
+        return self._engine._residency.usage(self._resident)
+
+    @property
+    def status(self) -> Status:
+        """How it stands in its engine."""
+        resident = self._resident
+        return Status(
+            name=resident.name,
+            in_memory=resident.session is not None,
+            bytes=self._engine._residency.grants.of(resident.name),
+            hibernations=resident.hibernations,
+            frames_waiting=len(self._queue.frames),
+            frames_dropped=self._queue.dropped,
+            faults=self._faults,
+            last_fault=self._fault,
+        )
+
+    def memory(self) -> tuple[LayerMemory, ...]:
+        """What is remembered, as for a `Session`."""
+        with self._turn(), self._engine._residency.used(self._resident) as session:
+            return session.memory()
+
+    def _turn(self, waiting: Callable[[], None] | None = None) -> AbstractContextManager[Callable[[], None]]:
+        return self._engine._pool.turn(self._lane, waiting)

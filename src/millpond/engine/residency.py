@@ -1,0 +1,449 @@
+"""Who is in memory, with how many bytes: arrivals, shrinking, hibernation and waking. The sum never passes the engine's bytes.
+
+A session that is in use is never hibernated, and may be shrunk between two of its frames or answers. Arrivals and wakings are made one
+at a time; sessions that are in memory go on meanwhile.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from time import monotonic
+
+from millpond.answer import Usage
+from millpond.config import SessionConfig
+from millpond.engine.shares import Claim, Grants, Share, share_out
+from millpond.errors import BudgetError, MillpondError, SnapshotError
+from millpond.frames import Source
+from millpond.memory.budget import format_bytes
+from millpond.models.base import Family
+from millpond.session import Session
+
+_WORTH_GROWING = 8  # a share of this much more is taken; less is not worth a move of the memory
+
+
+class Resident:
+    """One session of an engine, in memory or in its file.
+
+    Args:
+        name, weight: of the session. config: as asked for, with the budget that it takes at most; None: as much as it gets.
+        least: bytes that its budget is never shrunk below. path: of its file.
+
+    Attributes:
+        session: None while it is hibernated. users: threads that are at it. moving: it is on its way to its file.
+        last_used: when, as a running number. usage: as it was hibernated.
+        hibernations: how often.
+    """
+
+    def __init__(self, name: str, config: SessionConfig, weight: float, least: int, path: Path) -> None:
+        self.name, self.config, self.weight, self.least, self.path = name, config, weight, least, path
+        self.session: Session | None = None
+        self.users, self.moving, self.closed = 0, False, False
+        self.last_used = self.hibernations = 0
+        self.usage: Usage | None = None
+        self.asleep_bytes = 0  # that it had, and needs to wake up
+        self.sources: set[Source] = set()  # that threads are feeding it
+        self.sizing = threading.Lock()  # while its budget changes
+        own_file = config.host_path is not None
+        self.beside = 0 if own_file or config.host_budget is None else config.host_budget
+
+    @property
+    def most(self) -> int | None:
+        """Bytes that it takes at most, host memory included."""
+        return None if self.config.budget is None else self.config.budget + self.beside
+
+
+class Residency:
+    """The sessions of an engine and their bytes.
+
+    Args:
+        family: that they run on. total: bytes. share: how they are split.
+        patience: seconds that an arrival or a waking waits for sessions that are in use.
+
+    Attributes:
+        grants: bytes by session. wakings: how often a session came back from its file.
+    """
+
+    def __init__(self, family: Family, total: int, share: Share, patience: float) -> None:
+        self._family, self._share, self._patience = family, share, patience
+        self.grants = Grants(total)
+        self.residents: dict[str, Resident] = {}
+        self.wakings = 0
+        self._state = threading.Condition(threading.RLock())  # held for moments
+        self._arriving = threading.Lock()  # held while room is made and taken
+        self._uses = itertools.count(1)
+
+    # --- coming and going ---------------------------------------------------------------------------------------
+
+    def open(self, resident: Resident, make: Callable[[int], Session]) -> None:
+        """Make room for a new session, and make it with the budget that it gets.
+
+        Raises:
+            BudgetError: there is no room; names the least that it needs, and what is free. Nobody was harmed.
+            MillpondError: there is a session of that name.
+        """
+        with self._arriving:
+            self._check_new(resident)
+            self._move_in(resident, self._claim(resident, arriving=True), make)
+            self._register(resident)
+
+    def fork(self, resident: Resident, other: Resident) -> None:
+        """A new session on a copy of one's memory, with as many bytes as that one has.
+
+        Raises:
+            BudgetError, MillpondError: as for `open`.
+        """
+        with self._used_by_arrival(resident) as session, resident.sizing:
+            self._check_new(other)
+            size = self.grants.of(resident.name)
+            claim = Claim(other.name, other.weight, size, size)
+            self._move_in(other, claim, lambda _: session.fork(), unchanged=resident)
+            self._register(other)
+
+    def _check_new(self, resident: Resident) -> None:
+        with self._state:
+            if resident.name in self.residents:
+                raise MillpondError(f"there is a session {resident.name!r} already")
+
+    def _register(self, resident: Resident) -> None:
+        with self._state:
+            resident.last_used = next(self._uses)
+            self.residents[resident.name] = resident
+
+    def close(self, resident: Resident) -> None:
+        """Let go of a session and its file, behind whoever is at it; sources that are being fed to it are closed."""
+        with self._state:
+            if self.residents.get(resident.name) is not resident:
+                return
+            resident.closed = True
+            sources = list(resident.sources)
+        for source in sources:
+            source.close()
+        with self._state:
+            self._state.wait_for(lambda: not resident.users and not resident.moving)
+            resident.session = None
+            self.grants.set(resident.name, 0)
+            self.residents.pop(resident.name, None)
+            self._state.notify_all()
+        with suppress(OSError):
+            resident.path.unlink()
+
+    # --- use ----------------------------------------------------------------------------------------------------
+
+    def enter(self, resident: Resident) -> Session:
+        """Begin to use a session, which is woken up if need be; until `leave` it stays in memory.
+
+        Raises:
+            BudgetError: no room came free in time. SnapshotError: its file cannot be read.
+            MillpondError: it was closed.
+        """
+        session = self._in_memory(resident)
+        if session is None:
+            with self._arriving:
+                session = self._in_memory(resident) or self._wake(resident)
+        try:
+            if self._share != "fixed":
+                self._grow(resident, session)
+        except BaseException:
+            self.leave(resident)
+            raise
+        return session
+
+    def leave(self, resident: Resident) -> None:
+        """End what `enter` began."""
+        with self._state:
+            resident.last_used = next(self._uses)
+            self._let_go(resident)
+
+    def _let_go(self, resident: Resident) -> None:
+        with self._state:
+            resident.users -= 1
+            self._state.notify_all()
+
+    @contextmanager
+    def used(self, resident: Resident) -> Iterator[Session]:
+        """`enter` and `leave`."""
+        session = self.enter(resident)
+        try:
+            yield session
+        finally:
+            del session
+            self.leave(resident)
+
+    @contextmanager
+    def _used_by_arrival(self, resident: Resident) -> Iterator[Session]:
+        """`used`, for what takes room itself: nobody else arrives meanwhile."""
+        with self._arriving:
+            session = self._in_memory(resident) or self._wake(resident)
+            try:
+                yield session
+            finally:
+                del session
+                self.leave(resident)
+
+    def _in_memory(self, resident: Resident) -> Session | None:
+        """The session, in use from now on, if it is in memory."""
+        with self._state:
+            self._state.wait_for(lambda: not resident.moving)
+            if resident.closed:
+                raise MillpondError(f"the session {resident.name!r} is closed")
+            if resident.session is not None:
+                resident.users += 1
+            return resident.session
+
+    def watch(self, resident: Resident, source: Source) -> None:
+        """A source is being fed to a session from now on, which closes it when it is closed itself."""
+        with self._state:
+            resident.sources.add(source)
+            closed = resident.closed
+        if closed:
+            source.close()
+
+    def unwatch(self, resident: Resident, source: Source) -> None:
+        """Not any more."""
+        with self._state:
+            resident.sources.discard(source)
+
+    def usage(self, resident: Resident) -> Usage:
+        """Of a session in memory; of a hibernated one, as it went to its file.
+
+        Raises:
+            MillpondError: it was closed.
+        """
+        session = self._in_memory(resident)
+        if session is None:
+            assert resident.usage is not None
+            return resident.usage
+        try:
+            return session.usage
+        finally:
+            del session
+            self._let_go(resident)
+
+    @property
+    def held_bytes(self) -> int:
+        """What all sessions hold at this instant, by their ledgers."""
+        sessions = [one.session for one in list(self.residents.values())]
+        return sum(session.held_bytes for session in sessions if session is not None)
+
+    def clear(self) -> None:
+        """Let go of all of them."""
+        self.residents.clear()
+
+    # --- the budget of one --------------------------------------------------------------------------------------
+
+    def resize(self, resident: Resident, budget: int) -> None:
+        """Change the most that a session takes, and what it has now.
+
+        Raises:
+            BudgetError: no room for more, or less than what works; nothing changes.
+        """
+        with self._used_by_arrival(resident) as session, resident.sizing:
+            before = self.grants.of(resident.name)
+            size = budget + resident.beside
+            if size > before:
+                self._make_room(replace(self._claim(resident), least=size, most=size), resident)
+            try:
+                session.resize(budget)
+            except BaseException:
+                self._grant(resident, before)
+                raise
+            self._grant(resident, size)
+            resident.config = replace(resident.config, budget=budget)
+            resident.least = min(resident.least, budget)
+
+    def _grow(self, resident: Resident, session: Session) -> None:
+        """Take what has come free of a session's share, if that is worth it."""
+        if not resident.sizing.acquire(blocking=False):
+            return
+        try:
+            with self._state:
+                have = self.grants.of(resident.name)
+                try:
+                    target = share_out(self.grants.total, [self._claim(one) for one in self._here()])[resident.name]
+                except BudgetError:
+                    return
+                size = min(target, have + self.grants.free)
+                if size < have + have // _WORTH_GROWING:
+                    return
+                self.grants.set(resident.name, size)
+            try:
+                session.resize(size - resident.beside)
+            except BudgetError:  # the machine has no more, or the step is too small to be made
+                self._grant(resident, have)
+            except BaseException:
+                self._grant(resident, have)
+                raise
+        finally:
+            resident.sizing.release()
+
+    def _grant(self, resident: Resident, size: int) -> None:
+        with self._state:
+            self.grants.set(resident.name, size)
+            self._state.notify_all()
+
+    # --- making room --------------------------------------------------------------------------------------------
+
+    def _here(self) -> list[Resident]:
+        return [one for one in self.residents.values() if self.grants.of(one.name)]
+
+    def _claim(self, resident: Resident, *, arriving: bool = False) -> Claim:
+        """What a session asks of the whole."""
+        have = self.grants.of(resident.name)
+        if self._share == "fixed":
+            size = resident.most if arriving else have
+            assert size is not None
+            return Claim(resident.name, 1.0, size, size)
+        weight = 1.0 if self._share == "equal" else resident.weight
+        least = resident.least + resident.beside
+        return Claim(resident.name, weight, least if arriving else min(least, have), resident.most)
+
+    def _move_in(
+        self, resident: Resident, claim: Claim, make: Callable[[int], Session], unchanged: Resident | None = None
+    ) -> None:
+        size = self._make_room(claim, resident, unchanged)
+        try:
+            session = make(size - resident.beside)
+        except BaseException:
+            self._grant(resident, 0)
+            raise
+        with self._state:
+            resident.session = session
+
+    def _wake(self, resident: Resident) -> Session:
+        """Back from its file, with the budget that it had; in use from now on."""
+        config, size = resident.config, resident.asleep_bytes
+        with self._state:
+            resident.users += 1  # nobody may hibernate it as soon as it is there
+        try:
+            self._move_in(
+                resident,
+                Claim(resident.name, 1.0, size, size),
+                lambda _: Session.load(
+                    resident.path,
+                    self._family,
+                    host_path=config.host_path,
+                    policy=config.policy,
+                    admission=config.admission,
+                ),
+            )
+        except BaseException:
+            self.leave(resident)
+            raise
+        self.wakings += 1
+        assert resident.session is not None
+        return resident.session
+
+    def _make_room(self, claim: Claim, arriving: Resident, unchanged: Resident | None = None) -> int:
+        """Shrink others and hibernate idle ones until a claim fits; it is granted then. Returns the bytes.
+
+        Raises:
+            BudgetError: it does not fit, by name.
+        """
+        deadline = monotonic() + self._patience
+        stuck: dict[str, MillpondError] = {}  # those that could not go to their file
+        floors: dict[str, int] = {}  # bytes below which a session turned out not to go
+        if unchanged is not None:
+            floors[unchanged.name] = self.grants.of(unchanged.name)
+        while True:
+            with self._state:
+                others = [one for one in self._here() if one is not arriving]
+                claims = [
+                    replace(one, least=max(one.least, floors.get(one.name, 0))) for one in map(self._claim, others)
+                ]
+                try:
+                    targets = share_out(self.grants.total, [*claims, claim])
+                except BudgetError:
+                    targets = {}
+                if targets:
+                    size = targets[claim.name]
+                    if size - self.grants.of(claim.name) <= self.grants.free:
+                        self.grants.set(claim.name, size)
+                        return size
+                    larger = [one for one in others if self.grants.of(one.name) > targets[one.name]]
+                    victim = min(larger, key=lambda one: (one.users, one.last_used))
+                    victim.users += 1
+                else:
+                    idle = [one for one in others if self._may_sleep(one) and one.name not in stuck]
+                    if not idle:
+                        busy = [one for one in others if one.users or one.moving]
+                        if not busy or not self._state.wait(max(0.0, deadline - monotonic())):
+                            raise self._refusal(claim, claims, stuck.values())
+                        continue
+                    victim = min(idle, key=lambda one: one.last_used)
+                    victim.moving = True
+            if targets:
+                floors[victim.name] = self._shrink(victim, targets[victim.name])
+            else:
+                try:
+                    self._sleep(victim)
+                except MillpondError as error:
+                    stuck[victim.name] = error
+
+    @staticmethod
+    def _may_sleep(resident: Resident) -> bool:
+        return resident.session is not None and not resident.users and not resident.moving and not resident.closed
+
+    def _shrink(self, resident: Resident, size: int) -> int:
+        """Shrink a session, which is in use for that. Returns the bytes below which it does not go."""
+        assert resident.session is not None
+        try:
+            with resident.sizing:
+                have = self.grants.of(resident.name)
+                try:
+                    resident.session.resize(size - resident.beside)
+                except BudgetError as error:
+                    least = have if error.minimum is None else error.minimum + resident.beside
+                    return least if size < least <= have else have
+                self._grant(resident, size)
+                return 0
+        finally:
+            self._let_go(resident)
+
+    def _refusal(self, claim: Claim, claims: Iterable[Claim], stuck: Iterable[MillpondError]) -> BudgetError:
+        free, total = self.grants.free, self.grants.total
+        others = sum(one.least for one in claims)
+        why = "".join(f"; {error}" for error in stuck)
+        return BudgetError(
+            f"no room for the session {claim.name!r}: it needs at least {format_bytes(claim.least)} ({claim.least} bytes), and of "
+            f"{format_bytes(total)} {format_bytes(free)} are free; the other sessions that are in memory cannot go below "
+            f"{format_bytes(others)} in all: close one, or open them with a smaller budget or least{why}",
+            minimum=claim.least,
+        )
+
+    # --- hibernation --------------------------------------------------------------------------------------------
+
+    def hibernate(self, resident: Resident) -> None:
+        """Write a session to its file and let go of its memory, behind whoever is at it; one that is there already stays.
+
+        Raises:
+            SnapshotError: it cannot be written; it stays in memory.
+        """
+        with self._state:
+            self._state.wait_for(lambda: not resident.users and not resident.moving)
+            if resident.session is None:
+                return
+            resident.moving = True
+        self._sleep(resident)
+
+    def _sleep(self, resident: Resident) -> None:
+        """Save, then let go, then the bytes are free. The session is `moving`."""
+        assert resident.session is not None
+        try:
+            resident.session.save(resident.path)
+            usage = resident.session.usage
+            with self._state:
+                resident.session, resident.usage = None, usage
+                resident.asleep_bytes = self.grants.of(resident.name)
+                resident.hibernations += 1
+                self.grants.set(resident.name, 0)
+        except OSError as error:
+            raise SnapshotError(f"the session {resident.name!r} cannot be hibernated: {error}") from error
+        finally:
+            with self._state:
+                resident.moving = False
+                self._state.notify_all()
