@@ -12,7 +12,6 @@ from millpond import frames
 from millpond.answer import Answer, LayerMemory, Usage
 from millpond.engine.lanes import Lane
 from millpond.engine.residency import Resident
-from millpond.engine.scheduler import asking
 from millpond.errors import MillpondError, SourceError
 from millpond.frames import Frame
 from millpond.memory.budget import Budget
@@ -134,7 +133,7 @@ class EngineSession:
             MillpondError: the answer took longer; the stream is as it was before. Or the session was closed.
             BudgetError, ModelError: as for a `Session`; or it is hibernated, and no room came free in time.
         """
-        with self._turn(), self._engine._residency.used(self._resident) as session, asking():
+        with self._turn(), self._engine._residency.used(self._resident) as session, self._engine._scheduler.asking():
             return session.ask(question, max_new_tokens=max_new_tokens, remember=remember)
 
     # --- the session itself -------------------------------------------------------------------------------------

@@ -7,11 +7,11 @@ that could join it is waiting, or has been waited for long enough. Knows request
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from time import perf_counter
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,23 +24,12 @@ from millpond.models.batching import Request, encode_batch, forward_batch, logit
 FORWARD_TOKENS = 2048
 """Most tokens of one pass: more would make questions wait longer than their tokens gain."""
 _STAND_BACK = 2
-# Threads that were served are waited for at most this long, or half the time that the last pass took.
-_PATIENCE_SECONDS, _PATIENCE_SHARE = 0.001, 0.5
+# Threads that were served are waited for at most this long, or as long as the last pass took.
+_PATIENCE_SECONDS = 0.002
 
-T = TypeVar("T")
 Kind = Literal["logits", "encode", "forward"]
 _KINDS: tuple[Kind, ...] = ("logits", "encode", "forward")
 _asking: ContextVar[bool] = ContextVar("millpond_engine_asking", default=False)
-
-
-@contextmanager
-def asking() -> Iterator[None]:
-    """Within it, what this thread needs of the model is a question's, and goes before frames."""
-    token = _asking.set(True)
-    try:
-        yield
-    finally:
-        _asking.reset(token)
 
 
 class _Wanted:
@@ -91,12 +80,27 @@ class Scheduler:
         self._expected: dict[int, bool] = {}  # threads that were served last and may be back soon; whether with a question
         self._until = 0.0  # as long as they are waited for
         self._closed = False
+        self._scored = threading.local()
         self._thread = threading.Thread(target=self._run, name="millpond-scheduler", daemon=True)
         self._thread.start()
 
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Within it, what this thread needs of the model is a question's, and goes before frames."""
+        token = _asking.set(True)
+        try:
+            yield
+        finally:
+            _asking.reset(token)
+            self._scored.last = None
+            self.leave()
+
     def forward(self, request: Request) -> Tensor:
-        """See `Family.forward`."""
-        hidden: Tensor = self._ask(_Wanted("forward", request, len(request.tokens)))
+        """See `Family.forward`. The last token of a question's is scored along with it, for the `logits` that follow."""
+        wanted = _Wanted("forward", request, len(request.tokens))
+        hidden: Tensor
+        hidden, scores = self._ask(wanted)
+        self._scored.last = (hidden, scores) if wanted.urgent else None
         return hidden
 
     def encode(self, frames: list[np.ndarray], times_us: list[int]) -> Tokens:
@@ -107,7 +111,13 @@ class Scheduler:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Family.logits`; one hidden state, [hidden]."""
-        scores: Tensor = self._ask(_Wanted("logits", hidden, 1))
+        scored, self._scored.last = getattr(self._scored, "last", None), None
+        scores: Tensor
+        # The tensor is still there, so that nothing else can have its place.
+        if scored is not None and scored[0][-1].data_ptr() == hidden.data_ptr():
+            scores = scored[1]
+        else:
+            scores = self._ask(_Wanted("logits", hidden, 1))
         return scores
 
     def leave(self) -> None:
@@ -158,7 +168,7 @@ class Scheduler:
                     self.passes += 1
                     self.requests += len(batch)
                     self._expected.update((wanted.thread, wanted.urgent) for wanted in batch)
-                    self._until = ended + max(_PATIENCE_SECONDS, _PATIENCE_SHARE * (ended - began))
+                    self._until = ended + max(_PATIENCE_SECONDS, ended - began)
                     for wanted, outcome in zip(batch, outcomes, strict=True):
                         wanted.finish(outcome)
                 # Nothing of a session's is held while nobody waits.
@@ -201,14 +211,21 @@ class Scheduler:
 
     def _serve(self, batch: Sequence[_Wanted]) -> Sequence[Any]:
         """What comes of each: a result, or the error that is its own."""
-        run: dict[Kind, Callable[[Family, list[Any]], Sequence[Any]]] = {
-            "forward": _forward_each,
-            "encode": encode_batch,
-            "logits": logits_batch,
-        }
         what = [wanted.what for wanted in batch]
         try:
-            return run[batch[0].kind](self._family, what)
+            if batch[0].kind == "encode":
+                return encode_batch(self._family, what)
+            if batch[0].kind == "logits":
+                return logits_batch(self._family, what)
+            outcomes = [hidden if isinstance(hidden, Exception) else (hidden, None) for hidden in _forward_each(self._family, what)]
+            asked = [
+                at
+                for at, outcome in enumerate(outcomes)
+                if batch[at].urgent and not isinstance(outcome, Exception) and len(outcome[0])
+            ]
+            for at, scores in zip(asked, logits_batch(self._family, [outcomes[at][0][-1] for at in asked]), strict=True):
+                outcomes[at] = scores if isinstance(scores, Exception) else (outcomes[at][0], scores)
+            return outcomes
         except BaseException as error:  # whatever it is, nobody may be left waiting
             return [error] * len(batch)
 
