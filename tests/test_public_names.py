@@ -15,6 +15,7 @@ def test_public_names_are_these_and_all_exist() -> None:
         "LayerMemory",
         "MillpondError",
         "ModelError",
+        "PendingAnswer",
         "Plan",
         "PolicyError",
         "PondCache",

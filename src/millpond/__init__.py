@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from millpond.engine import Engine
     from millpond.memory.budget import Budget
     from millpond.session import Session
+    from millpond.stream.pending_answer import PendingAnswer
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "LayerMemory",
     "MillpondError",
     "ModelError",
+    "PendingAnswer",
     "Plan",
     "PolicyError",
     "PondCache",
@@ -47,6 +49,7 @@ _LATER = {
     "Budget": "millpond.memory.budget",
     "Engine": "millpond.engine",
     "LayerMemory": "millpond.answer",
+    "PendingAnswer": "millpond.stream.pending_answer",
     "Plan": "millpond.cache.plan",
     "PondCache": "millpond.cache",
     "Session": "millpond.session",

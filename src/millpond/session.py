@@ -6,10 +6,10 @@ memory and is rolled back, so that asking leaves the stream bit-identical.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from time import perf_counter
@@ -28,10 +28,11 @@ from millpond.models.base import Family
 from millpond.policies.base import Policy
 from millpond.policies.composition import NO_HOST_MEMORY, TURNS, check
 from millpond.snapshot import load, save
-from millpond.stream.exclusive import Exclusive
+from millpond.stream.exclusive import Once
 from millpond.stream.ingest import Ingest
+from millpond.stream.pending_answer import Answering, PendingAnswer
 from millpond.stream.runner import Runner
-from millpond.stream.turn import Turn
+from millpond.stream.turn import RememberedTurn, Turn
 
 
 class Session:
@@ -65,13 +66,9 @@ class Session:
         self._begin(self._runner, Ingest(self._runner))
 
     def _begin(self, runner: Runner, ingest: Ingest) -> None:
-        """All that a session is: a stream, what waits in front of it, and who may change them."""
+        """All that a session is: a stream, what waits in front of it, and who feeds it."""
         self._runner, self._ingest = runner, ingest
-        self._turn = Exclusive("an answer is still being streamed: finish it or close() it first")
-        self._feeding = Exclusive(
-            "frames are being fed: give this feed's source the frames, or wait until it has ended"
-        )
-        self._state = threading.RLock()  # held while anything changes: a frame or a token at a time
+        self._feeding = Once("frames are being fed: give this feed's source the frames, or wait until it has ended")
 
     @property
     def family(self) -> Family:
@@ -159,7 +156,8 @@ class Session:
         Frames are `millpond.frames.Frame`, or pairs of (seconds, uint8 [H, W, 3] RGB). Their times must ascend. A source whose
         times begin again (a second clip) goes on where the stream stands, one frame interval later.
 
-        Other threads may ask while it waits for the source. Whatever is raised, an interrupt included, every block of frames is in
+        Other threads may ask meanwhile, and frames go on while an answer is generated: only what touches the memory as a whole, a
+        compaction most of all, waits until it has ended, and a live source drops frames by its own rule then. Whatever is raised, an interrupt included, every block of frames is in
         the memory or is not; one that the model could not take counts as dropped.
 
         Raises:
@@ -167,27 +165,28 @@ class Session:
                 What had been seen before stays remembered, and the stream goes on with the next frame.
             ModelError: the model was cast or moved after the session began.
             BudgetError: frames of this size cannot fit the budget; names the minimum that works. Nothing is lost.
-            MillpondError: this thread is streaming an answer, or feeding already.
+            MillpondError: this thread is feeding already.
         """
-        self._turn.check()
         self._runner.check_model()
         with self._feeding.held(), self._runner.timed("total"):
-            return self._ingest.feed(source, self._exclusive)
+            return self._ingest.feed(source, self._taking)
 
     # --- asking -------------------------------------------------------------------------------------------------
 
     def ask(self, question: str, *, max_new_tokens: int = 128, remember: bool = False) -> Answer:
         """Answer a question about the stream so far; greedy decoding.
 
-        The stream's memory is bit-identical afterwards, unless `remember` keeps the turn in it (under the same cap).
+        It sees what is in memory when it is asked, and other threads may feed meanwhile. The stream's memory is bit-identical afterwards,
+        unless `remember` keeps the turn in it (under the same cap), for which frames wait. Questions that are asked at once are answered
+        in turn, each about the memory of the moment at which its turn begins.
 
         Raises:
             BudgetError: the question does not fit into the turn's reserve; names a budget that would do.
             ModelError: the model was cast or moved after the session began.
             MillpondError: the question is empty or no text, or spells control tokens that the model's tokenizer cannot take as mere text;
-                `max_new_tokens` is no number from 1 on; or this thread is streaming an answer.
+                or `max_new_tokens` is no number from 1 on.
         """
-        pieces = self.stream(question, max_new_tokens=max_new_tokens, remember=remember)
+        pieces = self._asking(question, max_new_tokens, remember)(_nothing, _nothing)
         while True:
             try:
                 next(pieces)
@@ -195,35 +194,69 @@ class Session:
                 answer: Answer = done.value
                 return answer
 
+    def begin(self, question: str, *, max_new_tokens: int = 128, remember: bool = False) -> PendingAnswer:
+        """Begin to answer like `ask`, in a thread of its own, and return at once: with the question asked of the memory of this instant,
+        or waiting for those that were asked before.
+
+        Frames may be fed meanwhile, also by this thread.
+
+        Raises:
+            MillpondError: as for `ask`, where it can be seen from the arguments; everything else is raised by what it returns.
+        """
+        return PendingAnswer(self._asking(question, max_new_tokens, remember))
+
     def stream(
         self, question: str, *, max_new_tokens: int = 128, remember: bool = False
     ) -> Generator[str, None, Answer]:
         """Answer like `ask`, in pieces of text as they come; the generator's return value is the `Answer`.
 
-        Until the generator is finished or closed, the session belongs to it: other threads wait. What ends it early, an error, an
-        interrupt or `close`, leaves the stream as it was before the question.
+        The question is asked when the first piece is. How fast they are read holds nobody up. What ends the generator early, an error,
+        an interrupt or `close`, leaves the stream as it was before the question.
         """
-        if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
-            raise MillpondError(f"max_new_tokens must be at least 1, not {max_new_tokens!r}")
+        answer = self.begin(question, max_new_tokens=max_new_tokens, remember=remember)
+        try:
+            yield from answer
+            return answer.result()
+        finally:
+            answer.cancel()
+            # A generator may be collected anywhere, also in a thread that is at the memory.
+            if not self._runner.access.mine:
+                answer.wait()
+
+    def _asking(self, question: str, limit: int, remember: bool) -> Answering:
+        """What generates the answer to a question, once it is known that it can be asked."""
+        if not isinstance(limit, Integral) or limit < 1:
+            raise MillpondError(f"max_new_tokens must be at least 1, not {limit!r}")
         if not isinstance(question, str):
             raise MillpondError(f"a question is text, not {question!r}")
         if not question.strip():
             raise MillpondError("the question is empty")
         if remember:
             check(self.policy, TURNS)
-        with self._turn.held():
-            began = perf_counter()
-            turn: Turn | None = None
+        return partial(self._answer, question, int(limit), remember)
+
+    def _answer(
+        self,
+        question: str,
+        limit: int,
+        remember: bool,
+        waiting: Callable[[], None],
+        begins: Callable[[], None],
+    ) -> Generator[str, None, Answer]:
+        began, runner = perf_counter(), self._runner
+        turn: Turn | None = None
+        # What is remembered has its place in the stream, so the stream waits for it.
+        with runner.access.stream.held(waiting) if remember else nullcontext(), runner.access.turn.held(waiting):
             try:
-                with self._changing():
-                    self._runner.finish_roll_back()
-                    self._runner.check_model()
-                    turn = Turn(self._runner, self._ingest, remember=remember)
-                    pieces = turn.run(question, max_new_tokens)
                 while True:
                     # Not around the yield: what the caller does in between is not ours to hold up or to run without gradients.
                     with self._changing():
-                        piece = next(pieces, None)
+                        if turn is None:
+                            begins()
+                            runner.finish_turns()
+                            runner.check_model()
+                            turn = (RememberedTurn if remember else Turn)(runner, self._ingest, question, limit)
+                        piece = turn.next_piece()
                         if piece is None:
                             turn.commit()
                             break
@@ -234,8 +267,8 @@ class Session:
                         turn.roll_back()
                 raise
             finally:
-                self._runner.seconds["answers"] += perf_counter() - began
-                self._runner.seconds["total"] += perf_counter() - began
+                runner.spend("answers", perf_counter() - began)
+                runner.spend("total", perf_counter() - began)
             done = turn.done
             return Answer(
                 question=question,
@@ -252,7 +285,7 @@ class Session:
     @property
     def plan(self) -> Plan:
         """How the budget is split now: for the largest frames so far, or for text alone before the first."""
-        with self._state:
+        with self._runner.access.instant.held():
             return self._runner.plan
 
     def plan_for(self, height: int, width: int) -> Plan:
@@ -261,7 +294,7 @@ class Session:
         Raises:
             BudgetError: too small for such frames; names the minimum that works.
         """
-        with self._state:
+        with self._runner.access.instant.held():
             return self._runner.plan_for(self.family.grid(height, width))
 
     def resize(self, budget: str | int) -> None:
@@ -287,7 +320,7 @@ class Session:
         return self._runner.held_bytes
 
     def memory(self) -> tuple[LayerMemory, ...]:
-        """What is remembered: time and grid position of every kept token, per layer and head; while an answer is streamed, its turn's too."""
+        """What is remembered: time and grid position of every kept token, per layer and head; of a turn only if it is remembered."""
         with self._changing():
             return self._runner.memory()
 
@@ -339,14 +372,32 @@ class Session:
     # --- one thing at a time ------------------------------------------------------------------------------------
 
     @contextmanager
+    def _taking(self) -> Iterator[None]:
+        """Nobody else changes the stream."""
+        with _writable(), self._runner.access.stream.held():
+            with self._runner.access.instant.held():
+                self._runner.finish_roll_back()
+            yield
+
+    @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """Nobody else's turn, and nobody reads meanwhile."""
-        with self._turn.held(), self._changing():
-            self._runner.finish_roll_back()
+        """The same, and nobody's turn runs, and nobody reads meanwhile."""
+        with _writable(), self._runner.access.stream.held(), self._runner.alone():
             yield
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Nobody reads meanwhile; and whatever is allocated can be written to later, wherever the caller is."""
-        with self._state, torch.inference_mode(False), torch.no_grad():
+        """Nobody reads or changes the memory meanwhile."""
+        with _writable(), self._runner.access.instant.held():
             yield
+
+
+def _nothing() -> None:
+    """There is nobody to tell."""
+
+
+@contextmanager
+def _writable() -> Iterator[None]:
+    """Whatever is allocated can be written to later, wherever the caller is."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield

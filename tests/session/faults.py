@@ -24,7 +24,9 @@ FILES = files_of(
     "millpond.stream.generate",
     "millpond.stream.recent_frames",
     "millpond.stream.exclusive",
+    "millpond.stream.holding",
     "millpond.cache.pond",
+    "millpond.cache.turn_slots",
 )
 Line = tuple[str, int]
 

@@ -74,6 +74,13 @@ def check_books(session: Session) -> None:
     assert ledger.account("undo") == ledger.account("scratch") == 0
 
 
+def check_locks(session: Session) -> None:
+    """Nobody is at the stream any more."""
+    access = session._runner.access
+    for lock in (access.stream, access.turn, access.instant, session._feeding):
+        assert lock._last is None or not lock._last.present.locked()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "remember", "error"),
@@ -101,7 +108,7 @@ def test_a_fault_at_any_line_of_a_turn(family: Family, policy: str, remember: bo
         assert found in (before, after), line
         outcomes.add(found == after)
         check_books(session)
-        session._turn.check()  # it is nobody's turn any more
+        check_locks(session)
     assert len(lines) > 100
     assert outcomes == {True, not remember}, "both ends were seen"
 
@@ -144,7 +151,7 @@ def test_a_fault_at_any_line_of_a_block(family: Family, policy: str, error: type
         lost = at.dropped - start.dropped + len(at.waiting)
         assert at.frames - start.frames - lost == (2 if memory == points[-1] else 0), line
         assert at.video_open == (memory in points[2:]), line
-        session._turn.check(), session._feeding.check()  # it is nobody's turn any more
+        check_locks(session)
         if number % 10 == 0:
             session.feed(list(moving(2, start=60, seed=2)))
             assert session._ingest.at.frames == at.frames + 2
@@ -248,7 +255,7 @@ def test_a_step_whose_taking_back_is_interrupted_is_taken_back_by_the_next_call(
         monkeypatch.setattr(pond, "truncate", truncate)
         raise KeyboardInterrupt
 
-    pieces = session.stream(QUESTION, max_new_tokens=8, remember=True)
+    pieces = session._answer(QUESTION, 8, True, lambda: None, lambda: None)  # as `ask` runs it
     next(pieces)
     monkeypatch.setattr(pond, "truncate", interrupted)
     with pytest.raises(KeyboardInterrupt):

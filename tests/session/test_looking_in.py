@@ -86,15 +86,22 @@ def test_looks_during_a_feed_see_whole_blocks(family: Family) -> None:
 def test_ones_own_streaming_loop_may_look_and_keeps_its_gradients(family: Family) -> None:
     session = Session(family, budget="1MiB")
     session.feed(list(moving(9)))
-    before = session.usage
+    before, remembered = session.usage, session.memory()
+    for remember in (False, True):
+        pieces = session._answer(QUESTION, 3, remember, lambda: None, lambda: None)
+        next(pieces)
+        assert torch.is_grad_enabled()
+        during = session.usage
+        assert during.live_bytes > before.live_bytes
+        # What is not remembered is no part of the memory, not for an instant.
+        assert (during.memory_tokens > before.memory_tokens) == remember
+        assert (session.memory()[0].seconds.shape > remembered[0].seconds.shape) == remember
+        assert session.plan.budget == 1 << 20
+        assert len(list(pieces)) > 0
     for _ in session.stream(QUESTION, max_new_tokens=3):
         assert torch.is_grad_enabled()
-        assert session.usage.live_bytes > before.live_bytes
-        assert session.plan.budget == 1 << 20
-        assert session.memory()
-        with pytest.raises(MillpondError, match="finish it or close"):
-            session.ask(QUESTION)
-    assert session.usage.live_bytes == before.live_bytes
+        assert session.usage.budget_bytes == 1 << 20
+        assert session.ask(QUESTION, max_new_tokens=2).text
 
 
 def test_a_question_does_not_wait_for_a_source_that_gives_nothing(family: Family) -> None:
@@ -138,7 +145,7 @@ def test_between_two_pieces_nothing_is_held_that_is_not_counted(policy: str, rem
     session.ask(QUESTION, max_new_tokens=2)
     before = storages()
     undo, ledger = [], session._runner.pond.ledger
-    for _ in session.stream(QUESTION, max_new_tokens=20, remember=remember):
+    for _ in session._answer(QUESTION, 20, remember, lambda: None, lambda: None):
         new = sum(size for at, size in storages().items() if at not in before)
         assert new <= ledger.account("undo") <= session.plan.undo_bytes
         undo.append(new)

@@ -125,12 +125,11 @@ def test_pieces_join_to_the_answer_and_an_abandoned_answer_is_rolled_back(qwen: 
         except StopIteration as done:
             answer = done.value
     assert "".join(texts) == answer.text == session.ask(QUESTION, max_new_tokens=8).text
-    open_answer = session.stream(QUESTION, max_new_tokens=8)
-    next(open_answer)
-    with pytest.raises(MillpondError, match="finish it or close"):
-        session.feed(next(moving(1, start=100)))
-    open_answer.close()
-    assert state(session) == before
+    for remember in (False, True):
+        open_answer = session.stream(QUESTION, max_new_tokens=8, remember=remember)
+        next(open_answer)
+        open_answer.close()
+        assert remember or state(session) == before
 
 
 def test_a_remembered_turn_stays_under_the_cap_and_changes_the_next_answer(qwen: Family) -> None:

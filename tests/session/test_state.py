@@ -56,7 +56,7 @@ def test_a_fork_is_the_original_in_every_attribute_and_goes_on_as_it(policy: str
         assert session._runner.pond.host.span > 0
 
     def everything(of: Session) -> dict[str, object]:
-        shared = {id(family), id(family.rope)}
+        shared = {id(family), id(family.rope), id(of._runner.access)}
         return dict(attributes({"runner": of._runner, "ingest": of._ingest}, "session", shared))
 
     fork = session.fork()

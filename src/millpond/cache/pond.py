@@ -24,10 +24,11 @@ from millpond.cache.recent import RecentWindow
 from millpond.cache.resize import Resizing, most_tokens, reachable
 from millpond.cache.storage import make_storage
 from millpond.cache.storage.base import StorageState
+from millpond.cache.turn_slots import TakingTurns
 from millpond.errors import BudgetError
 from millpond.memory.geometry import Geometry
 from millpond.memory.ledger import Ledger
-from millpond.memory.resumable import Steps, Transactional
+from millpond.memory.resumable import Steps
 from millpond.policies.base import TEXT, Policy, View
 from millpond.policies.composition import check
 from millpond.positions import Rope
@@ -66,7 +67,7 @@ class Mark:
     accumulated_attention: tuple[Tensor, ...]
 
 
-class Pond(Transactional, Cache):
+class Pond(TakingTurns, Cache):
     """A `transformers.Cache` of preallocated layers with a hard cap in bytes.
 
     Args:
@@ -104,16 +105,6 @@ class Pond(Transactional, Cache):
         self.evicted = 0
 
     @property
-    def length(self) -> int:
-        """Live slots of the first layer; between forwards the same in every layer, but for a policy with layer budgets."""
-        return self.storage.length
-
-    @property
-    def free(self) -> int:
-        """Slots not in use, in the layer that has fewest."""
-        return self.storage.free
-
-    @property
     def uneven(self) -> bool:
         """Whether layers hold different numbers of tokens, so that each needs a mask of its own."""
         return self.storage.uneven
@@ -126,7 +117,7 @@ class Pond(Transactional, Cache):
     @property
     def full_precision_tokens(self) -> int:
         """Those of them that are stored as they came."""
-        return max(0, self.storage.mean_length - self.plan.prompt_tokens)
+        return max(0, self.storage.mean_length + self.stream_length - self.length - self.plan.prompt_tokens)
 
     @property
     def quantized_tokens(self) -> int:
@@ -153,7 +144,7 @@ class Pond(Transactional, Cache):
     def overrun(self, tokens: int) -> int:
         """Slots by which a block of `tokens` stream tokens would reach into the turn's reserve; then `ensure_capacity` compacts."""
         self.finish()
-        free: int = self.free
+        free: int = self.stream_free
         return tokens + self.plan.reserve_tokens - free
 
     def ensure_turn_capacity(self, tokens: int) -> None:
@@ -214,7 +205,7 @@ class Pond(Transactional, Cache):
 
     def cut(self, start: int, count: int) -> None:
         """Take `count` slots from slot `start` of the first layer on out of every layer; what lies behind them moves down."""
-        self.finish()
+        self.expect_no_turn()
         if count:
             with self.ledger.borrow("scratch", self.plan.scratch_bytes):
                 self.carry_out(Steps(self.storage.cutting_out(start, count, self.plan.chunk)))
@@ -266,7 +257,7 @@ class Pond(Transactional, Cache):
             PolicyError: the policy failed or broke its contract; nothing has moved. Only where its `merge` fails, and fails again, is
                 the pass finished, and what had not been merged by then is forgotten without a trace.
         """
-        self.finish()
+        self.expect_no_turn()
         for target in self.storage.targets(self.plan, self.full_precision_tokens, slots):
             if move := choose_tokens(self._compaction(1), target):
                 self.carry_out(move)
@@ -277,13 +268,13 @@ class Pond(Transactional, Cache):
         Raises:
             PolicyError: the policy failed; nothing has moved.
         """
-        self.finish()
+        self.expect_no_turn()
         if move := choose_groups(self._compaction(0), groups):
             self.carry_out(move)
 
     def views(self, slots: int) -> Iterator[View]:
         """Each layer's memory as the policy would be shown it to keep `slots` tokens."""
-        self.finish()
+        self.expect_no_turn()
         at = self._compaction(0)
         protected = at.protect(slots)
         return (at.view(index, protected) for index in range(len(self.layers)))
@@ -300,9 +291,9 @@ class Pond(Transactional, Cache):
     def kept(self) -> Iterator[tuple[Tensor, Tensor]]:
         """For each layer, stream times int64 [H, n] and grid positions int16 [H, n, 2] of the live tokens behind the prompt.
 
-        Quantized ones come first, in the order in which they were quantized.
+        Quantized ones come first, in the order in which they were quantized. A turn with slots of its own is no part of it.
         """
-        self.finish()
+        self.bring_stream()
         return (layer.kept(self.plan.prompt_tokens) for layer in self.storage.layers)
 
     def timestamps(self) -> int:
@@ -316,9 +307,10 @@ class Pond(Transactional, Cache):
     def usage(self) -> dict[str, Any]:
         """What `millpond.Usage` shows of it, by its names there."""
         self.finish()
+        parked = 0 if self.turn is None else self.turn.parked * self.plan.bytes_per_token
         return {
             "budget_bytes": self.plan.budget,
-            "live_bytes": self.storage.live_bytes,
+            "live_bytes": self.storage.live_bytes + parked,
             "allocated_bytes": self.ledger.held,
             "peak_bytes": self.ledger.peak,
             "timestamps_kept": self.timestamps(),
@@ -337,7 +329,7 @@ class Pond(Transactional, Cache):
             BudgetError: the new plan cannot hold what must survive, or the machine has no such memory; the plan stays as it was, and
                 so does the memory, but for what was forgotten to make it smaller.
         """
-        self.finish()
+        self.expect_no_turn()
         old, storage, ledger = self.plan, self.storage, self.ledger
         limit = max(old.budget or 0, plan.budget or 0) if self.policy.capped else None
         if plan.slots < old.slots:
@@ -354,7 +346,7 @@ class Pond(Transactional, Cache):
 
     def state(self) -> PondState:
         """Everything that the stream's memory goes on with."""
-        self.finish()
+        self.expect_no_turn()
         host = None if self.host is None else self.host.state()
         tensors = self.storage.state(), self.queries.state(), host
         return PondState(self.plan, *tensors, self.recent, self.compactions, self.evicted)

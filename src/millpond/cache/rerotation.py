@@ -29,18 +29,26 @@ def stay_in_range(pond: Pond, rope: Rope, clock: Clock, tokens: int, *, closing:
     Returns:
         By how many positions the end of the stream moved back.
     """
-    # At most a quarter: tokens of one frame share positions, and a turn that counts them all would re-anchor every block.
-    ahead = min(tokens, rope.limit // 4)
-    if clock.next + ahead <= rope.limit or pond.length == 0:
+    if not leaves_range(rope, clock, tokens) or pond.length == 0:
         return 0
     moved = close_gaps(pond, rope, clock) if closing else 0
-    if clock.next + ahead > rope.limit * 3 // 4:
+    if clock.next + _counted(rope, tokens) > rope.limit * 3 // 4:
         # Nothing (more) to close: true distances stay, the numbers move into the first half of the range.
         by = clock.next - rope.limit // 2
         if by > 0:
             shift_uniformly(pond, rope, clock, by)
             moved += by
     return moved
+
+
+def leaves_range(rope: Rope, clock: Clock, tokens: int) -> bool:
+    """Whether the next `tokens` tokens would pass the positions that the weights were trained on."""
+    return clock.next + _counted(rope, tokens) > rope.limit
+
+
+def _counted(rope: Rope, tokens: int) -> int:
+    # At most a quarter: tokens of one frame share positions, and a turn that counts them all would re-anchor every block.
+    return min(tokens, rope.limit // 4)
 
 
 def shift_uniformly(pond: Pond, rope: Rope, clock: Clock, by: int) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Literal
 
 from torch import Tensor
 
+from millpond.models.base import Tokens
 from millpond.stream.runner import Runner, dated
 
 
@@ -31,13 +32,14 @@ class Generated:
 
 
 def generate(
-    runner: Runner, hidden: Tensor | None, time_us: int, *, limit: int, run_last: bool
+    runner: Runner, run: Callable[[Tokens], Tensor], hidden: Tensor | None, time_us: int, *, limit: int, run_last: bool
 ) -> Generator[str, None, Generated]:
-    """Greedy decoding behind what is in the pond; yields pieces of text, returns the whole.
+    """Greedy decoding behind what is in the pond; yields what each token adds to the text, perhaps nothing, and returns the whole.
 
     No tensor is held while a piece is out.
 
     Args:
+        run: one forward; gives hidden states [n, hidden].
         hidden: [n, hidden] of what ran last; the caller lets go of it. time_us: stream time at which the tokens are said.
         limit: most tokens. run_last: also run the last one, so that it can be remembered.
     """
@@ -50,11 +52,10 @@ def generate(
             break
         done.token_ids.append(token)
         done.first = done.first or perf_counter()
-        if piece := text.push(token):
-            yield piece
+        yield text.push(token)
         if runner.pond.free == 0 or (len(done.token_ids) == limit and not run_last):
             break
-        hidden = runner.run(dated(runner.family.embed([token]), time_us))
+        hidden = run(dated(runner.family.embed([token]), time_us))
         done.ran += 1
     hidden = None
     if rest := text.finish():

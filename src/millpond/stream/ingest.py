@@ -19,6 +19,7 @@ from millpond.cache.plan import Plan
 from millpond.errors import SourceError
 from millpond.frames import Frame
 from millpond.models.base import Grid, Tokens
+from millpond.stream.holding import held_block, make_room
 from millpond.stream.recent_frames import Groups, Shot, blocks_of, with_block
 from millpond.stream.runner import Runner, dated
 from millpond.stream.step import Step
@@ -68,8 +69,8 @@ class Ingest:
         self._runner = runner
         self.at = Standing()
 
-    def feed(self, source: Frame | Iterable[Any], turn: Callable[[], AbstractContextManager[None]]) -> int:
-        """Take in everything that a source gives; see `millpond.Session.feed`. The stream is held, by `turn`, a frame at a time."""
+    def feed(self, source: Frame | Iterable[Any], taking: Callable[[], AbstractContextManager[None]]) -> int:
+        """Take in everything that a source gives; see `millpond.Session.feed`. The stream is held, by `taking`, a frame at a time."""
         if isinstance(source, Frame):
             if self.at.last_us is not None and round(source.seconds * 1e6) <= self.at.last_us:
                 raise SourceError(
@@ -85,7 +86,7 @@ class Ingest:
                     frame = next(arriving, None)
                 if frame is None:
                     break
-                with turn():
+                with taking():
                     offset = self._offset(frame, offset)
                     before = self.at.frames
                     try:
@@ -96,7 +97,7 @@ class Ingest:
             # Also after a fault: what came before it stays answerable.
             if isinstance(opened, frames.Source) and opened is not source:
                 opened.close()
-            with turn():
+            with taking():
                 self.update_ledger()
                 self.at = replace(self.at, dropped=self.at.dropped + getattr(opened, "dropped", 0) - dropped)
                 self._digest(partial=False)
@@ -149,8 +150,9 @@ class Ingest:
             interval_us=0 if last is None else time_us - last,
             frames=self.at.frames + 1,
         )
-        runner.pond.ledger.hold("waiting frames", _nbytes(at.waiting))
-        self.at = at
+        with runner.access.instant.held():
+            runner.pond.ledger.hold("waiting frames", _nbytes(at.waiting))
+            self.at = at
         if len(at.waiting) >= runner.pond.plan.block_groups * runner.family.frames_per_group:
             self._digest(partial=False)
 
@@ -176,38 +178,38 @@ class Ingest:
         """Open a video again behind a turn."""
         runner = self._runner
         tokens = dated(runner.family.embed(runner.family.reopening()), time_us)
-        runner.prepare_block(len(tokens))
-        step = Step(runner, self)
-        try:
-            runner.put(tokens, text=True)
-            # A video's time begins with its first frame: none of those before could stand in it.
-            self.at = replace(self.at, video_open=True, recent=())
-            step.commit()
-        except BaseException:
-            step.roll_back()
-            raise
+        with held_block(runner, len(tokens)):
+            step = Step(runner, self)
+            try:
+                runner.put(tokens, text=True)
+                # A video's time begins with its first frame: none of those before could stand in it.
+                self.at = replace(self.at, video_open=True, recent=())
+                step.commit()
+            except BaseException:
+                step.roll_back()
+                raise
 
     def _run(self, block: tuple[Shot, ...]) -> None:
         """Take a block of waiting frames into the memory."""
         runner, size = self._runner, self._runner.family.frames_per_group
         tokens = self.encode(block)
         admitted, verdicts, seen = runner.judge(tokens)
-        runner.prepare_block(len(tokens) if admitted is None else len(admitted), len(tokens))
-        step = Step(runner, self, accumulated_attention=runner.policy.needs.accumulated_attention)
-        try:
-            runner.put(tokens, text=False, admitted=admitted)
-            runner.admission_state = seen
-            at = replace(self.at.without(len(block)), recent=self._recent_with(block))
-            for index, verdict in enumerate(verdicts):
-                skipped, reduced = (
-                    min(size, len(block) - index * size) * (verdict == of) for of in ("drop", "reduced")
-                )
-                at = replace(at, skipped=at.skipped + skipped, reduced=at.reduced + reduced)
-            self.at = at
-            step.commit()
-        except BaseException:
-            step.roll_back()
-            raise
+        with held_block(runner, len(tokens) if admitted is None else len(admitted), len(tokens)):
+            step = Step(runner, self, accumulated_attention=runner.policy.needs.accumulated_attention)
+            try:
+                runner.put(tokens, text=False, admitted=admitted)
+                runner.admission_state = seen
+                at = replace(self.at.without(len(block)), recent=self._recent_with(block))
+                for index, verdict in enumerate(verdicts):
+                    skipped, reduced = (
+                        min(size, len(block) - index * size) * (verdict == of) for of in ("drop", "reduced")
+                    )
+                    at = replace(at, skipped=at.skipped + skipped, reduced=at.reduced + reduced)
+                self.at = at
+                step.commit()
+            except BaseException:
+                step.roll_back()
+                raise
 
     def _recent_with(self, block: Sequence[Shot]) -> Groups:
         """The recent frames when a block has run."""
@@ -223,8 +225,7 @@ class Ingest:
         """Ensure capacity for an incomplete group now, so that a question can show it without touching the memory."""
         if self.at.grid is not None:
             reopening = 0 if self.at.video_open else len(self._runner.family.reopening())
-            with self._runner.timed("compaction"):
-                self._runner.ensure_capacity(reopening + self.at.grid.tokens)
+            make_room(self._runner, reopening + self.at.grid.tokens)
 
     def shown(self) -> tuple[list[int], list[Sequence[Shot]]]:
         """What a question sees of the latest frames; nothing is taken in.
@@ -247,11 +248,13 @@ class Ingest:
 
     def update_ledger(self) -> None:
         """Enter in the ledger what the waiting frames and the recent ones take."""
-        # The frames of a block go from one account to the other, so the one that shrinks comes first.
-        recent = sum(map(_nbytes, self.at.recent))
-        ledger, sizes = self._runner.pond.ledger, {"waiting frames": _nbytes(self.at.waiting), "recent pixels": recent}
-        for name in sorted(sizes, key=lambda name: sizes[name] - ledger.account(name)):
-            ledger.hold(name, sizes[name])
+        with self._runner.access.instant.held():
+            # The frames of a block go from one account to the other, so the one that shrinks comes first.
+            recent = sum(map(_nbytes, self.at.recent))
+            ledger = self._runner.pond.ledger
+            sizes = {"waiting frames": _nbytes(self.at.waiting), "recent pixels": recent}
+            for name in sorted(sizes, key=lambda name: sizes[name] - ledger.account(name)):
+                ledger.hold(name, sizes[name])
 
     def state(self) -> Standing:
         """Everything that frames on their way in go on with."""

@@ -5,6 +5,7 @@ Owns the memory of one stream, its clock and its budget. Takes tokens; frames an
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from millpond.policies.base import SEPARATOR
 from millpond.policies.composition import SEPARATORS, check
 from millpond.positions import Clock
 from millpond.stream.consumers import FramesAsPixels
+from millpond.stream.exclusive import Access
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +81,7 @@ class Runner:
         grid: the largest frame size planned for; None before the first frame.
         tokens: stream tokens that went in, the prompt among them. reanchorings: how often positions were moved.
         seconds: spent by stage, see `millpond.Usage`.
+        access: who may do what; whoever looks at the memory or changes it holds its `instant`.
 
     Raises:
         BudgetError: the budget cannot even hold the prompt and one turn; names the minimum that works.
@@ -93,9 +96,11 @@ class Runner:
         self.admission_state: Any = None
         self.positions = config.positions
         self.clock = Clock()
+        self.access = Access()
         self.grid: Grid | None = None
         self.tokens = self.reanchorings = 0
         self.seconds = dict.fromkeys(("source", "vision", "decoder", "compaction", "answers", "total"), 0.0)
+        self._timing = threading.Lock()
         self.roll_back_open_step: Callable[[], None] | None = None
         self._opening = family.opening(config.system)
         self._proxy_tokens = len(family.question("", after_video=True)) if self.policy.needs.proxy == "prompt" else 0
@@ -152,7 +157,21 @@ class Runner:
         try:
             yield
         finally:
-            self.seconds[stage] += perf_counter() - began
+            self.spend(stage, perf_counter() - began)
+
+    def spend(self, stage: str, seconds: float) -> None:
+        """Count seconds as that stage's; from any thread."""
+        with self._timing:
+            self.seconds[stage] += seconds
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the memory as a whole within a `with` block: a turn that runs ends first, and no other begins."""
+        inner = self.access.turn.mine
+        with self.access.turn.held(), self.access.instant.held():
+            if not inner:
+                self.finish_turns()
+            yield
 
     def prepare_block(self, tokens: int, clock: int | None = None) -> None:
         """Compact and re-anchor, if need be, in front of a block of `tokens` tokens that takes `clock` positions, by default as many."""
@@ -184,9 +203,10 @@ class Runner:
             return None, (), None
         return filter_groups(self.admission, frames, self.admission_state)
 
-    def run(self, tokens: Tokens) -> Tensor:
-        """One forward of the decoder over a turn behind the live tokens; returns hidden states [n, hidden]."""
-        positions = self.family.assign_positions(tokens, self.clock)
+    def run(self, tokens: Tokens, clock: Clock | None = None) -> Tensor:
+        """One forward of the decoder over a turn behind the live tokens, on a clock of its own or the stream's; returns hidden states
+        [n, hidden]."""
+        positions = self.family.assign_positions(tokens, clock or self.clock)
         return self._forward(tokens, positions, text=not bool(tokens.visual.any()))
 
     @property
@@ -194,12 +214,14 @@ class Runner:
         """Tokens that a question would retrieve from host memory now."""
         return 0 if self.pond.host is None else min(self.pond.plan.retrieved_tokens, self.pond.host.tokens)
 
-    def ask(self, question: Tokens) -> Tensor:
-        """Run a question behind the live tokens and what it retrieves; returns hidden states [n, hidden]."""
+    def ask(self, question: Tokens, clock: Clock | None = None) -> Tensor:
+        """Run a question behind the live tokens and what it retrieves, on a clock of its own or the stream's; returns hidden states
+        [n, hidden]."""
         if not self.retrievable_tokens:
-            return self.run(question)
-        retrieval = Retrieval(self.pond, self.family.rope, self.clock, closed=self.positions == "contiguous")
-        positions = self.family.assign_positions(question, self.clock)
+            return self.run(question, clock)
+        clock = clock or self.clock
+        retrieval = Retrieval(self.pond, self.family.rope, clock, closed=self.positions == "contiguous")
+        positions = self.family.assign_positions(question, clock)
         return self._forward(question, positions, text=True, see=retrieval.fill, before=True)
 
     def _forward(
@@ -249,8 +271,11 @@ class Runner:
     def _stay_in_range(self, tokens: int) -> None:
         """Re-anchor when the next block or turn would pass the positions that the weights were trained on."""
         pond, closing = self.pond, self.positions == "contiguous"
-        ahead = tokens + pond.plan.turn_tokens + pond.plan.recent_tokens
-        self.reanchorings += stay_in_range(pond, self.family.rope, self.clock, ahead, closing=closing) > 0
+        self.reanchorings += stay_in_range(pond, self.family.rope, self.clock, self.ahead(tokens), closing=closing) > 0
+
+    def ahead(self, tokens: int) -> int:
+        """Positions that a block and the turn behind it may take."""
+        return tokens + self.pond.plan.turn_tokens + self.pond.plan.recent_tokens
 
     def roll_back(self, mark: int, clock: Clock) -> None:
         """Forget everything from slot `mark` on and put the clock back."""
@@ -261,6 +286,12 @@ class Runner:
         """Put back a step whose taking back was interrupted."""
         if self.roll_back_open_step is not None:
             self.roll_back_open_step()
+
+    def finish_turns(self) -> None:
+        """The same, and end a turn whose end was interrupted; for whoever has come by its slots."""
+        self.finish_roll_back()
+        if self._pond is not None:
+            self._pond.end_turn()
 
     @property
     def plan(self) -> Plan:
@@ -296,9 +327,10 @@ class Runner:
         if known is not None and grid.tokens <= known.tokens and grid.height * grid.width <= known.height * known.width:
             return
         plan = self.plan_for(grid)
-        if self._pond is not None and not self.policy.capped:
-            plan = plan.with_slots(max(plan.slots, self._pond.plan.slots))
-        self._move(plan, self.config, grid)
+        with self.alone():
+            if self._pond is not None and not self.policy.capped:
+                plan = plan.with_slots(max(plan.slots, self._pond.plan.slots))
+            self._move(plan, self.config, grid)
 
     def resize(self, budget: str | int, make_fit: Callable[[Plan], None]) -> None:
         """Change the budget; a smaller one compacts at once. See `millpond.Session.resize`.

@@ -1,11 +1,14 @@
-"""One turn: a question, the recent frames that it is shown, its answer; taken back afterwards, or kept as part of the stream."""
+"""One turn: a question, the recent frames that it is shown, its answer; forgotten afterwards, or kept as part of the stream."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import ClassVar
 
-from torch import Tensor
-
+from millpond.models.base import Tokens
+from millpond.positions import Clock
 from millpond.stream.generate import Generated, generate
 from millpond.stream.ingest import Ingest
 from millpond.stream.recent_frames import Shot
@@ -13,33 +16,60 @@ from millpond.stream.runner import Runner, dated
 from millpond.stream.step import Step
 
 
-class Turn(Step):
-    """A turn of one question, begun when made.
+class Turn:
+    """A turn of one question that leaves no trace, begun when made.
 
-    `run` it to its end and `commit`; or `roll_back`. Between two pieces of the answer no tensor of the turn is held but its slots.
+    It has slots and a clock of its own behind the memory of the instant in which it is asked. While it waits for its next piece the stream
+    may go on: neither sees the other. `next_piece` to the end and `commit`; or `roll_back`. Between two pieces no tensor is held but
+    its slots.
 
     Args:
-        remember: `commit` keeps the turn in the stream; otherwise it leaves the stream as it was.
+        runner: the stream, whose `turn` the caller holds. ingest: what waits in front of it. question, limit: as in `Session.ask`.
 
     Attributes:
         time_us: stream time at which it is asked. done: the answer, once it has been run.
     """
 
-    _ingest: Ingest
+    _remember: ClassVar[bool] = False
 
-    def __init__(self, runner: Runner, ingest: Ingest, *, remember: bool) -> None:
-        self._remember = remember
+    def __init__(self, runner: Runner, ingest: Ingest, question: str, limit: int) -> None:
+        self._runner, self._ingest = runner, ingest
         self.done = Generated()
         self.time_us = ingest.at.last_us or 0
-        # A remembered turn may have the proxy asked anew.
-        super().__init__(runner, ingest, queries=remember and runner.policy.needs.proxy == "prompt")
+        self._pieces = self._run(question, limit)
 
-    def run(self, question: str, limit: int) -> Iterator[str]:
-        """Ask, and decode an answer of at most `limit` tokens; yields its pieces.
+    def next_piece(self) -> str | None:
+        """What the next token adds to the answer, perhaps nothing; None when it has ended. The caller holds the memory.
+
+        The first call runs the question, with what it is shown.
 
         Raises:
             BudgetError: the question does not fit.
         """
+        self._prepare()
+        return next(self._pieces, None)
+
+    def commit(self) -> None:
+        """End the turn: its slots are the stream's again."""
+        self.roll_back()
+
+    def roll_back(self) -> None:
+        """The same at any time. Whatever interrupts this, it can be called again; otherwise whoever comes next does."""
+        self._runner.finish_turns()
+
+    def _prepare(self) -> None:
+        self._runner.finish_roll_back()  # of a block of frames, whose thread was interrupted in it
+        self._runner.pond.bring_turn()
+
+    def _clock(self) -> Clock | None:
+        """That on which the turn runs; None for the stream's own."""
+        return replace(self._runner.clock)
+
+    def _begin(self) -> None:
+        """Take slots, which are there."""
+        self._runner.pond.begin_turn()
+
+    def _run(self, question: str, limit: int) -> Iterator[str]:
         runner, ingest, pond = self._runner, self._ingest, self._runner.pond
         reopening, (*recent, waiting) = ingest.shown()
         after_video = any((*recent, waiting)) or ingest.at.video_open
@@ -48,29 +78,54 @@ class Turn(Step):
         retrieved = runner.retrievable_tokens
         most = len(reopening) + len(runner.family.question(question, after_video=after_video)) + 1
         pond.ensure_turn_capacity(retrieved + most + self._most_tokens([*recent, waiting]))
+        clock = self._clock()
+        self._begin()
         if reopening:
             # Recent frames may be older than the turn in front, and are cut out; what is kept follows that turn.
             time_us = waiting[0][0] if waiting else self.time_us
-            runner.run(dated(runner.family.embed(reopening), time_us))
+            runner.run(dated(runner.family.embed(reopening), time_us), clock)
         before = pond.length
         for block in recent:
-            runner.run(ingest.encode(block))
+            runner.run(ingest.encode(block), clock)
         recent_tokens = pond.length - before
         if waiting:
-            runner.run(ingest.encode(waiting))
+            runner.run(ingest.encode(waiting), clock)
         behind = pond.length
-        self.done = yield from generate(
-            runner, self._ask(question, after_video), self.time_us, limit=limit, run_last=self._remember
+        del recent, waiting, reopening  # frames that the stream may let go of before the answer ends
+        hidden = runner.ask(self._asked(question, after_video), clock)
+        if not self._remember:
+            pond.claim_turn(limit - 1)  # the last token is not run
+        pieces = generate(
+            runner, partial(runner.run, clock=clock), hidden, self.time_us, limit=limit, run_last=self._remember
         )
+        del hidden
+        self.done = yield from pieces
         if self._remember:
             pond.cut(behind, retrieved)
             pond.cut(before, recent_tokens)
 
+    def _asked(self, question: str, after_video: bool) -> Tokens:
+        return dated(self._runner.family.question(question, after_video=after_video), self.time_us)
+
+    def _most_tokens(self, blocks: Sequence[Sequence[Shot]]) -> int:
+        """Slots that frames take; at most, because a timestamp's text varies in length."""
+        plan = self._runner.pond.plan
+        return sum(-(-len(block) // plan.frames_per_group) for block in blocks) * plan.group_tokens
+
+
+class RememberedTurn(Step, Turn):
+    """A turn that `commit` keeps in the stream. It has its place there, so the stream waits until it has ended: the caller holds that too."""
+
+    _remember = True
+    _ingest: Ingest
+
+    def __init__(self, runner: Runner, ingest: Ingest, question: str, limit: int) -> None:
+        Turn.__init__(self, runner, ingest, question, limit)
+        # It may have the proxy asked anew.
+        Step.__init__(self, runner, ingest, queries=runner.policy.needs.proxy == "prompt")
+
     def commit(self) -> None:
-        """End the turn: kept, with the reserve freed for the next, or taken back."""
-        if not self._remember:
-            self.roll_back()
-            return
+        """End the turn: kept, with the reserve freed for the next."""
         runner, pond = self._runner, self._runner.pond
         assert self._mark is not None
         self._ingest.close_video()
@@ -85,10 +140,11 @@ class Turn(Step):
                 super().commit()  # the memory has moved on, or is about to, with the turn in it
             raise
 
-    def _ask(self, question: str, after_video: bool) -> Tensor:
-        return self._runner.ask(dated(self._runner.family.question(question, after_video=after_video), self.time_us))
+    def _prepare(self) -> None:
+        """Nothing to do: it is in front, and what is open is its own step."""
 
-    def _most_tokens(self, blocks: Sequence[Sequence[Shot]]) -> int:
-        """Slots that frames take; at most, because a timestamp's text varies in length."""
-        plan = self._runner.pond.plan
-        return sum(-(-len(block) // plan.frames_per_group) for block in blocks) * plan.group_tokens
+    def _clock(self) -> None:
+        return None
+
+    def _begin(self) -> None:
+        """Nothing to do: it lies where the stream's own tokens would."""

@@ -18,6 +18,7 @@ from millpond import ops
 from millpond.cache.plan import Plan
 from millpond.cache.storage.exchange import Slab
 from millpond.cache.storage.layer import LayerState, PondLayer
+from millpond.cache.storage.reflection import reflection
 from millpond.memory.geometry import Geometry
 from millpond.memory.ledger import Ledger
 from millpond.memory.resumable import Step
@@ -140,6 +141,23 @@ class Storage:
         steps: list[Step] = []
         for layer, ahead in zip(self.layers, self.ahead, strict=True):
             steps += layer.compaction(behind, start + ahead, chunk)
+        return steps
+
+    def setting_length(self, length: int) -> list[Step]:
+        """The steps after which the first layer has `length` live slots, and each of the others as many more as it is ahead."""
+        each = zip(self.layers, self.ahead, strict=True)
+        return [partial(layer.set_length, length + ahead) for layer, ahead in each]
+
+    def turning_around(self, start: int, count: int, scratch: int) -> list[Step]:
+        """The steps that exchange the `count` slots from slot `start` of the first layer on with the last ones, in reverse.
+
+        Args:
+            count: more than half of them say all. scratch: bytes that may be worked on at once.
+        """
+        steps: list[Step] = []
+        for layer, ahead in zip(self.layers, self.ahead, strict=True):
+            behind = [tensor[:, start + ahead :] for tensor in layer.tensors()]
+            steps += reflection(behind, min(count, behind[0].shape[1] // 2), scratch)
         return steps
 
     def clear(self) -> None:
