@@ -186,7 +186,7 @@ class Session:
             MillpondError: the question is empty or no text, or spells control tokens that the model's tokenizer cannot take as mere text;
                 or `max_new_tokens` is no number from 1 on.
         """
-        pieces = self._asking(question, max_new_tokens, remember)(_nothing, _nothing)
+        pieces = self.answering(question, max_new_tokens=max_new_tokens, remember=remember)(_nothing, _nothing)
         while True:
             try:
                 next(pieces)
@@ -203,7 +203,7 @@ class Session:
         Raises:
             MillpondError: as for `ask`, where it can be seen from the arguments; everything else is raised by what it returns.
         """
-        return PendingAnswer(self._asking(question, max_new_tokens, remember))
+        return PendingAnswer(self.answering(question, max_new_tokens=max_new_tokens, remember=remember))
 
     def stream(
         self, question: str, *, max_new_tokens: int = 128, remember: bool = False
@@ -223,17 +223,21 @@ class Session:
             if not self._runner.access.mine:
                 answer.wait()
 
-    def _asking(self, question: str, limit: int, remember: bool) -> Answering:
-        """What generates the answer to a question, once it is known that it can be asked."""
-        if not isinstance(limit, Integral) or limit < 1:
-            raise MillpondError(f"max_new_tokens must be at least 1, not {limit!r}")
+    def answering(self, question: str, *, max_new_tokens: int = 128, remember: bool = False) -> Answering:
+        """What generates the answer to a question, for who drives it himself; it is known then that it can be asked.
+
+        Raises:
+            MillpondError: as for `ask`, where it can be seen from the arguments.
+        """
+        if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+            raise MillpondError(f"max_new_tokens must be at least 1, not {max_new_tokens!r}")
         if not isinstance(question, str):
             raise MillpondError(f"a question is text, not {question!r}")
         if not question.strip():
             raise MillpondError("the question is empty")
         if remember:
             check(self.policy, TURNS)
-        return partial(self._answer, question, int(limit), remember)
+        return partial(self._answer, question, int(max_new_tokens), remember)
 
     def _answer(
         self,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from millpond import frames
@@ -15,6 +15,7 @@ from millpond.engine.residency import Resident
 from millpond.errors import MillpondError, SourceError
 from millpond.frames import Frame
 from millpond.memory.budget import Budget
+from millpond.stream.pending_answer import Answering, PendingAnswer
 
 if TYPE_CHECKING:
     from millpond.engine.engine import Engine
@@ -127,14 +128,55 @@ class EngineSession:
         """Answer a question about the stream so far, in this thread; see `millpond.Session.ask`.
 
         Args:
-            timeout: seconds in which the answer must be complete, waiting for its turn included.
+            timeout: seconds in which the answer must be complete, from now on.
 
         Raises:
-            MillpondError: the answer took longer; the stream is as it was before. Or the session was closed.
+            MillpondError: the answer took longer, and the stream is as it was before; or the session was closed; or as for a `Session`.
             BudgetError, ModelError: as for a `Session`; or it is hibernated, and no room came free in time.
         """
-        with self._turn(), self._engine._residency.used(self._resident) as session, self._engine._scheduler.asking():
-            return session.ask(question, max_new_tokens=max_new_tokens, remember=remember)
+        pieces = self._answering(question, max_new_tokens, remember, timeout)(_nothing, _nothing)
+        while True:
+            try:
+                next(pieces)
+            except StopIteration as done:
+                answer: Answer = done.value
+                return answer
+
+    def begin(
+        self, question: str, *, max_new_tokens: int = 128, remember: bool = False, timeout: float | None = None
+    ) -> PendingAnswer:
+        """Begin to answer like `ask`, in a thread of its own, and return at once; see `millpond.Session.begin`.
+
+        What goes wrong is raised by what this returns.
+        """
+        return PendingAnswer(self._answering(question, max_new_tokens, remember, timeout))
+
+    def _answering(self, question: str, limit: int, remember: bool, timeout: float | None) -> Answering:
+        """What generates the answer in its turn; frames behind it in the lane go on as soon as it has begun."""
+        deadline = None if timeout is None else monotonic() + timeout
+
+        def answering(waiting: Callable[[], None], begins: Callable[[], None]) -> Generator[str, None, Answer]:
+            with self._turn(waiting) as end, self._engine._residency.used(self._resident) as session:
+
+                def begun() -> None:
+                    begins()
+                    end()
+
+                with self._engine._scheduler.asking():
+                    pieces = session.answering(question, max_new_tokens=limit, remember=remember)(_nothing, begun)
+                    try:
+                        while deadline is None or monotonic() < deadline:
+                            try:
+                                piece = next(pieces)
+                            except StopIteration as done:
+                                answer: Answer = done.value
+                                return answer
+                            yield piece
+                    finally:
+                        pieces.close()
+            raise MillpondError(f"the answer took longer than {timeout:g} s")
+
+        return answering
 
     # --- the session itself -------------------------------------------------------------------------------------
 
@@ -200,3 +242,7 @@ class EngineSession:
 
     def _turn(self, waiting: Callable[[], None] | None = None) -> AbstractContextManager[Callable[[], None]]:
         return self._engine._pool.turn(self._lane, waiting)
+
+
+def _nothing() -> None:
+    """Nobody is to be told."""
