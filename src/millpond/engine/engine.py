@@ -14,7 +14,7 @@ from typing import Any, Self, Unpack, get_args
 
 from millpond import models
 from millpond.config import SessionArguments, SessionConfig, configured
-from millpond.device import DEFAULT_FRAME, minimum_budget
+from millpond.device import DEFAULT_FRAME, load_for_streams, minimum_budget
 from millpond.engine.backlog import Backlog
 from millpond.engine.gateway import Gateway
 from millpond.engine.handle import EngineSession
@@ -22,7 +22,7 @@ from millpond.engine.lanes import Pool
 from millpond.engine.residency import Residency, Resident
 from millpond.engine.scheduler import FORWARD_TOKENS, Scheduler
 from millpond.engine.shares import Share
-from millpond.errors import BudgetError, MillpondError
+from millpond.errors import BudgetError, MillpondError, ModelError
 from millpond.memory.available import check_memory
 from millpond.memory.budget import Budget, format_bytes
 from millpond.models.base import Family
@@ -63,6 +63,8 @@ class Engine:
     Args:
         model: as for `millpond.Session.from_pretrained`, or an adapted model.
         stream_memory: bytes for what all sessions remember and for frames that wait, together.
+        device_memory: in its place: bytes for weights, streams and one pass together. A quantized model is read at the bit-width that
+            fits. Sets glibc's malloc for the whole process (`millpond.memory.heap.hold_nothing`).
         share: how sessions get them. "equal": alike; "weight": by their weight. A newcomer then shrinks the others, down to the `least` of
             each, and whoever is used grows into what comes free. "fixed": each has the budget that it was opened with, always.
             Where there is no room left, the sessions that have been idle longest are hibernated.
@@ -83,7 +85,8 @@ class Engine:
         self,
         model: str | Path | tuple[Any, Any] | Family,
         *,
-        stream_memory: str | int,
+        stream_memory: str | int | None = None,
+        device_memory: str | int | None = None,
         share: Share = "equal",
         state_dir: str | Path | None = None,
         queue_frames: int = 8,
@@ -98,14 +101,18 @@ class Engine:
         for name, number in (("queue_frames", queue_frames), ("forward_tokens", forward_tokens)):
             if not isinstance(number, int) or isinstance(number, bool) or number < 1:
                 raise MillpondError(f"{name} must be a whole number from 1 on, not {number!r}")
-        self._total, self._share, self._frame_size = int(Budget(stream_memory)), share, frame_size
+        self._share, self._frame_size = share, frame_size
+        if stream_memory is not None and device_memory is None:
+            self._total, self._family = int(Budget(stream_memory)), _adapted(model, load)
+        elif device_memory is None or stream_memory is not None:
+            raise BudgetError("give an engine stream_memory or device_memory, one of the two")
+        elif isinstance(model, Family):
+            raise ModelError("device_memory is for a model that the engine loads, or a loaded (model, processor)")
+        else:
+            self._family, self._total = load_for_streams(model, device_memory, frame_size, forward_tokens, **load)
         queue = self._total // _QUEUE_SHARE if queue_memory is None else int(Budget(queue_memory))
         if queue >= self._total:
             raise BudgetError(f"a queue_memory of {format_bytes(queue)} leaves nothing of {format_bytes(self._total)}")
-        if isinstance(model, Family):
-            self._family = model
-        else:
-            self._family = models.adapt(*model) if isinstance(model, tuple) else models.load(model, **load)
         check_memory(self._total, self._family.device)
         folder = Path(tempfile.mkdtemp(prefix="millpond-engine-", dir=state_dir))
         self._files = (folder / f"{number}.safetensors" for number in count())
@@ -159,9 +166,7 @@ class Engine:
                 f"the session {name!r} cannot have {resident.least} bytes at least and {config.budget} at most",
                 minimum=resident.least,
             )
-        self._residency.open(
-            resident, lambda budget: Session(self._gateway, replace(config, budget=budget))
-        )
+        self._residency.open(resident, lambda budget: Session(self._gateway, replace(config, budget=budget)))
         return self._added(resident)
 
     @property
@@ -227,6 +232,12 @@ class Engine:
         other = self._new(name, resident.config, resident.weight, resident.least)
         self._residency.fork(resident, other)
         return self._added(other)
+
+
+def _adapted(model: str | Path | tuple[Any, Any] | Family, load: dict[str, Any]) -> Family:
+    if isinstance(model, Family):
+        return model
+    return models.adapt(*model) if isinstance(model, tuple) else models.load(model, **load)
 
 
 def _end(pool: Pool, residency: Residency, scheduler: Scheduler, folder: Path) -> None:

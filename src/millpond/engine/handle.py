@@ -156,27 +156,37 @@ class EngineSession:
         deadline = None if timeout is None else monotonic() + timeout
 
         def answering(waiting: Callable[[], None], begins: Callable[[], None]) -> Generator[str, None, Answer]:
-            with self._turn(waiting) as end, self._engine._residency.used(self._resident) as session:
+            left = None if deadline is None else max(0.0, deadline - monotonic())
+            with (
+                self._engine._pool.turn(self._lane, waiting, left) as end,
+                self._engine._residency.used(self._resident) as session,
+                self._engine._scheduler.asking(),
+            ):
 
                 def begun() -> None:
                     begins()
                     end()
 
-                with self._engine._scheduler.asking():
-                    pieces = session.answering(question, max_new_tokens=limit, remember=remember)(_nothing, begun)
-                    try:
-                        while deadline is None or monotonic() < deadline:
-                            try:
-                                piece = next(pieces)
-                            except StopIteration as done:
-                                answer: Answer = done.value
-                                return answer
-                            yield piece
-                    finally:
-                        pieces.close()
-            raise MillpondError(f"the answer took longer than {timeout:g} s")
+                pieces = session.answering(question, max_new_tokens=limit, remember=remember)(_nothing, begun)
+                try:
+                    while deadline is None or monotonic() < deadline:
+                        try:
+                            piece = next(pieces)
+                        except StopIteration as done:
+                            answer: Answer = done.value
+                            return answer
+                        yield piece
+                finally:
+                    pieces.close()
+            raise TimeoutError
 
-        return answering
+        def in_time(waiting: Callable[[], None], begins: Callable[[], None]) -> Generator[str, None, Answer]:
+            try:
+                return (yield from answering(waiting, begins))
+            except TimeoutError:
+                raise MillpondError(f"the answer took longer than {timeout:g} s") from None
+
+        return in_time
 
     # --- the session itself -------------------------------------------------------------------------------------
 
@@ -240,8 +250,8 @@ class EngineSession:
         with self._turn(), self._engine._residency.used(self._resident) as session:
             return session.memory()
 
-    def _turn(self, waiting: Callable[[], None] | None = None) -> AbstractContextManager[Callable[[], None]]:
-        return self._engine._pool.turn(self._lane, waiting)
+    def _turn(self) -> AbstractContextManager[Callable[[], None]]:
+        return self._engine._pool.turn(self._lane)
 
 
 def _nothing() -> None:

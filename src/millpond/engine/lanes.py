@@ -71,11 +71,16 @@ class Pool:
         lane.jobs.remove(job)
 
     @contextmanager
-    def turn(self, lane: Lane, waiting: Callable[[], None] | None = None) -> Iterator[Callable[[], None]]:
+    def turn(
+        self, lane: Lane, waiting: Callable[[], None] | None = None, seconds: float | None = None
+    ) -> Iterator[Callable[[], None]]:
         """Wait for this thread's turn in a lane, and have it within a `with` block, or until what it gives is called.
 
         Args:
-            waiting: called once it has its place.
+            waiting: called once it has its place. seconds: to wait at most.
+
+        Raises:
+            TimeoutError: it had to wait longer. MillpondError: the pool was closed.
         """
         job = Job()
         try:
@@ -84,7 +89,8 @@ class Pool:
                 self.put(lane, job)
             if waiting is not None:
                 waiting()
-            job.called.wait()
+            if not job.called.wait(seconds):
+                raise TimeoutError
             if lane.current is not job:
                 raise MillpondError("the engine was closed meanwhile")
             yield lambda: self._end(lane, job)

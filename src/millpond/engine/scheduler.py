@@ -77,7 +77,9 @@ class Scheduler:
         self.passes = self.requests = 0
         self._changed = threading.Condition(threading.Lock())
         self._waiting: list[_Wanted] = []
-        self._expected: dict[int, bool] = {}  # threads that were served last and may be back soon; whether with a question
+        self._expected: dict[
+            int, bool
+        ] = {}  # threads that were served last and may be back soon; whether with a question
         self._until = 0.0  # as long as they are waited for
         self._closed = False
         self._scored = threading.local()
@@ -217,13 +219,13 @@ class Scheduler:
                 return encode_batch(self._family, what)
             if batch[0].kind == "logits":
                 return logits_batch(self._family, what)
-            outcomes = [hidden if isinstance(hidden, Exception) else (hidden, None) for hidden in _forward_each(self._family, what)]
-            asked = [
-                at
-                for at, outcome in enumerate(outcomes)
-                if batch[at].urgent and not isinstance(outcome, Exception) and len(outcome[0])
+            outcomes: list[Any] = [
+                hidden if isinstance(hidden, Exception) else (hidden, None)
+                for hidden in _forward_each(self._family, what)
             ]
-            for at, scores in zip(asked, logits_batch(self._family, [outcomes[at][0][-1] for at in asked]), strict=True):
+            asked = [at for at, one in enumerate(batch) if one.urgent and not isinstance(outcomes[at], Exception)]
+            scored = logits_batch(self._family, [outcomes[at][0][-1] for at in asked])
+            for at, scores in zip(asked, scored, strict=True):
                 outcomes[at] = scores if isinstance(scores, Exception) else (outcomes[at][0], scores)
             return outcomes
         except BaseException as error:  # whatever it is, nobody may be left waiting
