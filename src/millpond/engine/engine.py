@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-import threading
-import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import count
 from pathlib import Path
 from typing import Any, Self, Unpack, get_args
 
@@ -17,9 +13,9 @@ from millpond.config import SessionArguments, SessionConfig, configured
 from millpond.device import DEFAULT_FRAME, load_for_streams, minimum_budget
 from millpond.engine.backlog import Backlog
 from millpond.engine.gateway import Gateway
-from millpond.engine.handle import EngineSession
+from millpond.engine.handle import EngineSession, Shared
 from millpond.engine.lanes import Pool
-from millpond.engine.residency import Residency, Resident
+from millpond.engine.residency import Residency
 from millpond.engine.scheduler import FORWARD_TOKENS, Scheduler
 from millpond.engine.shares import Share
 from millpond.errors import BudgetError, MillpondError, ModelError
@@ -115,15 +111,11 @@ class Engine:
             raise BudgetError(f"a queue_memory of {format_bytes(queue)} leaves nothing of {format_bytes(self._total)}")
         check_memory(self._total, self._family.device)
         folder = Path(tempfile.mkdtemp(prefix="millpond-engine-", dir=state_dir))
-        self._files = (folder / f"{number}.safetensors" for number in count())
-        self._scheduler = Scheduler(self._family, forward_tokens)
-        self._gateway = Gateway(self._family, self._scheduler)
-        self._pool = Pool(_THREADS, self._scheduler.leave)
-        self._backlog = Backlog(self._pool, queue_frames, queue)
-        self._residency = Residency(self._gateway, self._total - queue, share, patience)
-        self._handles: dict[str, EngineSession] = {}
-        self._naming = threading.Lock()
-        self._end = weakref.finalize(self, _end, self._pool, self._residency, self._scheduler, folder)
+        scheduler = Scheduler(self._family, forward_tokens)
+        self._gateway = Gateway(self._family, scheduler)
+        pool = Pool(_THREADS, scheduler.leave)
+        residency = Residency(self._gateway, self._total - queue, share, patience)
+        self._shared = Shared(residency, scheduler, pool, Backlog(pool, queue_frames, queue), folder)
 
     @property
     def family(self) -> Family:
@@ -159,52 +151,54 @@ class Engine:
             raise BudgetError(f"the session {name!r} needs a budget: this engine shares its bytes as 'fixed'")
         if not weight > 0:
             raise MillpondError(f"a weight must be above 0, not {weight!r}")
-        fewest = minimum_budget(self._family, self._family.grid(*self._frame_size), config)
-        resident = self._new(name, config, weight, max(fewest, 0 if least is None else int(Budget(least))))
+        fewest = 1 if least is None else int(Budget(least))
+        if self._share != "fixed":
+            fewest = max(fewest, minimum_budget(self._family, self._family.grid(*self._frame_size), config))
+        resident = self._shared.resident(name, config, weight, fewest)
         if config.budget is not None and config.budget < resident.least:
             raise BudgetError(
                 f"the session {name!r} cannot have {resident.least} bytes at least and {config.budget} at most",
                 minimum=resident.least,
             )
-        self._residency.open(resident, lambda budget: Session(self._gateway, replace(config, budget=budget)))
-        return self._added(resident)
+        self._shared.residency.open(resident, lambda budget: Session(self._gateway, replace(config, budget=budget)))
+        return self._shared.add(resident)
 
     @property
     def sessions(self) -> tuple[EngineSession, ...]:
         """Those that are open, hibernated ones too, in the order of their names."""
-        with self._naming:
-            return tuple(self._handles[name] for name in sorted(self._handles))
+        return self._shared.list()
 
     def __iter__(self) -> Iterator[EngineSession]:
         return iter(self.sessions)
 
     def __getitem__(self, name: str) -> EngineSession:
-        with self._naming:
-            if name in self._handles:
-                return self._handles[name]
-        raise MillpondError(f"there is no session {name!r}")
+        found = self._shared.handles.get(name)
+        if found is None:
+            raise MillpondError(f"there is no session {name!r}")
+        return found
 
     @property
     def usage(self) -> EngineUsage:
         """Bytes, sessions and passes now."""
-        sessions = list(self._residency.residents.values())
+        residency, scheduler = self._shared.residency, self._shared.scheduler
+        sessions = list(residency.residents.values())
         here = [one.session for one in sessions]
         return EngineUsage(
             total_bytes=self._total,
-            free_bytes=self._residency.grants.free,
-            held_bytes=self._residency.held_bytes + self._backlog.bytes,
+            free_bytes=residency.grants.free,
+            held_bytes=residency.held_bytes + self._shared.backlog.bytes,
             sessions=len(sessions),
             hibernated=sum(session is None for session in here),
-            wakings=self._residency.wakings,
-            passes=self._scheduler.passes,
-            requests=self._scheduler.requests,
+            wakings=residency.wakings,
+            passes=scheduler.passes,
+            requests=scheduler.requests,
         )
 
     def close(self) -> None:
         """End every session, what has begun first; then no thread and no file is left. A second call does nothing."""
         for session in self.sessions:
             session.close()
-        self._end()
+        self._shared.end()
 
     def __enter__(self) -> Self:
         return self
@@ -212,37 +206,8 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _new(self, name: str, config: SessionConfig, weight: float, least: int) -> Resident:
-        if not isinstance(name, str) or not name:
-            raise MillpondError(f"a session's name is text, not {name!r}")
-        with self._naming:
-            return Resident(name, config, weight, least, next(self._files))
-
-    def _added(self, resident: Resident) -> EngineSession:
-        with self._naming:
-            handle = self._handles[resident.name] = EngineSession(self, resident)
-            return handle
-
-    def _removed(self, handle: EngineSession) -> None:
-        with self._naming:
-            if self._handles.get(handle.name) is handle:
-                del self._handles[handle.name]
-
-    def _fork(self, resident: Resident, name: str) -> EngineSession:
-        other = self._new(name, resident.config, resident.weight, resident.least)
-        self._residency.fork(resident, other)
-        return self._added(other)
-
 
 def _adapted(model: str | Path | tuple[Any, Any] | Family, load: dict[str, Any]) -> Family:
     if isinstance(model, Family):
         return model
     return models.adapt(*model) if isinstance(model, tuple) else models.load(model, **load)
-
-
-def _end(pool: Pool, residency: Residency, scheduler: Scheduler, folder: Path) -> None:
-    """Threads and files go, also where an engine was never closed."""
-    pool.close()
-    residency.clear()
-    scheduler.close()
-    shutil.rmtree(folder, ignore_errors=True)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
+import weakref
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from millpond import frames
 from millpond.answer import Answer, LayerMemory, Usage
-from millpond.engine.lanes import Lane
-from millpond.engine.residency import Resident
+from millpond.config import SessionConfig
+from millpond.engine.backlog import Backlog
+from millpond.engine.lanes import Lane, Pool
+from millpond.engine.residency import Residency, Resident
+from millpond.engine.scheduler import Scheduler
 from millpond.errors import MillpondError, SourceError
 from millpond.frames import Frame
 from millpond.memory.budget import Budget
 from millpond.stream.pending_answer import Answering, PendingAnswer
-
-if TYPE_CHECKING:
-    from millpond.engine.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -53,10 +58,10 @@ class EngineSession:
     told to whoever asked for it, and harms no other.
     """
 
-    def __init__(self, engine: Engine, resident: Resident) -> None:
-        self._engine, self._resident = engine, resident
+    def __init__(self, shared: Shared, resident: Resident) -> None:
+        self._shared, self._resident = shared, resident
         self._lane = Lane()
-        self._queue = engine._backlog.open(self._lane)
+        self._queue = shared.backlog.open(self._lane)
         self._faults, self._fault = 0, ""
 
     @property
@@ -75,7 +80,7 @@ class EngineSession:
             BudgetError: as for a `Session`; or it is hibernated, and no room came free in time.
             SourceError, ModelError: as for a `Session`. MillpondError: it was closed.
         """
-        residency, resident = self._engine._residency, self._resident
+        residency, resident = self._shared.residency, self._resident
         with self._turn():
             session = residency.enter(resident)
         given = source
@@ -92,7 +97,7 @@ class EngineSession:
                 if given is not source:
                     given.close()
             residency.leave(resident)
-            self._engine._scheduler.leave()
+            self._shared.scheduler.leave()
 
     def offer(self, frame: Frame, *, wait: float = 0.0) -> bool:
         """Leave a frame to be taken in by the engine's threads, and return at once; its pixels are copied.
@@ -110,12 +115,12 @@ class EngineSession:
         """
         if not isinstance(frame, Frame):
             raise SourceError(f"offer a millpond.frames.Frame, not {type(frame).__name__}")
-        return self._engine._backlog.put(self._queue, frame, self._take, wait)
+        return self._shared.backlog.put(self._queue, frame, self._take, wait)
 
     def _take(self, frame: Frame) -> None:
         """Take an offered frame in; what goes wrong is counted, for the one who offered it has gone."""
         try:
-            with self._engine._residency.used(self._resident) as session:
+            with self._shared.residency.used(self._resident) as session:
                 session.feed(frame)
         except Exception as error:
             self._faults, self._fault = self._faults + 1, str(error)
@@ -158,9 +163,9 @@ class EngineSession:
         def answering(waiting: Callable[[], None], begins: Callable[[], None]) -> Generator[str, None, Answer]:
             left = None if deadline is None else max(0.0, deadline - monotonic())
             with (
-                self._engine._pool.turn(self._lane, waiting, left) as end,
-                self._engine._residency.used(self._resident) as session,
-                self._engine._scheduler.asking(),
+                self._shared.pool.turn(self._lane, waiting, left) as end,
+                self._shared.residency.used(self._resident) as session,
+                self._shared.scheduler.asking(),
             ):
 
                 def begun() -> None:
@@ -197,7 +202,10 @@ class EngineSession:
             BudgetError: there is no room. MillpondError: there is a session of that name.
         """
         with self._turn():
-            return self._engine._fork(self._resident, name)
+            resident = self._resident
+            other = self._shared.resident(name, resident.config, resident.weight, resident.least)
+            self._shared.residency.fork(resident, other)
+            return self._shared.add(other)
 
     def resize(self, budget: str | int) -> None:
         """Change the most bytes that it takes of the engine's, and has now; others make room as for an arrival.
@@ -206,7 +214,7 @@ class EngineSession:
             BudgetError: there is no room for more; or less than what works. Nothing changes.
         """
         with self._turn():
-            self._engine._residency.resize(self._resident, int(Budget(budget)))
+            self._shared.residency.resize(self._resident, int(Budget(budget)))
 
     def hibernate(self) -> None:
         """Write it to its file and give its bytes back; the next frame or question brings it back.
@@ -215,20 +223,20 @@ class EngineSession:
             SnapshotError: it cannot be written; it stays in memory.
         """
         with self._turn():
-            self._engine._residency.hibernate(self._resident)
+            self._shared.residency.hibernate(self._resident)
 
     def close(self) -> None:
         """End it: frames that wait are dropped, what has begun is done, its bytes and its file go. A second call does nothing."""
-        self._engine._backlog.close(self._queue)
-        self._engine._residency.close(self._resident)
-        self._engine._removed(self)
+        self._shared.backlog.close(self._queue)
+        self._shared.residency.close(self._resident)
+        self._shared.remove(self)
 
     # --- looking in ---------------------------------------------------------------------------------------------
 
     @property
     def usage(self) -> Usage:
         """Bytes, tokens, frames and seconds so far; of a hibernated one, as it went to its file."""
-        return self._engine._residency.usage(self._resident)
+        return self._shared.residency.usage(self._resident)
 
     @property
     def status(self) -> Status:
@@ -237,7 +245,7 @@ class EngineSession:
         return Status(
             name=resident.name,
             in_memory=resident.session is not None,
-            bytes=self._engine._residency.grants.of(resident.name),
+            bytes=self._shared.residency.grants.of(resident.name),
             hibernations=resident.hibernations,
             frames_waiting=len(self._queue.frames),
             frames_dropped=self._queue.dropped,
@@ -247,11 +255,65 @@ class EngineSession:
 
     def memory(self) -> tuple[LayerMemory, ...]:
         """What is remembered, as for a `Session`."""
-        with self._turn(), self._engine._residency.used(self._resident) as session:
+        with self._turn(), self._shared.residency.used(self._resident) as session:
             return session.memory()
 
     def _turn(self) -> AbstractContextManager[Callable[[], None]]:
-        return self._engine._pool.turn(self._lane)
+        return self._shared.pool.turn(self._lane)
+
+
+class Shared:
+    """What the sessions of an engine share; it lives as long as the engine or one of them.
+
+    Args:
+        residency, scheduler, pool, backlog: the engine's. folder: for the files of hibernated sessions; it goes with this.
+
+    Attributes:
+        handles: the sessions that are open, by name.
+    """
+
+    def __init__(self, residency: Residency, scheduler: Scheduler, pool: Pool, backlog: Backlog, folder: Path) -> None:
+        self.residency, self.scheduler, self.pool, self.backlog = residency, scheduler, pool, backlog
+        self.handles: dict[str, EngineSession] = {}
+        self._files = (folder / f"{number}.safetensors" for number in count())
+        self._naming = threading.Lock()
+        self.end = weakref.finalize(self, _end, residency, scheduler, pool, folder)
+
+    def resident(self, name: str, config: SessionConfig, weight: float, least: int) -> Resident:
+        """A new session, that has no bytes yet.
+
+        Raises:
+            MillpondError: its name is none.
+        """
+        if not isinstance(name, str) or not name:
+            raise MillpondError(f"a session's name is text, not {name!r}")
+        with self._naming:
+            return Resident(name, config, weight, least, next(self._files))
+
+    def add(self, resident: Resident) -> EngineSession:
+        """The handle of a session that has moved in."""
+        with self._naming:
+            handle = self.handles[resident.name] = EngineSession(self, resident)
+            return handle
+
+    def remove(self, handle: EngineSession) -> None:
+        """Forget a session that was closed."""
+        with self._naming:
+            if self.handles.get(handle.name) is handle:
+                del self.handles[handle.name]
+
+    def list(self) -> tuple[EngineSession, ...]:
+        """Those that are open, in the order of their names."""
+        with self._naming:
+            return tuple(self.handles[name] for name in sorted(self.handles))
+
+
+def _end(residency: Residency, scheduler: Scheduler, pool: Pool, folder: Path) -> None:
+    """Threads and files go, also where nothing was closed."""
+    pool.close()
+    residency.clear()
+    scheduler.close()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _nothing() -> None:

@@ -73,6 +73,7 @@ class Residency:
         self.grants = Grants(total)
         self.residents: dict[str, Resident] = {}
         self.wakings = 0
+        self._closed = False
         self._state = threading.Condition(threading.RLock())  # held for moments
         self._arriving = threading.Lock()  # held while room is made and taken
         self._uses = itertools.count(1)
@@ -106,6 +107,8 @@ class Residency:
 
     def _check_new(self, resident: Resident) -> None:
         with self._state:
+            if self._closed:
+                raise MillpondError("the engine is closed")
             if resident.name in self.residents:
                 raise MillpondError(f"there is a session {resident.name!r} already")
 
@@ -231,8 +234,10 @@ class Residency:
         return sum(session.held_bytes for session in sessions if session is not None)
 
     def clear(self) -> None:
-        """Let go of all of them."""
-        self.residents.clear()
+        """Let go of all of them; nobody arrives any more."""
+        with self._state:
+            self._closed = True
+            self.residents.clear()
 
     # --- the budget of one --------------------------------------------------------------------------------------
 

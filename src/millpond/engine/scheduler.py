@@ -232,7 +232,7 @@ class Scheduler:
             return [error] * len(batch)
 
 
-def _forward_each(family: Family, requests: list[Request]) -> Sequence[Tensor | Exception]:
+def _forward_each(family: Family, requests: Sequence[Request]) -> Sequence[Tensor | Exception]:
     """A pass; where the model fails in the midst of several, each again by itself, so that only whose fault it is sees it."""
     lengths = [request.cache.length for request in requests]
     try:
@@ -240,11 +240,12 @@ def _forward_each(family: Family, requests: list[Request]) -> Sequence[Tensor | 
     except Exception as error:
         if len(requests) == 1:
             return [error]
-        outcomes: list[Tensor | Exception] = []
-        for request, length in zip(requests, lengths, strict=True):
-            if request.see is not None:
-                outcomes.append(error)  # what it has shown of its queries cannot be taken back here
-                continue
+        failed = error
+    outcomes: list[Tensor | Exception] = []
+    for request, length in zip(requests, lengths, strict=True):
+        if request.see is None:
             request.cache.truncate(length)
-            outcomes.extend(forward_batch(family, [request]))
-        return outcomes
+            outcomes += _forward_each(family, [request])
+        else:
+            outcomes.append(failed)  # what it has shown of its queries cannot be taken back here
+    return outcomes
