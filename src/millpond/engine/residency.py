@@ -374,8 +374,11 @@ class Residency:
                     victim.users += 1
                 else:
                     idle = [one for one in others if self._may_sleep(one) and one.name not in stuck]
-                    if not idle:
-                        busy = [one for one in others if one.users or one.moving]
+                    names = {one.name for one in idle}
+                    staying = sum(one.least for one in claims if one.name not in names)
+                    if not idle or claim.least + staying > self.grants.total:  # it would be in vain
+                        busy = any((one.users or one.moving) and one is not unchanged for one in others)
+                        busy = busy and claim.least <= self.grants.total
                         if not busy or not self._state.wait(max(0.0, deadline - monotonic())):
                             raise self._refusal(claim, claims, stuck.values())
                         continue
