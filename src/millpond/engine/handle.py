@@ -18,7 +18,8 @@ from millpond.answer import Answer, LayerMemory, Usage
 from millpond.config import SessionConfig
 from millpond.engine.backlog import Backlog
 from millpond.engine.lanes import Lane, Pool
-from millpond.engine.residency import Residency, Resident
+from millpond.engine.residency import Residency
+from millpond.engine.resident import Resident
 from millpond.engine.scheduler import Scheduler
 from millpond.errors import MillpondError, SourceError
 from millpond.frames import Frame

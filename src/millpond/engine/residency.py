@@ -8,53 +8,20 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 from time import monotonic
 
 from millpond.answer import Usage
-from millpond.config import SessionConfig
-from millpond.engine.shares import Claim, Grants, Share, share_out
-from millpond.errors import BudgetError, MillpondError, SnapshotError
+from millpond.engine.resident import Resident
+from millpond.engine.shares import Claim, Grants, Share, refusal, share_out
+from millpond.errors import BudgetError, MillpondError
 from millpond.frames import Source
-from millpond.memory.budget import format_bytes
 from millpond.models.base import Family
 from millpond.session import Session
 
 _WORTH_GROWING = 8  # a share of this much more is taken; less is not worth a move of the memory
-
-
-class Resident:
-    """One session of an engine, in memory or in its file.
-
-    Args:
-        name, weight: of the session. config: as asked for, with the budget that it takes at most; None: as much as it gets.
-        least: bytes that its budget is never shrunk below. path: of its file.
-
-    Attributes:
-        session: None while it is hibernated. users: threads that are at it. moving: it is on its way to its file.
-        last_used: when, as a running number. usage: as it was hibernated.
-        hibernations: how often.
-    """
-
-    def __init__(self, name: str, config: SessionConfig, weight: float, least: int, path: Path) -> None:
-        self.name, self.config, self.weight, self.least, self.path = name, config, weight, least, path
-        self.session: Session | None = None
-        self.users, self.moving, self.closed = 0, False, False
-        self.last_used = self.hibernations = 0
-        self.usage: Usage | None = None
-        self.asleep_bytes = 0  # that it had, and needs to wake up
-        self.sources: set[Source] = set()  # that threads are feeding it
-        self.sizing = threading.Lock()  # while its budget changes
-        own_file = config.host_path is not None
-        self.beside = 0 if own_file or config.host_budget is None else config.host_budget
-
-    @property
-    def most(self) -> int | None:
-        """Bytes that it takes at most, host memory included."""
-        return None if self.config.budget is None else self.config.budget + self.beside
 
 
 class Residency:
@@ -321,21 +288,11 @@ class Residency:
 
     def _wake(self, resident: Resident) -> Session:
         """Back from its file, with the budget that it had; in use from now on."""
-        config, size = resident.config, resident.asleep_bytes
+        size = resident.asleep_bytes
         with self._state:
             resident.users += 1  # nobody may hibernate it as soon as it is there
         try:
-            self._move_in(
-                resident,
-                Claim(resident.name, 1.0, size, size),
-                lambda _: Session.load(
-                    resident.path,
-                    self._family,
-                    host_path=config.host_path,
-                    policy=config.policy,
-                    admission=config.admission,
-                ),
-            )
+            self._move_in(resident, Claim(resident.name, 1.0, size, size), lambda _: resident.load(self._family))
         except BaseException:
             self.leave(resident)
             raise
@@ -380,7 +337,7 @@ class Residency:
                         busy = any((one.users or one.moving) and one is not unchanged for one in others)
                         busy = busy and claim.least <= self.grants.total
                         if not busy or not self._state.wait(max(0.0, deadline - monotonic())):
-                            raise self._refusal(claim, claims, stuck.values())
+                            raise refusal(claim, claims, self.grants, stuck.values())
                         continue
                     victim = min(idle, key=lambda one: one.last_used)
                     victim.moving = True
@@ -412,17 +369,6 @@ class Residency:
         finally:
             self._let_go(resident)
 
-    def _refusal(self, claim: Claim, claims: Iterable[Claim], stuck: Iterable[MillpondError]) -> BudgetError:
-        free, total = self.grants.free, self.grants.total
-        others = sum(one.least for one in claims)
-        why = "".join(f"; {error}" for error in stuck)
-        return BudgetError(
-            f"no room for the session {claim.name!r}: it needs at least {format_bytes(claim.least)} ({claim.least} bytes), and of "
-            f"{format_bytes(total)} {format_bytes(free)} are free; the other sessions that are in memory cannot go below "
-            f"{format_bytes(others)} in all: close one, or open them with a smaller budget or least{why}",
-            minimum=claim.least,
-        )
-
     # --- hibernation --------------------------------------------------------------------------------------------
 
     def hibernate(self, resident: Resident) -> None:
@@ -440,17 +386,13 @@ class Residency:
 
     def _sleep(self, resident: Resident) -> None:
         """Save, then let go, then the bytes are free. The session is `moving`."""
-        assert resident.session is not None
         try:
-            resident.session.save(resident.path)
-            usage = resident.session.usage
+            usage = resident.save()
             with self._state:
                 resident.session, resident.usage = None, usage
                 resident.asleep_bytes = self.grants.of(resident.name)
                 resident.hibernations += 1
                 self.grants.set(resident.name, 0)
-        except OSError as error:
-            raise SnapshotError(f"the session {resident.name!r} cannot be hibernated: {error}") from error
         finally:
             with self._state:
                 resident.moving = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,3 +87,14 @@ class Grants:
             self._granted[name] = size
         else:
             self._granted.pop(name, None)
+
+
+def refusal(claim: Claim, others: Iterable[Claim], grants: Grants, reasons: Iterable[Exception]) -> BudgetError:
+    """Why there is no room for a claim: what it needs at least, what is free, what the others cannot go below, and `reasons` besides."""
+    below = format_bytes(sum(one.least for one in others))
+    return BudgetError(
+        f"no room for the session {claim.name!r}: it needs at least {format_bytes(claim.least)} ({claim.least} bytes), and of "
+        f"{format_bytes(grants.total)} {format_bytes(grants.free)} are free; the other sessions that are in memory cannot go below "
+        f"{below} in all: close one, or open them with a smaller budget or least{''.join(f'; {reason}' for reason in reasons)}",
+        minimum=claim.least,
+    )
