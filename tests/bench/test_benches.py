@@ -78,6 +78,19 @@ def test_endless_refuses_a_window_that_does_not_fit(
 
 
 @pytest.mark.slow
+def test_batching(tmp_path: Path) -> None:
+    result = run(
+        "batching.py", tmp_path / "batching.json", "--small", "--sessions", "2", "--steps", "2", "--rounds", "2"
+    )
+    assert set(result["results"]) == {"minnow", "large, float32", "large, bfloat16"}
+    for found in result["results"].values():
+        for each in found.values():
+            assert finite(each)
+            assert each["quartiles"][0] <= each["ratio"] <= each["quartiles"][1]
+    assert result["results"]["minnow"]["decoding"]["same"]
+
+
+@pytest.mark.slow
 def test_overhead(tmp_path: Path) -> None:
     out = tmp_path / "overhead.json"
     result = run("overhead.py", out, "--small", "--layers", "1", "--slots", "1600", "--blocks", "2")

@@ -298,6 +298,27 @@ def exceed(draw: Draw) -> Case:
     return Case((x, Estimators(columns, lines, projections, scale, 1e-6)), seen=list)
 
 
+def attend_step(draw: Draw) -> Case:
+    streams, heads, group, width = (draw.any.randint(1, most) for most in (4, 3, 4, 40))
+    dtype = draw.any.choice((torch.float32, torch.float32, torch.bfloat16))
+    memories = []
+    for _ in range(streams):
+        length = draw.any.randint(0, 70)
+        keys, values = (draw.randn(1, heads, length + draw.any.randint(1, 5), width) for _ in range(2))
+        keys[:, :, length:] = float("nan")  # what lies there before is not read
+        keys = keys if memories else draw.cut(keys)
+        memories.append((keys.to(dtype), values.to(dtype), length))
+    new = (draw.randn(streams, count, width).to(dtype) for count in (heads * group, heads, heads))
+    return Case((*new, memories, width**-0.5), close={"rtol": 1e-5, "atol": 1e-6})
+
+
+def few_rows_product(draw: Draw) -> Case:
+    rows, columns = draw.any.choice(((1024, 1024), (1026, 1041), (64, 70)))  # of which the last is small
+    shape = draw.any.choice(((1, draw.any.randint(2, 17)), (draw.any.randint(2, 17), 1), (3,)))
+    weight, bias = draw.randn(rows, columns), draw.any.choice((None, draw.randn(rows)))
+    return Case((draw.randn(*shape, columns), weight, bias), close={"rtol": 1e-4, "atol": 1e-3})
+
+
 def write_metadata(draw: Draw) -> Case:
     heads, count, axes = draw.any.randint(1, 3), draw.any.choice((1, 4, 9)), draw.any.choice((1, 3))
     positions = draw.whole(-5, 10**6, axes, count).T  # by axis, as a model's
@@ -318,12 +339,14 @@ CASES: dict[str, Callable[[Draw], Case]] = {
     each.__name__: each
     for each in (
         add_attention,
+        attend_step,
         attention_moments,
         attention_spread,
         best,
         check_selection,
         cluster_rows,
         dequantize,
+        few_rows_product,
         distances,
         distinctiveness,
         exceed,

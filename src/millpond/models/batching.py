@@ -5,28 +5,33 @@ transformers' own door (see `millpond.models.transformers_insides`); a family's 
 
 What is equal: norms, rotation, the cache and the attention of more than one token treat each token as they would alone, bit for bit. A
 linear layer may sum in another order when it has another number of rows, and the heads that share a KV head read it once for a single
-token. A request that cannot be packed runs alone, by the family's own `forward`. One that raises gets its error back in its place; what
+token. See docs/batching.md. A request that cannot be packed runs alone, by the family's own `forward`. One that raises gets its error back in its place; what
 it left in its memory is for its own step to take back, and the others go on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import Cache
 
+from millpond.cache.storage.layer import PondLayer
 from millpond.errors import MillpondError
 from millpond.models.base import Family, Tokens
 from millpond.models.decoder import DecoderFamily
 from millpond.models.query_recorder import See
 from millpond.models.transformers_insides import attends_by_sdpa, attention_by, causal_mask, lower_right_mask
+from millpond.ops import attend_step, few_rows_product
+from millpond.ops.few_rows import FEW, LARGE
 from millpond.precision.linear import NestedLinear
 
 ENCODED_AT_ONCE = 256
@@ -84,7 +89,8 @@ def forward_batch(family: Family, requests: Sequence[Request]) -> list[Tensor | 
 def logits_batch(family: Family, hidden: Sequence[Tensor]) -> list[Tensor | Exception]:
     """`Family.logits` for several sessions: a hidden state [hidden] each -> [vocabulary] each, or what it raised."""
     if len(hidden) > 1 and all(one.dim() == 1 and one.shape == hidden[0].shape for one in hidden):
-        return list(family.logits(torch.stack(list(hidden))[:, None])[:, 0])
+        with _few_rows(family, len(hidden)):
+            return list(family.logits(torch.stack(list(hidden))[:, None])[:, 0])
     return [_outcome(family.logits, one) for one in hidden]
 
 
@@ -161,6 +167,19 @@ def _packable(family: Family, request: Request) -> bool:
     )
 
 
+class _LinearOfFewRows(TorchFunctionMode):
+    """Within it, this thread's linear layers are `millpond.ops.few_rows_product`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (few_rows_product if func is linear else func)(*args, **(kwargs or {}))
+
+
+def _few_rows(family: Family, rows: int) -> AbstractContextManager[Any]:
+    """For a few tokens of a model that is large enough to be worth the asking at every call into torch."""
+    large = getattr(family, "hidden", 0) ** 2 >= LARGE and family.geometry.dtype == torch.float32
+    return _LinearOfFewRows() if large and rows <= FEW and family.device.type == "cpu" else nullcontext()
+
+
 class _Run:
     """One request within a batch.
 
@@ -176,6 +195,12 @@ class _Run:
         self._mask = None if self.uneven else causal_mask(family.decoder, request.cache, request.tokens.embeds[None])
         # On an empty cache the causal mask is torch's own.
         self._causal = not self.uneven and self._mask is None and self.count > 1
+        geometry = family.geometry
+        made = geometry.kv_heads, geometry.head_dim, geometry.dtype
+        self._plain = self.count == 1 and all(
+            type(layer) is PondLayer and (layer.keys.shape[1], layer.keys.shape[3], layer.dtype) == made
+            for layer in self.layers
+        )
 
     def look(self, index: int, queries: Tensor, *, before: bool) -> None:
         """Show a layer's queries [n, query heads, D], if it is time."""
@@ -185,15 +210,14 @@ class _Run:
             except Exception as error:
                 self.error = error
 
+    def is_step(self, index: int) -> bool:
+        """Whether all that there is to do in a layer is a plain decoding step."""
+        return self._plain and self.error is None and self.layers[index].length < self.layers[index].capacity
+
     def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Append keys and values [1, KV heads, n, D], and return what queries [1, heads, n, D] gather: [1, n, heads, D]."""
         try:
             keys, values = self.layers[index].update(key, value)
-            if self.count == 1:
-                # The heads that share a KV head as rows of one, which is read once.
-                rows = query.view(1, keys.shape[1], -1, query.shape[3])
-                gathered = scaled_dot_product_attention(rows, keys, values, scale=scaling)
-                return gathered.reshape(1, 1, *query.shape[1::2])
             mask = lower_right_mask(query, keys.shape[2]) if self.uneven else self._mask
             return scaled_dot_product_attention(
                 query, keys, values, attn_mask=mask, is_causal=self._causal, scale=scaling,
@@ -219,6 +243,7 @@ class _Batch:
         self._family, self._requests = family, requests
         self._runs = [_Run(family, request) for request in requests]
         self._counts = [run.count for run in self._runs]
+        self._starts = [0, *accumulate(self._counts)][:-1]
         self._steps = max(self._counts) == 1 and not any(request.tokens.deepstack for request in requests)
         self._looked_at = [run for run in self._runs if run.see is not None]
         self._queries: Sequence[Tensor] = ()
@@ -236,6 +261,7 @@ class _Batch:
         with (
             family.showing_queries(self._catch, before=True) if self._looked_at else nullcontext(),
             attention_by(family.decoder, self._attend),
+            _few_rows(family, sum(self._counts)),
             torch.inference_mode(),
         ):
             hidden = family.decode(tokens, embeds, positions, self, embeds.new_zeros(1, 1, 1, 1))
@@ -257,14 +283,41 @@ class _Batch:
             run.look(index, own, before=True)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        steps = [index for index, run in enumerate(self._runs) if run.is_step(self._index)]
+        stepped = self._step(steps, (query, key, value), scaling) if steps else ()
+        if isinstance(stepped, Tensor) and len(steps) == len(self._runs):
+            gathered = stepped if self._steps else stepped.transpose(0, 1)
+        else:
+            gathered = self._each(dict(zip(steps, stepped, strict=True)), (query, key, value), scaling)
+        if self._looked_at:
+            for run, queries in zip(self._runs, self._queries, strict=True):
+                run.look(self._index, queries, before=False)
+        return gathered
+
+    def _step(self, steps: list[int], projected: Sequence[Tensor], scaling: float) -> Tensor:
+        """The plain decoding steps, all at once: [requests, 1, heads, D]."""
+        layers = [self._runs[index].layers[self._index] for index in steps]
+        rows = [tensor.squeeze(2) if self._steps else tensor[0].transpose(0, 1) for tensor in projected]
+        if len(steps) < len(self._counts):
+            at = torch.tensor([self._starts[index] for index in steps], device=rows[0].device)
+            rows = [tensor.index_select(0, at) for tensor in rows]
+        query, key, value = (tensor.contiguous() for tensor in rows)
+        gathered = attend_step(query, key, value, [(each.keys, each.values, each.length) for each in layers], scaling)
+        for layer in layers:
+            layer.length += 1
+        return gathered[:, None]
+
+    def _each(self, done: dict[int, Tensor], projected: Sequence[Tensor], scaling: float) -> Tensor:
+        """Request by request, but for those that are `done`."""
         axis, gathered = 0 if self._steps else 2, []
-        parts = (tensor.split(1 if self._steps else self._counts, dim=axis) for tensor in (query, key, value))
-        for index, (run, own, keys, values) in enumerate(zip(self._runs, *parts, strict=True)):
-            gathered.append(
-                run.attend(self._index, own, keys, values, scaling) if run.error is None else run.nothing(own)
-            )
-            if self._looked_at:
-                run.look(self._index, self._queries[index], before=False)
+        parts = (tensor.split(1 if self._steps else self._counts, dim=axis) for tensor in projected)
+        for index, (run, query, key, value) in enumerate(zip(self._runs, *parts, strict=True)):
+            if index in done:
+                gathered.append(done[index][None])
+            elif run.error is None:
+                gathered.append(run.attend(self._index, query, key, value, scaling))
+            else:
+                gathered.append(run.nothing(query))
         return torch.cat(gathered, dim=0 if self._steps else 1)
 
 

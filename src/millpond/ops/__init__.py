@@ -9,8 +9,10 @@ from millpond.ops.bit_planes import nested_product, nested_rows
 from millpond.ops.c_functions import sources, status
 from millpond.ops.clustering import cluster_rows
 from millpond.ops.compaction import check_selection, move_rows
+from millpond.ops.decoding import attend_step
 from millpond.ops.dequantization import dequantize
 from millpond.ops.dispatch import OPERATIONS
+from millpond.ops.few_rows import few_rows_product
 from millpond.ops.infinipot_v import infinipot_v_selection
 from millpond.ops.merging import distances, fold
 from millpond.ops.metadata import write_metadata
@@ -22,6 +24,7 @@ from millpond.ops.width_choice import exceed
 __all__ = [
     "OPERATIONS",
     "add_attention",
+    "attend_step",
     "attention_moments",
     "attention_spread",
     "best",
@@ -32,6 +35,7 @@ __all__ = [
     "distances",
     "distinctiveness",
     "exceed",
+    "few_rows_product",
     "fold",
     "infinipot_v_selection",
     "move_rows",
