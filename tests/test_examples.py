@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from millpond import frames
+from millpond import Session, frames
 from millpond.eval import streams
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -42,7 +42,7 @@ def bytes_in(line: str) -> tuple[int, int]:
 def test_every_example_is_short_named_in_the_readme_and_run_here() -> None:
     readme, here = (EXAMPLES / "README.md").read_text(), Path(__file__).read_text()
     programs = sorted(EXAMPLES.glob("*.py"))
-    assert len(programs) == 5
+    assert len(programs) == 6
     for path in programs:
         assert len(path.read_text().splitlines()) < 50
         assert f"examples/{path.name}" in readme
@@ -62,6 +62,27 @@ def test_a_camera_is_asked_again_and_again(run: Main, film: Path) -> None:
         lines = run("watch_a_camera", source, every=10.0)
     assert [line.split(" s]")[0] for line in lines] == ["[10.0", "[20.0", "[30.0", "[40.0"]
     assert all(int(re.findall(r"\((\d+) bytes", line)[0]) <= 256 << 10 for line in lines)
+
+
+def test_a_killed_process_goes_on(run: Main, film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = run("go_on_after_a_crash", film, tmp_path / "plain")
+    saves, save = [], Session.save
+
+    def killed(session: Session, path: Path) -> None:
+        if len(saves) == 3:
+            raise KeyboardInterrupt
+        saves.append(path)
+        save(session, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Session, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run("go_on_after_a_crash", film, tmp_path / "killed")
+    capped = run("go_on_after_a_crash", film, tmp_path / "killed")
+    assert plain[0] == "0 frames were seen before"
+    assert capped[-2] == "30 frames were seen before"
+    assert capped[-1] == plain[-1]
+    assert plain[-1].startswith("96 frames: ")
 
 
 def test_an_own_policy_keeps_the_budget(run: Main) -> None:

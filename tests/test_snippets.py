@@ -94,6 +94,10 @@ def test_sources(run: Any, film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(1 for _ in frames.open("out.mp4")) == 100
 
 
+def test_snapshots(run: Any, film: Path) -> None:
+    assert run("docs/snapshots.md")["again"].usage.frames_seen > 0
+
+
 def test_minnow(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     stream: streams.Stream = run("docs/minnow.md")["stream"]
     assert capsys.readouterr().out.splitlines() == [f"{q.type} {q.text} {q.answer}" for q in stream.questions]

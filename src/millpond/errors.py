@@ -7,7 +7,7 @@ MillpondError
 ├── PolicyError     a policy that does not exist, or whose parameters cannot work here
 ├── PrecisionError  a quantized model that is damaged, of another version, or asked for bits it does not hold
 ├── RecomputeError  a step that recomputation cannot train
-└── SnapshotError   a saved session that cannot be resumed
+└── SnapshotError   a session that cannot be saved, or a saved one that cannot be resumed
 """
 
 
@@ -47,7 +47,7 @@ class RecomputeError(MillpondError):
 
 
 class SnapshotError(MillpondError):
-    """A saved session is damaged, or belongs to another model."""
+    """A session cannot be saved; or a saved one is damaged, of a newer format, or another model's or policy's."""
 
 
 def first_line(error: BaseException) -> str:

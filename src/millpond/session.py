@@ -24,6 +24,7 @@ from millpond.device import DEFAULT_FRAME, default_budget, load_within
 from millpond.errors import BudgetError, MillpondError, ModelError
 from millpond.frames import Frame
 from millpond.memory.available import check_memory
+from millpond.memory.budget import Budget
 from millpond.models.base import Family
 from millpond.policies.base import Policy
 from millpond.policies.composition import NO_HOST_MEMORY, TURNS, check
@@ -369,7 +370,7 @@ class Session:
         budget = arguments.pop("budget", None)
         session = object.__new__(cls)
         session._begin(*load(path, family, host_path=arguments.pop("host_path", None), expected=arguments))
-        if budget is not None:
+        if budget is not None and int(Budget(budget)) != session.config.budget:
             session.resize(budget)
         return session
 

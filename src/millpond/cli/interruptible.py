@@ -31,17 +31,23 @@ class InterruptibleSource:
         source: an iterable of frames with `.seconds` and, where frames can be dropped, `.dropped`.
         tick: called between frames and while waiting for one; for a progress line.
         look: shown every frame before it is handed out.
+        seconds: stream time that was reached before; None for a stream that begins.
 
     Attributes:
         dropped: frames the source has dropped, as of the last segment; a session adds up the differences.
-        seconds: stream time of the last frame handed out; None before the first.
+        seconds: stream time of the last frame handed out, or that was reached before; None before the first.
         until_seconds: until when that frame stands: as long as the one before it did.
         ended: the source has no more frames.
         stopped: `stop` was called.
     """
 
     def __init__(
-        self, source: Any, *, tick: Callable[[], None] = lambda: None, look: Callable[[Any], None] = lambda frame: None
+        self,
+        source: Any,
+        *,
+        tick: Callable[[], None] = lambda: None,
+        look: Callable[[Any], None] = lambda frame: None,
+        seconds: float | None = None,
     ) -> None:
         self._source = source
         self._tick, self._look = tick, look
@@ -56,8 +62,8 @@ class InterruptibleSource:
         self._holds = 0
         self._lock = threading.Lock()
         self.dropped = 0
-        self.seconds: float | None = None
-        self.until_seconds = 0.0
+        self.seconds = seconds
+        self.until_seconds = seconds or 0.0
         self.ended = False
         self.stopped = False
         self.reached = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -111,6 +111,26 @@ def watch(
             help="Add a line of JSON to FILE for whatever happens: losses of the source, answers, errors.",
         ),
     ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            "--state",
+            envvar="MILLPOND_STATE",
+            metavar="FILE",
+            help="Keep the session in FILE, and go on where it stood when FILE is there: a video file at the time reached, what is live "
+            "with what comes.",
+        ),
+    ] = None,
+    state_every: Annotated[
+        float,
+        typer.Option(
+            "--state-every",
+            min=0,
+            envvar="MILLPOND_STATE_EVERY",
+            metavar="SECONDS",
+            help="Save it that often; and at the end.",
+        ),
+    ] = 30.0,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -146,11 +166,14 @@ def watch(
             note(f"loading the model {printable(model)} ...")  # importing torch and transformers takes seconds
         if quiet or as_json or not sys.stderr.isatty():
             silence()
+        from millpond.cli.live import clock
+        from millpond.cli.state import Continued, StateFile
         from millpond.cli.watching import Watch
         from millpond.minnow.familiar import familiar
         from millpond.session import Session
 
         budget_for(budget, device_memory)
+        kept = None if state is None else StateFile(state, state_every)
         session = Session.from_pretrained(
             model,
             session_config(context),
@@ -159,10 +182,19 @@ def watch(
             device=device,
             max_pixels=max_pixels,
         )
+        if kept is not None:
+            session = kept.resume(session, keep_budget=budget is None and device_memory is None)
         log.write("open", source=opened.info.name, live=opened.info.live, model=model)
+        watched: Any = opened
+        if kept is not None and kept.reached is not None:
+            at, watched = kept.reached, Continued(opened, kept.reached, 1 / fps)
+            log.write("resume", stream_seconds=at)
+            if not quiet:
+                note(f"going on at {clock(at)}, as {printable(str(state))} says")
+            moments = [moment for moment in moments if moment.seconds >= at]  # the others have been asked
         watching = Watch(
             session,
-            opened,
+            watched,
             max_new_tokens=max_new_tokens,
             remember=remember,
             as_json=as_json,
@@ -171,6 +203,7 @@ def watch(
             events=log,
             arrived=happened,
             knows=familiar if model == DEFAULT_MODEL else None,
+            state=kept,
         )
         with watching:
             watching.run(moments, asked)

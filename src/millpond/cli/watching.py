@@ -17,6 +17,7 @@ from millpond.cli.events import EventLog
 from millpond.cli.interruptible import InterruptibleSource
 from millpond.cli.live import LiveLine, clock, summary
 from millpond.cli.options import Moment
+from millpond.cli.state import StateFile
 from millpond.errors import MillpondError
 from millpond.frames import Event, Losses
 
@@ -40,6 +41,7 @@ class Watch:
         knows: whether the model was trained on pictures like this one (pixels); None does not ask.
         arrived: what happened to the source's connection, put there by its reading thread.
         prompt: ask at a prompt on the terminal while the stream goes on in a thread of its own.
+        state: where the session is saved, so that another watch can go on there.
 
     Attributes:
         answers: all given so far, in order.
@@ -59,6 +61,7 @@ class Watch:
         events: EventLog | None = None,
         arrived: queue.SimpleQueue[Event] | None = None,
         knows: Callable[[Any], bool] | None = None,
+        state: StateFile | None = None,
     ) -> None:
         self._session = session
         self._limit, self._remember = max_new_tokens, remember
@@ -74,7 +77,9 @@ class Watch:
         self._state = ""
         self._line = LiveLine(lambda: session.usage, shown=not quiet and not prompt, state=lambda: self._state)
         self._knows = knows
-        self._frames = InterruptibleSource(source, tick=self._tick, look=self._look)
+        self._state_file, self._unsaved = state, ""
+        reached = None if state is None else state.reached
+        self._frames = InterruptibleSource(source, tick=self._tick, look=self._look, seconds=reached)
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Watch:
@@ -113,6 +118,7 @@ class Watch:
                 self._events.write("stopped", stream_seconds=self._frames.seconds)
             for question in questions:
                 self._try(question)
+            self._save(now=True)
 
     def conclude(self, model: str) -> None:
         """Print the summary on stderr, and with `--json` the object on stdout."""
@@ -192,9 +198,21 @@ class Watch:
                 self._state = ""
                 self._note(f"back after {event.gap:.1f} s, attempt {event.attempt}")
 
+    def _save(self, *, now: bool = False) -> None:
+        """Save the session when it is time to; the stream goes on without, and it is said once."""
+        if self._state_file is not None:
+            try:
+                self._state_file.save(self._session, now=now)
+                self._unsaved = ""
+            except MillpondError as error:
+                if str(error) != self._unsaved:
+                    self._unsaved = str(error)
+                    self._fault(error)
+
     def _tick(self) -> None:
         self._tell_connection()
         if self._frames.seconds is not None:
+            self._save()
             self._line.tick()
 
     # --- questions ----------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import Tensor
 from millpond.errors import SnapshotError, SourceError
 from millpond.models.base import Family
 from millpond.precision.linear import NestedLinear
+from millpond.printable import printable
 from millpond.snapshot.plain import to_values
 
 _SAMPLES = 64  # numbers of each weight
@@ -56,7 +57,11 @@ def compare(name: str, saved: Any, family: Family) -> None:
     for what in ("cache", "config"):
         if difference := _difference(saved[what], here[what]):
             raise SnapshotError(f"{name} was saved with another model: {difference}")
-    told = {"weights": "its weights differ", "text": "it reads text differently", "frames": "it resizes frames differently"}
+    told = {
+        "weights": "its weights differ",
+        "text": "it reads text differently",
+        "frames": "it resizes frames differently",
+    }
     for what, how in told.items():
         if saved[what] != here[what]:
             raise SnapshotError(f"{name} was saved with another model than this one: {how}")
@@ -65,7 +70,8 @@ def compare(name: str, saved: Any, family: Family) -> None:
 def _difference(saved: Any, here: Any, path: str = "") -> str | None:
     """The first entry that both have and that differs, in words; a release of transformers may add some or leave some out."""
     if not (isinstance(saved, dict) and isinstance(here, dict)):
-        return None if saved == here else f"{path} was {str(saved)[:60]}, and is {str(here)[:60]} here"
+        was, now = (printable(str(value)[:60]) for value in (saved, here))
+        return None if saved == here else f"{path} was {was}, and is {now} here"
     for key in sorted(saved.keys() & here.keys()):
         if found := _difference(saved[key], here[key], f"{path}.{key}".lstrip(".")):
             return found

@@ -98,11 +98,11 @@ def _pieces(stored: Stored) -> Iterator[memoryview]:
     """The bytes of a tensor in order, a piece at a time; of a view of a larger one no copy is made beyond a piece."""
     if isinstance(stored, np.ndarray):
         for row in stored if stored.size else ():
-            yield memoryview(np.ascontiguousarray(row)).cast("B")
+            yield memoryview(cast(Any, np.ascontiguousarray(row))).cast("B")
         return
     for run in _runs(stored.detach()):
         for part in run.split(max(1, _PIECE // run.element_size())):
-            yield memoryview(part.cpu().view(torch.uint8).numpy())
+            yield memoryview(cast(Any, part.cpu().view(torch.uint8).numpy()))
 
 
 def _runs(tensor: Tensor) -> Iterator[Tensor]:
@@ -160,7 +160,7 @@ class Snapshot:
         for run in _runs(torch.from_numpy(into) if isinstance(into, np.ndarray) else into):
             for part in run.split(max(1, _PIECE // run.element_size())):
                 there = part if part.device.type == "cpu" else torch.empty_like(part, device="cpu")
-                self._fill(memoryview(there.view(torch.uint8).numpy()))
+                self._fill(memoryview(cast(Any, there.view(torch.uint8).numpy())))
                 if there is not part:
                     part.copy_(there)
 
@@ -269,7 +269,9 @@ def _parse(text: str | bytes) -> dict[str, Any]:
 
 def _entry(row: Any, start: int) -> Entry:
     numbers = [*row["shape"], *row["data_offsets"]]
-    if len(numbers) > _MOST_AXES + 2 or any(type(number) is not int or not 0 <= number < _MOST_BYTES for number in numbers):
+    if len(numbers) > _MOST_AXES + 2 or any(
+        type(number) is not int or not 0 <= number < _MOST_BYTES for number in numbers
+    ):
         raise ValueError("a size is none")
     first, last = row["data_offsets"]
     entry = Entry(DTYPES[row["dtype"]], tuple(row["shape"]), start + first, start + last)

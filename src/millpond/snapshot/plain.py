@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from types import NoneType
-from typing import Any, TypeVar, cast, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from millpond.errors import SnapshotError
 T = TypeVar("T")
 # Microseconds of the farthest stream time fit; far below what overflows 64 bits when something is added.
 _MOST = 1 << 57
-_TENSOR, _OBJECT, _LIST = "tensor", "object", "list"
+_TENSOR, _OBJECT, _LIST, _NUMBER = "tensor", "object", "list", "number"
 
 
 def to_values(made: Any) -> dict[str, Any]:
@@ -34,8 +35,7 @@ def from_values(kind: type[T], values: Any, **known: Any) -> T:
     if not isinstance(values, dict) or set(values) != names:
         raise ValueError(f"no {kind.__name__} has these fields")
     for name in names:
-        allowed = get_args(hints[name]) or (hints[name],)
-        if not any(_is(values[name], one) for one in allowed):
+        if not any(_is(values[name], one) for one in _allowed(hints[name])):
             raise ValueError(f"{kind.__name__}.{name} cannot be {_shown(values[name])}")
     return kind(**values, **known)
 
@@ -62,12 +62,19 @@ def numbers(values: Any, least: int = 0, most: int = _MOST) -> list[int]:
     return [number(value, least, most) for value in values]
 
 
+def _allowed(hint: Any) -> list[Any]:
+    """The classes that a field may have, as it is annotated."""
+    if get_origin(hint) in (Union, UnionType):
+        return [kind for one in get_args(hint) for kind in _allowed(one)]
+    return [get_origin(hint) or hint]
+
+
 def _is(value: Any, kind: Any) -> bool:
     if kind is int:
         return type(value) is int and abs(value) <= _MOST
     if kind is float:
         return type(value) is float or (type(value) is int and abs(value) <= _MOST)
-    return kind in (bool, str, NoneType) and type(value) is kind
+    return kind is Any or (isinstance(kind, type) and type(value) is kind)
 
 
 def _shown(value: Any) -> str:
@@ -86,6 +93,8 @@ def encode(value: Any, put: Callable[[Tensor], str], kinds: Sequence[type]) -> A
     Raises:
         SnapshotError: something else is.
     """
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_NUMBER: repr(float(value))}
     if isinstance(value, bool | int | float | str | NoneType):
         return value
     if isinstance(value, Tensor):
@@ -109,15 +118,17 @@ def decode(value: Any, get: Callable[[str], Tensor], kinds: Sequence[type]) -> A
     """
     if isinstance(value, bool | int | float | str | NoneType):
         return value
+    if isinstance(value, dict) and set(value) == {_NUMBER} and value[_NUMBER] in ("nan", "inf", "-inf"):
+        return float(value[_NUMBER])
     known = {kind.__name__: kind for kind in kinds}
     if isinstance(value, dict) and set(value) == {_TENSOR} and isinstance(value[_TENSOR], str):
         return get(value[_TENSOR])
     if isinstance(value, dict) and set(value) == {_LIST} and isinstance(value[_LIST], list):
         return tuple(decode(one, get, kinds) for one in value[_LIST])
     if isinstance(value, dict) and set(value) == {_OBJECT, "fields"} and value[_OBJECT] in known:
-        kind, parts = known[value[_OBJECT]], value["fields"]
-        if isinstance(parts, dict) and set(parts) == {field.name for field in fields(cast(Any, kind))}:
-            return kind(**{name: decode(part, get, kinds) for name, part in parts.items()})
+        parts = value["fields"]
+        if isinstance(parts, dict):
+            return from_values(known[value[_OBJECT]], {name: decode(part, get, kinds) for name, part in parts.items()})
     raise ValueError("what an admission remembers is none of its states")
 
 
@@ -127,6 +138,8 @@ def described(made: Any) -> Any:
     Raises:
         SnapshotError: a parameter is nothing that can be written down.
     """
+    if isinstance(made, float) and not math.isfinite(made):
+        return repr(float(made))  # which JSON does not know
     if isinstance(made, bool | int | float | str | NoneType):
         return made
     if isinstance(made, tuple | list):

@@ -64,7 +64,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Writer]:
             if mode != _PRIVATE and hasattr(os, "fchmod"):
                 os.fchmod(descriptor, mode)
             yield Writer(descriptor)
-            os.fsync(descriptor)
+            _sync(descriptor)
             os.replace(beside, target)
         except BaseException:
             with suppress(OSError):
@@ -172,6 +172,14 @@ def _sync_folder(folder: Path) -> None:
         return  # which has no way to
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync(descriptor: int) -> None:
+    """Bring a file or folder to disk; on macOS, where that takes another call, out of the drive's own cache too."""
+    os.fsync(descriptor)
+    if sys.platform == "darwin":
+        with suppress(OSError):  # not every file system can
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)

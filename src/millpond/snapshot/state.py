@@ -40,8 +40,7 @@ Taken = dict[str, Tensor | np.ndarray]
 def values_of(runner: Runner, ingest: Ingest) -> tuple[dict[str, Any], Taken]:
     """A stream at rest: plain values, and its tensors by name, which are views."""
     state, at = runner.state(), ingest.state()
-    pond, tensors = state.pond, {}
-    tensors.update(tensors_of(state, at))
+    pond, tensors = state.pond, dict(tensors_of(state, at))
 
     def put(tensor: Tensor) -> str:
         name = f"admission.{sum(key.startswith('admission.') for key in tensors)}"
@@ -124,6 +123,8 @@ class Empty:
         self.grid = self._grid(stream["grid"])
         self.plan = self._planned(stream["plan"])
         check_memory(self.plan.total_bytes, runner.family.device)
+        if runner.config.host_budget is not None and runner.config.host_path is None:
+            check_memory(runner.config.host_budget)
 
     def _grid(self, values: Any) -> Grid | None:
         if values is None:
@@ -223,9 +224,8 @@ class Empty:
         values = self._stream["frames"]
         grid = self._grid(values["grid"])
         waiting, recent = _sizes(values["waiting"]), [_sizes(group) for group in values["recent"]]
-        for shots, most in ((waiting, self.plan.waiting_bytes), (sum(recent, []), self.plan.recent_bytes)):
-            if sum(3 * height * width for _, height, width in shots) > most:
-                raise ValueError("it holds more frames than its budget has room for")
+        if _pixels([waiting]) > self.plan.waiting_bytes or _pixels(recent) > self.plan.recent_bytes:
+            raise ValueError("it holds more frames than its budget has room for")
         if {(height, width) for _, height, width in waiting} - {grid and (grid.height, grid.width)}:
             raise ValueError("its waiting frames are of another size than they say")
         flat = {name: value for name, value in values.items() if name not in ("grid", "waiting", "recent")}
@@ -239,6 +239,11 @@ def _sizes(values: Any) -> list[tuple[int, int, int]]:
     if any(len(row) != 3 or min(row[1:]) < 1 or max(row[1:]) > _FARTHEST for row in rows):
         raise ValueError("a frame is none")
     return [(time, height, width) for time, height, width in rows]
+
+
+def _pixels(groups: list[list[tuple[int, int, int]]]) -> int:
+    """Bytes of the frames of all groups."""
+    return sum(3 * height * width for group in groups for _, height, width in group)
 
 
 def _shots(sizes: list[tuple[int, int, int]]) -> tuple[Shot, ...]:

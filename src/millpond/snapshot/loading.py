@@ -14,13 +14,12 @@ from torch import Tensor
 from millpond import admission, policies
 from millpond.cache.recent import RecentWindow
 from millpond.config import SessionConfig
-from millpond.errors import MillpondError, PolicyError, SnapshotError
-from millpond.memory.available import check_memory
+from millpond.errors import MillpondError, PolicyError, SnapshotError, SourceError
 from millpond.models.base import Family
 from millpond.snapshot.fingerprint import compare
 from millpond.snapshot.format import Snapshot, opened
 from millpond.snapshot.plain import decode, described, number
-from millpond.snapshot.save import SETTINGS, settings
+from millpond.snapshot.saving import SETTINGS
 from millpond.snapshot.state import Empty, check_host, tensors_of
 from millpond.stream.ingest import Ingest
 from millpond.stream.runner import Runner
@@ -44,14 +43,13 @@ def load(
             differs. BudgetError: the machine does not have the memory.
     """
     # Whatever is allocated can be written to later, wherever the caller is.
-    with opened(path) as file, torch.inference_mode(False), torch.no_grad():
-        with _believing(file):
-            session = file.session
-            compare(file.name, session["model"], family)
-            config = _config(file, session["settings"], session["stream"]["budget"], host_path, expected or {})
-            runner = Runner(family, config)
-            ingest = Ingest(runner)
-            _fill(file, runner, ingest, Empty(runner, session["stream"]))
+    with opened(path) as file, torch.inference_mode(False), torch.no_grad(), _believing(file):
+        session = file.session
+        compare(file.name, session["model"], family)
+        config = _config(file, session["settings"], session["stream"]["budget"], host_path, expected or {})
+        runner = Runner(family, config)
+        ingest = Ingest(runner)
+        _fill(file, runner, ingest, Empty(runner, session["stream"]))
     return runner, ingest
 
 
@@ -60,14 +58,16 @@ def _believing(file: Snapshot) -> Iterator[None]:
     """What a file says is used as it comes; what then cannot be is the file's fault."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise file.damaged(str(error) if isinstance(error, ValueError) else "it says what cannot be") from error
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, SourceError, PolicyError) as error:
+        raise file.damaged(str(error)) from error
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise file.damaged("it says what cannot be") from error
 
 
 def _config(
-    file: Snapshot, saved: dict[str, Any], budget: Any, host_path: str | Path | None, expected: Mapping[str, Any]
+    file: Snapshot, saved: dict[str, Any], budget: Any, host_path: Any, expected: Mapping[str, Any]
 ) -> SessionConfig:
     """The session's arguments as they were saved, held to those that are expected.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
@@ -44,9 +45,7 @@ def settings(config: SessionConfig) -> dict[str, Any]:
     for name, write_word in (("policy", policies.write), ("admission", admission.write)):
         word = None
         if values[name] is not None:
-            try:
+            with suppress(PolicyError):  # it is not registered: whoever loads it gives it
                 word = write_word(values[name])
-            except PolicyError:
-                pass  # it is not registered: whoever loads it gives it
         plain[name] = {"word": word, "is": described(values[name])}
     return plain
