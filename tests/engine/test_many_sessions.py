@@ -33,9 +33,9 @@ def traffic(seed: int, calls: int, policy: str) -> list[Call]:
             question, tokens = chance.choice(QUESTIONS), chance.randrange(1, 9)
             remember = chance.random() < 0.3 and policy != "rekv"
             made.append(
-                lambda one, question=question, tokens=tokens, remember=remember: one.ask(
-                    question, max_new_tokens=tokens, remember=remember
-                ).token_ids
+                lambda one, question=question, tokens=tokens, remember=remember: (
+                    one.ask(question, max_new_tokens=tokens, remember=remember).token_ids
+                )
             )
     return made
 

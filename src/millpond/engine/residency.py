@@ -20,6 +20,7 @@ from millpond.errors import BudgetError, MillpondError
 from millpond.frames import Source
 from millpond.models.base import Family
 from millpond.session import Session
+from millpond.stream.exclusive import Exclusive
 
 _WORTH_GROWING = 8  # a share of this much more is taken; less is not worth a move of the memory
 
@@ -42,7 +43,7 @@ class Residency:
         self.wakings = 0
         self._closed = False
         self._state = threading.Condition(threading.RLock())  # held for moments
-        self._arriving = threading.Lock()  # held while room is made and taken
+        self._arriving = Exclusive()  # held while room is made and taken
         self._uses = itertools.count(1)
 
     # --- coming and going ---------------------------------------------------------------------------------------
@@ -54,7 +55,7 @@ class Residency:
             BudgetError: there is no room; names the least that it needs, and what is free. Nobody was harmed.
             MillpondError: there is a session of that name.
         """
-        with self._arriving:
+        with self._arriving.held():
             self._check_new(resident)
             self._move_in(resident, self._claim(resident, arriving=True), make)
             self._register(resident)
@@ -113,7 +114,7 @@ class Residency:
         """
         session = self._in_memory(resident)
         if session is None:
-            with self._arriving:
+            with self._arriving.held():
                 session = self._in_memory(resident) or self._wake(resident)
         try:
             if self._share != "fixed":
@@ -147,7 +148,7 @@ class Residency:
     @contextmanager
     def _used_by_arrival(self, resident: Resident) -> Iterator[Session]:
         """`used`, for what takes room itself: nobody else arrives meanwhile."""
-        with self._arriving:
+        with self._arriving.held():
             session = self._in_memory(resident) or self._wake(resident)
             try:
                 yield session
