@@ -37,7 +37,7 @@ BUDGET, SMALL = 512 << 10, 192 << 10
 
 
 def film(seed: int, frames: int) -> list[Frame]:
-    drawn = streams.generate(seed, groups=-(-frames // 2), level="plain").frames()
+    drawn = streams.generate(seed, groups=max(4, -(-frames // 2)), level="plain").frames()
     return [Frame(seconds, pixels) for seconds, pixels in drawn][:frames]
 
 
