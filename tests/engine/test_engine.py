@@ -336,6 +336,16 @@ def test_a_policy_that_raises_and_a_source_that_breaks_or_hangs_harm_nobody(made
     feeding.join()
 
 
+def test_a_session_that_cannot_be_shrunk_for_its_policys_sake_makes_room_otherwise(made: Made, least: int) -> None:
+    engine = made(4 * least)
+    bad = engine.open("bad", policy=Raising())
+    bad.feed(moving(40))
+    assert bad.usage.compactions == 0
+    engine.open("new", least=least)
+    assert held(engine) == {"bad": 0, "new": 4 * least}
+    assert bad.ask(QUESTION, max_new_tokens=1).usage.frames_seen == 40
+
+
 # --- answers ------------------------------------------------------------------------------------------------------
 
 
@@ -358,7 +368,9 @@ def test_a_question_sees_what_was_given_before_it_and_frames_go_on(family: Famil
     assert one.status.frames_dropped == 0
 
 
-def test_answers_are_cancelled_or_too_late_and_leave_nothing(made: Made, least: int) -> None:
+def test_answers_are_cancelled_or_too_late_and_leave_nothing(
+    made: Made, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = made(4 * least)
     one = engine.open("one", budget=2 * least)
     one.feed(moving(8))
@@ -373,6 +385,12 @@ def test_answers_are_cancelled_or_too_late_and_leave_nothing(made: Made, least: 
         waits.result(60)
     with pytest.raises(MillpondError, match=r"the answer took longer than 0 s"):
         one.ask(QUESTION, timeout=0)
+    clock = iter([*range(6), *[100] * 20])
+    with monkeypatch.context() as patched:
+        patched.setattr("millpond.engine.handle.monotonic", lambda: next(clock))
+        with pytest.raises(MillpondError, match=r"the answer took longer than 50 s"):
+            one.ask(QUESTION, timeout=50)
+    assert next(clock) == 100  # it had begun
     forgotten = one.begin(QUESTION)
     del forgotten
     with pytest.raises(MillpondError, match="the question is empty"):

@@ -81,23 +81,21 @@ class EngineSession:
             BudgetError: as for a `Session`; or it is hibernated, and no room came free in time.
             SourceError, ModelError: as for a `Session`. MillpondError: it was closed.
         """
-        residency, resident = self._shared.residency, self._resident
-        with self._turn():
-            session = residency.enter(resident)
-        given = source
-        if not isinstance(source, Frame) and not hasattr(source, "dropped"):
-            given = frames.open(source)
+        residency, resident, use, given = self._shared.residency, self._resident, object(), source
         try:
+            with self._turn():
+                session = residency.enter(resident, use)
+            if not isinstance(source, Frame) and not hasattr(source, "dropped"):
+                given = frames.open(source)
             if isinstance(given, frames.Source):
                 residency.watch(resident, given)
             return session.feed(given)
         finally:
-            del session
             if isinstance(given, frames.Source):
                 residency.unwatch(resident, given)
                 if given is not source:
                     given.close()
-            residency.leave(resident)
+            residency.leave(resident, use)
             self._shared.scheduler.leave()
 
     def offer(self, frame: Frame, *, wait: float = 0.0) -> bool:

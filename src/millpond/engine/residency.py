@@ -105,65 +105,63 @@ class Residency:
 
     # --- use ----------------------------------------------------------------------------------------------------
 
-    def enter(self, resident: Resident) -> Session:
+    def enter(self, resident: Resident, use: object) -> Session:
         """Begin to use a session, which is woken up if need be; until `leave` it stays in memory.
+
+        Args:
+            use: stands for this use of it, which is to be left whether or not `enter` returned.
 
         Raises:
             BudgetError: no room came free in time. SnapshotError: its file cannot be read.
             MillpondError: it was closed.
         """
-        session = self._in_memory(resident)
+        session = self._in_memory(resident, use)
         if session is None:
             with self._arriving.held():
-                session = self._in_memory(resident) or self._wake(resident)
-        try:
-            if self._share != "fixed":
-                self._grow(resident, session)
-        except BaseException:
-            self.leave(resident)
-            raise
+                session = self._in_memory(resident, use) or self._wake(resident, use)
+        if self._share != "fixed":
+            self._grow(resident, session)
         return session
 
-    def leave(self, resident: Resident) -> None:
-        """End what `enter` began."""
+    def leave(self, resident: Resident, use: object) -> None:
+        """End what `enter` began, if it did."""
         with self._state:
-            resident.last_used = next(self._uses)
-            self._let_go(resident)
+            if use in resident.users:
+                resident.last_used = next(self._uses)
+            self._let_go(resident, use)
 
-    def _let_go(self, resident: Resident) -> None:
+    def _let_go(self, resident: Resident, use: object) -> None:
         with self._state:
-            resident.users -= 1
+            resident.users.discard(use)
             self._state.notify_all()
 
     @contextmanager
     def used(self, resident: Resident) -> Iterator[Session]:
         """`enter` and `leave`."""
-        session = self.enter(resident)
+        use = object()
         try:
-            yield session
+            yield self.enter(resident, use)
         finally:
-            del session
-            self.leave(resident)
+            self.leave(resident, use)
 
     @contextmanager
     def _used_by_arrival(self, resident: Resident) -> Iterator[Session]:
         """`used`, for what takes room itself: nobody else arrives meanwhile."""
+        use = object()
         with self._arriving.held():
-            session = self._in_memory(resident) or self._wake(resident)
             try:
-                yield session
+                yield self._in_memory(resident, use) or self._wake(resident, use)
             finally:
-                del session
-                self.leave(resident)
+                self.leave(resident, use)
 
-    def _in_memory(self, resident: Resident) -> Session | None:
+    def _in_memory(self, resident: Resident, use: object) -> Session | None:
         """The session, in use from now on, if it is in memory."""
         with self._state:
             self._state.wait_for(lambda: not resident.moving)
             if resident.closed:
                 raise MillpondError(f"the session {resident.name!r} is closed")
             if resident.session is not None:
-                resident.users += 1
+                resident.users.add(use)
             return resident.session
 
     def watch(self, resident: Resident, source: Source) -> None:
@@ -185,15 +183,15 @@ class Residency:
         Raises:
             MillpondError: it was closed.
         """
-        session = self._in_memory(resident)
-        if session is None:
+        use = object()
+        try:
+            session = self._in_memory(resident, use)
+            if session is not None:
+                return session.usage
             assert resident.usage is not None
             return resident.usage
-        try:
-            return session.usage
         finally:
-            del session
-            self._let_go(resident)
+            self._let_go(resident, use)
 
     @property
     def held_bytes(self) -> int:
@@ -222,8 +220,8 @@ class Residency:
                 self._make_room(replace(self._claim(resident), least=size, most=size), resident)
             try:
                 session.resize(budget)
-            except BaseException:
-                self._grant(resident, before)
+            except Exception:
+                self._grant(resident, before if session.config.budget != budget else size)
                 raise
             self._grant(resident, size)
             resident.config = replace(resident.config, budget=budget)
@@ -244,13 +242,10 @@ class Residency:
                 if size < have + have // _WORTH_GROWING:
                     return
                 self.grants.set(resident.name, size)
-            try:
+            # What stands in the way, a machine that has no more or a policy that fails, is no matter of who wants to use it now.
+            with suppress(Exception):
                 session.resize(size - resident.beside)
-            except BudgetError:  # the machine has no more, or the step is too small to be made
-                self._grant(resident, have)
-            except BaseException:
-                self._grant(resident, have)
-                raise
+            self._grant(resident, size if session.config.budget == size - resident.beside else have)
         finally:
             resident.sizing.release()
 
@@ -287,16 +282,12 @@ class Residency:
         with self._state:
             resident.session = session
 
-    def _wake(self, resident: Resident) -> Session:
+    def _wake(self, resident: Resident, use: object) -> Session:
         """Back from its file, with the budget that it had; in use from now on."""
         size = resident.asleep_bytes
         with self._state:
-            resident.users += 1  # nobody may hibernate it as soon as it is there
-        try:
-            self._move_in(resident, Claim(resident.name, 1.0, size, size), lambda _: resident.load(self._family))
-        except BaseException:
-            self.leave(resident)
-            raise
+            resident.users.add(use)  # nobody may hibernate it as soon as it is there
+        self._move_in(resident, Claim(resident.name, 1.0, size, size), lambda _: resident.load(self._family))
         self.wakings += 1
         assert resident.session is not None
         return resident.session
@@ -307,8 +298,8 @@ class Residency:
         Raises:
             BudgetError: it does not fit, by name.
         """
-        deadline = monotonic() + self._patience
-        stuck: dict[str, MillpondError] = {}  # those that could not go to their file
+        deadline, use = monotonic() + self._patience, object()
+        stuck: dict[str, Exception] = {}  # those that could not go to their file
         floors: dict[str, int] = {}  # bytes below which a session turned out not to go
         if unchanged is not None:
             floors[unchanged.name] = self.grants.of(unchanged.name)
@@ -328,8 +319,8 @@ class Residency:
                         self.grants.set(claim.name, size)
                         return size
                     larger = [one for one in others if self.grants.of(one.name) > targets[one.name]]
-                    victim = min(larger, key=lambda one: (one.users, one.last_used))
-                    victim.users += 1
+                    victim = min(larger, key=lambda one: (len(one.users), one.last_used))
+                    victim.users.add(use)
                 else:
                     idle = [one for one in others if self._may_sleep(one) and one.name not in stuck]
                     names = {one.name for one in idle}
@@ -343,11 +334,14 @@ class Residency:
                     victim = min(idle, key=lambda one: one.last_used)
                     victim.moving = True
             if targets:
-                floors[victim.name] = self._shrink(victim, targets[victim.name])
+                try:
+                    floors[victim.name] = self._shrink(victim, targets[victim.name])
+                finally:
+                    self._let_go(victim, use)
             else:
                 try:
                     self._sleep(victim)
-                except MillpondError as error:
+                except Exception as error:
                     stuck[victim.name] = error
 
     @staticmethod
@@ -357,18 +351,17 @@ class Residency:
     def _shrink(self, resident: Resident, size: int) -> int:
         """Shrink a session, which is in use for that. Returns the bytes below which it does not go."""
         assert resident.session is not None
-        try:
-            with resident.sizing:
-                have = self.grants.of(resident.name)
-                try:
-                    resident.session.resize(size - resident.beside)
-                except BudgetError as error:
-                    least = have if error.minimum is None else error.minimum + resident.beside
-                    return least if size < least <= have else have
-                self._grant(resident, size)
-                return 0
-        finally:
-            self._let_go(resident)
+        with resident.sizing:
+            have = self.grants.of(resident.name)
+            try:
+                resident.session.resize(size - resident.beside)
+            except BudgetError as error:
+                least = have if error.minimum is None else error.minimum + resident.beside
+                return least if size < least <= have else have
+            except Exception:  # its policy fails, which is no matter of the newcomer's
+                return have
+            self._grant(resident, size)
+            return 0
 
     # --- hibernation --------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ class Resident:
         least: bytes that its budget is never shrunk below. path: of its file.
 
     Attributes:
-        session: None while it is hibernated. users: threads that are at it. moving: it is on its way to its file.
+        session: None while it is hibernated. users: a mark for each use of it. moving: it is on its way to its file.
         last_used: when, as a running number. usage: as it was hibernated.
         hibernations: how often.
     """
@@ -29,7 +29,8 @@ class Resident:
     def __init__(self, name: str, config: SessionConfig, weight: float, least: int, path: Path) -> None:
         self.name, self.config, self.weight, self.least, self.path = name, config, weight, least, path
         self.session: Session | None = None
-        self.users, self.moving, self.closed = 0, False, False
+        self.users: set[object] = set()
+        self.moving = self.closed = False
         self.last_used = self.hibernations = 0
         self.usage: Usage | None = None
         self.asleep_bytes = 0  # that it had, and needs to wake up

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from time import perf_counter
 from typing import Any, Literal
@@ -37,12 +37,13 @@ class _Wanted:
 
     Attributes:
         kind, what: the call, and its arguments as the batching functions take them. size: tokens. urgent: a question's.
-        stood_back: passes in which questions went before it.
+        stood_back: passes in which questions went before it. taken: it is being run, or has been.
     """
 
     def __init__(self, kind: Kind, what: Any, size: int) -> None:
         self.kind, self.what, self.size = kind, what, size
         self.urgent, self.thread, self.stood_back = _asking.get(), threading.get_ident(), 0
+        self.taken = False
         self._outcome: Any = None
         self._done = threading.Lock()
         self._done.acquire()
@@ -59,6 +60,13 @@ class _Wanted:
         if isinstance(self._outcome, BaseException):
             raise self._outcome
         return self._outcome
+
+    def settle(self) -> None:
+        """Wait for the end, whatever interrupts that: a pass is bounded, and writes to this thread's memory."""
+        while self._outcome is None:
+            with suppress(BaseException):
+                self._done.acquire()
+                self._done.release()
 
 
 class Scheduler:
@@ -137,23 +145,20 @@ class Scheduler:
             self._thread.join()
 
     def _ask(self, wanted: _Wanted) -> Any:
-        with self._changed:
-            if self._closed:
-                raise MillpondError("the engine is closed")
-            self._waiting.append(wanted)
-            self._expected.pop(wanted.thread, None)
-            self._changed.notify()
         try:
-            return wanted.wait()
-        except BaseException:
-            # An interrupt (Ctrl-C): what already runs writes to this thread's memory until it is done.
             with self._changed:
-                withdrawn = wanted in self._waiting
-                if withdrawn:
+                if self._closed:
+                    raise MillpondError("the engine is closed")
+                self._waiting.append(wanted)
+                self._expected.pop(wanted.thread, None)
+                self._changed.notify()
+            return wanted.wait()
+        except BaseException:  # Ctrl-C, most of all
+            with self._changed:
+                if wanted in self._waiting:
                     self._waiting.remove(wanted)
-            while not withdrawn and wanted._outcome is None:
-                wanted._done.acquire()
-                wanted._done.release()
+            if wanted.taken:
+                wanted.settle()
             raise
 
     def _run(self) -> None:
@@ -206,6 +211,7 @@ class Scheduler:
                 continue
             batch.append(wanted)
         for wanted in batch:
+            wanted.taken = True
             self._waiting.remove(wanted)
         for wanted in self._waiting:
             wanted.stood_back += asked
