@@ -42,7 +42,7 @@ def bytes_in(line: str) -> tuple[int, int]:
 def test_every_example_is_short_named_in_the_readme_and_run_here() -> None:
     readme, here = (EXAMPLES / "README.md").read_text(), Path(__file__).read_text()
     programs = sorted(EXAMPLES.glob("*.py"))
-    assert len(programs) == 6
+    assert len(programs) == 7
     for path in programs:
         assert len(path.read_text().splitlines()) < 50
         assert f"examples/{path.name}" in readme
@@ -84,6 +84,18 @@ def test_a_killed_process_goes_on(run: Main, film: Path, tmp_path: Path, monkeyp
     assert capped[-2] == "30 frames were seen before"
     assert capped[-1] == plain[-1]
     assert plain[-1].startswith("96 frames: ")
+
+
+def test_many_streams_share_one_number_of_bytes(run: Main, film: Path, tmp_path: Path) -> None:
+    films = [film, *(tmp_path / f"{number}.mp4" for number in range(2))]
+    for other in films[1:]:
+        other.write_bytes(film.read_bytes())
+    *answers, summary = run("watch_many_streams", *films)
+    assert len(answers) == 6
+    assert len({line.split()[-1] for line in answers[:3]}) == 1  # the same film, the same answer
+    used, allowed = bytes_in(summary)
+    assert used <= allowed == 1152 << 10
+    assert int(summary.split()[-3]) > 0
 
 
 def test_an_own_policy_keeps_the_budget(run: Main) -> None:

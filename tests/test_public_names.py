@@ -11,6 +11,7 @@ def test_public_names_are_these_and_all_exist() -> None:
         "Answer",
         "Budget",
         "BudgetError",
+        "Engine",
         "LayerMemory",
         "MillpondError",
         "ModelError",

@@ -108,6 +108,14 @@ def test_snapshots(run: Any, film: Path) -> None:
     assert run("docs/snapshots.md")["again"].usage.frames_seen > 0
 
 
+def test_engine(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run("docs/engine.md", source=streams.generate(7, groups=12, level="plain").frames())
+    answers, used = capsys.readouterr().out.splitlines()
+    assert answers
+    held, least = used.split(" <= ")
+    assert 0 < int(held) <= int(least) == 4 << 20
+
+
 def test_minnow(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     stream: streams.Stream = run("docs/minnow.md")["stream"]
     assert capsys.readouterr().out.splitlines() == [f"{q.type} {q.text} {q.answer}" for q in stream.questions]

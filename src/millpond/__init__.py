@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from millpond.answer import Answer, LayerMemory, Usage
     from millpond.cache.plan import Plan
     from millpond.config import SessionConfig
+    from millpond.engine import Engine
     from millpond.memory.budget import Budget
     from millpond.pond_cache import PondCache
     from millpond.session import Session
@@ -26,6 +27,7 @@ __all__ = [
     "Answer",
     "Budget",
     "BudgetError",
+    "Engine",
     "LayerMemory",
     "MillpondError",
     "ModelError",
@@ -45,6 +47,7 @@ __all__ = [
 _LATER = {
     "Answer": "millpond.answer",
     "Budget": "millpond.memory.budget",
+    "Engine": "millpond.engine",
     "LayerMemory": "millpond.answer",
     "PendingAnswer": "millpond.stream.pending_answer",
     "Plan": "millpond.cache.plan",

@@ -18,6 +18,7 @@ from millpond.memory.available import available_memory, check_memory
 from millpond.memory.budget import Budget
 from millpond.memory.heap import hold_nothing
 from millpond.models.base import Family, Grid
+from millpond.models.batching import ENCODED_AT_ONCE
 from millpond.precision.device_budget import DeviceSplit, Workspace, split_device, weight_bytes
 from millpond.precision.folder import is_quantized
 from millpond.stream.runner import Runner
@@ -89,6 +90,45 @@ def plan_device(
         except BudgetError:  # blocks of that size do not fit beside the rest
             break
     return DevicePlan(split, _plan(family, grid, config, split.kv))
+
+
+def load_for_streams(
+    model: str | Path | tuple[Any, Any],
+    device_memory: str | int,
+    frame: tuple[int, int],
+    forward_tokens: int,
+    **load: Any,
+) -> tuple[Family, int]:
+    """A model's adapter, and the bytes that a device's memory leaves for what all streams remember, beside weights and one pass.
+
+    Args:
+        model: as in `millpond.Session.from_pretrained`. frame: as in `plan_device`. forward_tokens: most tokens of a pass.
+        load: the arguments of `millpond.models.load`; not for a loaded model.
+
+    Raises:
+        BudgetError: not even one stream would fit; names the minimum.
+    """
+    hold_nothing()
+    weights: int | dict[int, int]
+    if isinstance(model, tuple):
+        bare = models.adapt(*model)
+        weights = _weights(bare.model)
+    else:
+        sizes = {name: load[name] for name in ("dtype", "max_pixels") if name in load}
+        bare = models.load(model, weights=False, **sizes)
+        weights = weight_bytes(Path(model)) if is_quantized(model) else _weights(bare.model)
+    grid, vision = bare.grid(*frame), bare.model.config.vision_config
+    groups = max(1, ENCODED_AT_ONCE // grid.tokens)
+    workspace = Workspace.of(
+        bare.model.config,
+        bare.geometry,
+        block_tokens=max(forward_tokens, grid.tokens),
+        patches=groups * bare.frames_per_group * (grid.height // vision.patch_size) * (grid.width // vision.patch_size),
+    )
+    minimum = minimum_budget(bare, grid, SessionConfig())
+    workspace = replace(workspace, fixed=workspace.fixed + _HEAP)
+    split = split_device(int(Budget(device_memory)), weights, bare.geometry, workspace, kv_minimum=minimum)
+    return bare if isinstance(model, tuple) else models.load(model, bits=split.bits, **load), split.kv
 
 
 def load_within(

@@ -196,7 +196,7 @@ class Session:
             MillpondError: the question is empty or no text, or spells control tokens that the model's tokenizer cannot take as mere text;
                 or `max_new_tokens` is no number from 1 on.
         """
-        pieces = self._asking(question, max_new_tokens, remember)(_nothing, _nothing)
+        pieces = self.answering(question, max_new_tokens=max_new_tokens, remember=remember)(_nothing, _nothing)
         while True:
             try:
                 next(pieces)
@@ -213,7 +213,7 @@ class Session:
         Raises:
             MillpondError: as for `ask`, where it can be seen from the arguments; everything else is raised by what it returns.
         """
-        return PendingAnswer(self._asking(question, max_new_tokens, remember))
+        return PendingAnswer(self.answering(question, max_new_tokens=max_new_tokens, remember=remember))
 
     def stream(
         self, question: str, *, max_new_tokens: int = 128, remember: bool = False
@@ -233,12 +233,16 @@ class Session:
             if not self._runner.access.mine:
                 answer.wait()
 
-    def _asking(self, question: str, limit: int, remember: bool) -> Answering:
-        """What generates the answer to a question, once it is known that it can be asked."""
-        check_question(question, limit)
+    def answering(self, question: str, *, max_new_tokens: int = 128, remember: bool = False) -> Answering:
+        """What generates the answer to a question, for who drives it himself; it is known then that it can be asked.
+
+        Raises:
+            MillpondError: as for `ask`, where it can be seen from the arguments.
+        """
+        check_question(question, max_new_tokens)
         if remember:
             check(self.policy, TURNS)
-        return partial(self._answer, question, int(limit), remember)
+        return partial(self._answer, question, int(max_new_tokens), remember)
 
     def _answer(
         self,
@@ -359,6 +363,11 @@ class Session:
         """Bytes, tokens, frames and seconds so far; from any thread, also within one's own streaming loop."""
         with self._changing():  # before the first frame this makes the memory
             return Usage(**self._runner.usage(), **self._ingest.usage())
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes held at this instant, by the ledger, and in host memory; waits for nobody, and makes nothing."""
+        return self._runner.held_bytes
 
     def memory(self) -> tuple[LayerMemory, ...]:
         """What is remembered: time and grid position of every kept token, per layer and head; of a turn only if it is remembered."""

@@ -91,6 +91,24 @@ def test_batching(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_engine(tmp_path: Path) -> None:
+    out, drawn = tmp_path / "engine.json", tmp_path / "engine.png"
+    small = ("--frames", "16", "--rounds", "1", "--streams", "2", "--load", "1,2", "--seconds", "3")
+    result = run("engine.py", out, "--png", str(drawn), *small, "--sessions", "6", "--room", "2")
+    assert finite(result)
+    asleep = result["hibernation"]
+    assert asleep["answers_equal_to_never_hibernated"].startswith("6 of 6 sessions")
+    assert asleep["held_bytes_most"] <= asleep["bytes"]
+    assert asleep["wakings"] >= 4
+    assert asleep["descriptors_left"] == asleep["threads_left"] == 0
+    assert result["at_once"]["same_tokens"]
+    for row in result["load"]:
+        for name in ("first_token_ms", "ingest_lag_ms"):
+            assert 0 < row[name]["p50"] <= row[name]["p99"]
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
 def test_overhead(tmp_path: Path) -> None:
     out = tmp_path / "overhead.json"
     result = run("overhead.py", out, "--small", "--layers", "1", "--slots", "1600", "--blocks", "2")

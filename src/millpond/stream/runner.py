@@ -417,6 +417,13 @@ class Runner:
         other.restore(self.state())
         return other
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes held at this instant: by the ledger, and in host memory that no file of its own backs."""
+        if (pond := self._pond) is None:
+            return 0
+        return pond.ledger.held + (0 if pond.host is None or self.config.host_path is not None else pond.host.nbytes)
+
     def usage(self) -> dict[str, Any]:
         """What `millpond.Usage` shows of it, by its names there."""
         return {
