@@ -34,7 +34,8 @@ from millpond.frames import Frame
 from millpond.minnow.checkpoint import folder
 from millpond.models import Family, Tokens, load
 from millpond.models.batching import Request, encode_batch, forward_batch, logits_batch
-from millpond.stream.runner import Runner, dated, grid_positions
+from millpond.stream.runner import Runner
+from millpond.stream.stored_tokens import dated, grid_positions
 
 EDGE = 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -6,12 +6,10 @@ memory and is rolled back, so that asking leaves the stream bit-identical.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Unpack
 
 import torch
@@ -32,12 +30,13 @@ from millpond.standing import OnAnswer, StandingQuestion
 from millpond.standing.asking import Begun, Stream, ask_together
 from millpond.standing.questions import Asked, StandingQuestions, Wanted
 from millpond.standing.schedule import Schedule
+from millpond.stream.answering import answer
 from millpond.stream.exclusive import Once
+from millpond.stream.holding import changing, exclusive, taking
 from millpond.stream.ingest import Ingest
 from millpond.stream.pending_answer import Answering, PendingAnswer
 from millpond.stream.question import check_question
 from millpond.stream.runner import Runner
-from millpond.stream.turn import RememberedTurn, Turn
 
 
 class Session:
@@ -163,8 +162,8 @@ class Session:
         times begin again (a second clip) goes on where the stream stands, one frame interval later.
 
         Other threads may ask meanwhile, and frames go on while an answer is generated: only what touches the memory as a whole, a
-        compaction most of all, waits until it has ended, and a live source drops frames by its own rule then. Whatever is raised, an interrupt included, every block of frames is in
-        the memory or is not; one that the model could not take counts as dropped.
+        compaction most of all, waits until it has ended, and a live source drops frames by its own rule then. Whatever is raised, an
+        interrupt included, every block of frames is in the memory or is not; one that the model could not take counts as dropped.
 
         Raises:
             SourceError: the source broke, or a frame is not one, or its time is out of reach: more than a year after the one before it.
@@ -177,7 +176,7 @@ class Session:
         with self._feeding.held(), self._runner.timed("total"):
             try:
                 live = getattr(getattr(source, "info", None), "live", False)
-                return self._ingest.feed(source, self._taking, partial(self._ask_standing, live))
+                return self._ingest.feed(source, partial(taking, self._runner), partial(self._ask_standing, live))
             finally:
                 self._standing.settle()
 
@@ -201,8 +200,8 @@ class Session:
             try:
                 next(pieces)
             except StopIteration as done:
-                answer: Answer = done.value
-                return answer
+                whole: Answer = done.value
+                return whole
 
     def begin(self, question: str, *, max_new_tokens: int = 128, remember: bool = False) -> PendingAnswer:
         """Begin to answer like `ask`, in a thread of its own, and return at once: with the question asked of the memory of this instant,
@@ -223,15 +222,15 @@ class Session:
         The question is asked when the first piece is. How fast they are read holds nobody up. What ends the generator early, an error,
         an interrupt or `close`, leaves the stream as it was before the question.
         """
-        answer = self.begin(question, max_new_tokens=max_new_tokens, remember=remember)
+        pending = self.begin(question, max_new_tokens=max_new_tokens, remember=remember)
         try:
-            yield from answer
-            return answer.result()
+            yield from pending
+            return pending.result()
         finally:
-            answer.cancel()
+            pending.cancel()
             # A generator may be collected anywhere, also in a thread that is at the memory.
             if not self._runner.access.mine:
-                answer.wait()
+                pending.wait()
 
     def answering(self, question: str, *, max_new_tokens: int = 128, remember: bool = False) -> Answering:
         """What generates the answer to a question, for who drives it himself; it is known then that it can be asked.
@@ -242,52 +241,8 @@ class Session:
         check_question(question, max_new_tokens)
         if remember:
             check(self.policy, TURNS)
-        return partial(self._answer, question, int(max_new_tokens), remember)
-
-    def _answer(
-        self,
-        question: str,
-        limit: int,
-        remember: bool,
-        waiting: Callable[[], None],
-        begins: Callable[[], None],
-    ) -> Generator[str, None, Answer]:
-        began, runner = perf_counter(), self._runner
-        turn: Turn | None = None
-        # What is remembered has its place in the stream, so the stream waits for it.
-        with runner.access.stream.held(waiting) if remember else nullcontext(), runner.access.turn.held(waiting):
-            try:
-                while True:
-                    # Not around the yield: what the caller does in between is not ours to hold up or to run without gradients.
-                    with self._changing():
-                        if turn is None:
-                            begins()
-                            runner.finish_turns()
-                            runner.check_model()
-                            turn = (RememberedTurn if remember else Turn)(runner, self._ingest, question, limit)
-                        piece = turn.next_piece()
-                        if piece is None:
-                            turn.commit()
-                            break
-                    yield piece
-            except BaseException:
-                if turn is not None:
-                    with self._changing():
-                        turn.roll_back()
-                raise
-            finally:
-                runner.spend("answers", perf_counter() - began)
-                runner.spend("total", perf_counter() - began)
-            done = turn.done
-            return Answer(
-                question=question,
-                text=done.text,
-                token_ids=tuple(done.token_ids),
-                finish_reason=done.finish_reason,
-                at_seconds=turn.time_us / 1e6,
-                first_token_seconds=(done.first or perf_counter()) - began,
-                usage=self.usage,
-            )
+        asked = question, int(max_new_tokens), remember
+        return partial(answer, self._runner, self._ingest, lambda: self.usage, *asked)
 
     # --- asking again and again ---------------------------------------------------------------------------------
 
@@ -324,7 +279,7 @@ class Session:
             if live and len(wanted) == 1:
                 ((question, limit),) = wanted
                 return Begun([self.begin(question, max_new_tokens=limit)])
-            return ask_together(Stream(self._runner, self._ingest, self._changing, lambda: self.usage), wanted)
+            return ask_together(Stream(self._runner, self._ingest, lambda: self.usage), wanted)
 
         last_us = self._ingest.at.last_us
         if self._standing and last_us is not None:
@@ -353,7 +308,7 @@ class Session:
         Raises:
             BudgetError: too small for this model and frame size; names the minimum that works. Nothing changes.
         """
-        with self._exclusive():
+        with exclusive(self._runner):
             self._runner.resize(budget, self._ingest.make_fit)
 
     # --- looking in ---------------------------------------------------------------------------------------------
@@ -361,7 +316,7 @@ class Session:
     @property
     def usage(self) -> Usage:
         """Bytes, tokens, frames and seconds so far; from any thread, also within one's own streaming loop."""
-        with self._changing():  # before the first frame this makes the memory
+        with changing(self._runner):  # before the first frame this makes the memory
             return Usage(**self._runner.usage(), **self._ingest.usage())
 
     @property
@@ -371,12 +326,12 @@ class Session:
 
     def memory(self) -> tuple[LayerMemory, ...]:
         """What is remembered: time and grid position of every kept token, per layer and head; of a turn only if it is remembered."""
-        with self._changing():
+        with changing(self._runner):
             return self._runner.memory()
 
     def fork(self) -> Session:
         """A second session on a copy of the memory, with a budget of the same size of its own."""
-        with self._exclusive():
+        with exclusive(self._runner):
             runner = self._runner.fork()
             other = object.__new__(Session)
             other._begin(runner, self._ingest.fork(runner))
@@ -393,7 +348,7 @@ class Session:
         Raises:
             SnapshotError: it cannot be written, or a policy's or admission's values cannot; what was there stays.
         """
-        with self._exclusive():
+        with exclusive(self._runner):
             save(self._runner, self._ingest, path)
 
     @classmethod
@@ -419,34 +374,6 @@ class Session:
             session.resize(budget)
         return session
 
-    # --- one thing at a time ------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _taking(self) -> Iterator[None]:
-        """Nobody else changes the stream."""
-        with _writable(), self._runner.access.stream.held():
-            self._runner.finish_roll_back()
-            yield
-
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """The same, and nobody's turn runs, and nobody reads meanwhile."""
-        with _writable(), self._runner.access.stream.held(), self._runner.alone():
-            yield
-
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Nobody reads or changes the memory meanwhile."""
-        with _writable(), self._runner.access.instant.held():
-            yield
-
 
 def _nothing() -> None:
     """There is nobody to tell."""
-
-
-@contextmanager
-def _writable() -> Iterator[None]:
-    """Whatever is allocated can be written to later, wherever the caller is."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield

@@ -19,7 +19,7 @@ from millpond.models.batching import Request, encode_batch, forward_batch, logit
 from millpond.models.query_recorder import See
 from millpond.precision.linear import NestedLinear
 from millpond.precision.nested import nest
-from millpond.stream.runner import dated
+from millpond.stream.stored_tokens import dated
 from tests.models.tiny import FAMILIES, tiny
 from tests.session.frames import moving
 

@@ -119,7 +119,7 @@ def test_an_interrupt_at_any_line_of_standing_questions(family: Family) -> None:
     base = filled(family, "recent", 31, recent_frames=2)
 
     def turn(session: Session) -> Callable[[], object]:
-        stream = Stream(session._runner, session._ingest, session._changing, lambda: session.usage)
+        stream = Stream(session._runner, session._ingest, lambda: session.usage)
         return lambda: ask_together(stream, [(QUESTION, 2), ("and before", 2)])
 
     before, twin = state_of(base), base.fork()
@@ -276,7 +276,9 @@ def test_a_step_whose_taking_back_is_interrupted_is_taken_back_by_the_next_call(
         monkeypatch.setattr(pond, "truncate", truncate)
         raise KeyboardInterrupt
 
-    pieces = session._answer(QUESTION, 8, True, lambda: None, lambda: None)  # as `ask` runs it
+    pieces = session.answering(QUESTION, max_new_tokens=8, remember=True)(
+        lambda: None, lambda: None
+    )  # as `ask` runs it
     next(pieces)
     monkeypatch.setattr(pond, "truncate", interrupted)
     with pytest.raises(KeyboardInterrupt):

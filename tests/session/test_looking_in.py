@@ -88,7 +88,7 @@ def test_ones_own_streaming_loop_may_look_and_keeps_its_gradients(family: Family
     session.feed(list(moving(9)))
     before, remembered = session.usage, session.memory()
     for remember in (False, True):
-        pieces = session._answer(QUESTION, 3, remember, lambda: None, lambda: None)
+        pieces = session.answering(QUESTION, max_new_tokens=3, remember=remember)(lambda: None, lambda: None)
         next(pieces)
         assert torch.is_grad_enabled()
         during = session.usage
@@ -145,7 +145,7 @@ def test_between_two_pieces_nothing_is_held_that_is_not_counted(policy: str, rem
     session.ask(QUESTION, max_new_tokens=2)
     before = storages()
     undo, ledger = [], session._runner.pond.ledger
-    for _ in session._answer(QUESTION, 20, remember, lambda: None, lambda: None):
+    for _ in session.answering(QUESTION, max_new_tokens=20, remember=remember)(lambda: None, lambda: None):
         new = sum(size for at, size in storages().items() if at not in before)
         assert new <= ledger.account("undo") <= session.plan.undo_bytes
         undo.append(new)

@@ -70,7 +70,7 @@ def fits(session: Session) -> bool:
 
 def asked(session: Session, limit: int, *, remember: bool = False) -> Iterator[str]:
     """An answer that goes on when the caller says so, in this thread."""
-    return session._answer(QUESTION, limit, remember, lambda: None, lambda: None)
+    return session.answering(QUESTION, max_new_tokens=limit, remember=remember)(lambda: None, lambda: None)
 
 
 def recorded(session: Session, steps: Iterator[str]) -> Iterator[tuple[str, list[bytes]]]:

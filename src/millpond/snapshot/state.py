@@ -27,7 +27,8 @@ from millpond.positions import Clock
 from millpond.snapshot.plain import encode, from_values, number, numbers, to_values
 from millpond.stream.ingest import Ingest, Standing
 from millpond.stream.recent_frames import Shot
-from millpond.stream.runner import Runner, RunnerState
+from millpond.stream.runner import Runner
+from millpond.stream.runner_state import RunnerState
 
 # Positions are stored in 32 bits; a stream's time, in microseconds, ends at 10^11 seconds.
 _FARTHEST = (1 << 31) - 1

@@ -6,7 +6,6 @@ Every answer is bit-identical to that of `millpond.Session.ask` at the same mome
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from time import perf_counter
 
@@ -14,25 +13,21 @@ from millpond.answer import Answer, Usage
 from millpond.errors import MillpondError
 from millpond.standing.questions import Asked, Wanted
 from millpond.stream.generate import Generated, generate
+from millpond.stream.holding import changing
 from millpond.stream.ingest import Ingest
 from millpond.stream.pending_answer import PendingAnswer
-from millpond.stream.runner import Runner, dated
+from millpond.stream.runner import Runner
 from millpond.stream.shown import Shown
 from millpond.stream.step import Step
+from millpond.stream.stored_tokens import dated
 
 
 @dataclass(frozen=True)
 class Stream:
-    """A session's stream, and how to have it for oneself.
-
-    Attributes:
-        changing: nobody reads within it.
-        usage: of the session.
-    """
+    """A session's stream, and the session's usage."""
 
     runner: Runner
     ingest: Ingest
-    changing: Callable[[], AbstractContextManager[None]]
     usage: Callable[[], Usage]
 
 
@@ -82,18 +77,18 @@ def ask_together(stream: Stream, wanted: Sequence[Wanted]) -> Asked:
         given: list[Generated | Exception] = []
         turn: _SharedTurn | None = None
         try:
-            with stream.changing():
+            with changing(runner):
                 runner.finish_turns()
                 runner.check_model()
                 turn = _SharedTurn(stream)
                 faults = turn.show([question for question, _ in wanted])
             for (question, limit), fault in zip(wanted, faults, strict=True):
                 given.append(fault or turn.answer(question, limit))
-            with stream.changing():
+            with changing(runner):
                 turn.roll_back()
         except BaseException as error:
             if turn is not None:
-                with stream.changing():
+                with changing(runner):
                     turn.roll_back()
             if not isinstance(error, Exception):
                 raise
@@ -125,7 +120,6 @@ class _SharedTurn(Step):
     _ingest: Ingest
 
     def __init__(self, stream: Stream) -> None:
-        self._changing = stream.changing
         self._shown = Shown.now(stream.runner, stream.ingest)
         super().__init__(stream.runner, stream.ingest)
 
@@ -147,13 +141,13 @@ class _SharedTurn(Step):
         runner, time_us = self._runner, self._shown.time_us
         behind, clock = runner.pond.length, replace(runner.clock)
         try:
-            with self._changing():
+            with changing(runner):
                 asked = runner.family.question(question, after_video=self._shown.after_video)
                 hidden = runner.ask(dated(asked, time_us))
                 pieces = generate(runner, runner.run, hidden, time_us, limit=limit, run_last=False)
                 del hidden
             while True:
-                with self._changing():
+                with changing(runner):
                     next(pieces)
         except StopIteration as ended:
             done: Generated = ended.value
@@ -161,5 +155,5 @@ class _SharedTurn(Step):
         except Exception as error:
             return error
         finally:
-            with self._changing():
+            with changing(runner):
                 runner.roll_back(behind, clock)

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from millpond.models.base import Tokens
-from millpond.stream.runner import Runner, dated
+from millpond.stream.runner import Runner
+from millpond.stream.stored_tokens import dated
 
 
 @dataclass

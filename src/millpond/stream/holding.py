@@ -1,12 +1,44 @@
-"""The memory for a block of frames: at once beside a turn that runs, or, where it has to move first, when that turn has ended."""
+"""Holding a stream, its turns or its memory for what one is about to do, and for a block of frames: at once beside a turn that runs, or,
+where the memory has to move first, when that turn has ended."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from millpond.cache.rerotation import leaves_range
 from millpond.stream.runner import Runner
+
+
+@contextmanager
+def taking(runner: Runner) -> Iterator[None]:
+    """Nobody else changes the stream."""
+    with _writable(), runner.access.stream.held():
+        runner.finish_roll_back()
+        yield
+
+
+@contextmanager
+def exclusive(runner: Runner) -> Iterator[None]:
+    """The same, and nobody's turn runs, and nobody reads meanwhile."""
+    with _writable(), runner.access.stream.held(), runner.alone():
+        yield
+
+
+@contextmanager
+def changing(runner: Runner) -> Iterator[None]:
+    """Nobody reads or changes the memory meanwhile."""
+    with _writable(), runner.access.instant.held():
+        yield
+
+
+@contextmanager
+def _writable() -> Iterator[None]:
+    """Whatever is allocated can be written to later, wherever the caller is."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 @contextmanager

@@ -21,8 +21,9 @@ from millpond.frames import Frame
 from millpond.models.base import Grid, Tokens
 from millpond.stream.holding import held_block, make_room
 from millpond.stream.recent_frames import Groups, Shot, blocks_of, with_block
-from millpond.stream.runner import Runner, dated
+from millpond.stream.runner import Runner
 from millpond.stream.step import Step
+from millpond.stream.stored_tokens import dated
 
 # Beyond these a stream's microseconds leave 64 bits, or its positions (up to 25 a second) 32; the clock could never go back.
 _FARTHEST_SECONDS = 10**11

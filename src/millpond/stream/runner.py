@@ -6,9 +6,9 @@ Owns the memory of one stream, its clock and its budget. Takes tokens; frames an
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -21,7 +21,7 @@ from millpond.answer import LayerMemory
 from millpond.cache.consumers import make_plan
 from millpond.cache.host import HostCache
 from millpond.cache.plan import Plan
-from millpond.cache.pond import Mark, Pond, PondState
+from millpond.cache.pond import Pond
 from millpond.cache.rerotation import stay_in_range
 from millpond.cache.retrieval import Retrieval
 from millpond.config import SessionConfig
@@ -30,42 +30,12 @@ from millpond.memory.available import check_memory
 from millpond.memory.budget import Budget
 from millpond.models.base import Family, Grid, Tokens
 from millpond.models.query_recorder import See
-from millpond.policies.base import SEPARATOR
 from millpond.policies.composition import SEPARATORS, check
 from millpond.positions import Clock
 from millpond.stream.consumers import FramesAsPixels
 from millpond.stream.exclusive import Access
-
-
-@dataclass(frozen=True, eq=False)
-class RunnerState:
-    """Everything that a stream goes on with, beside the settings with which it began and the frames that wait in front of it.
-
-    Attributes:
-        budget: bytes; None without a cap. grid: the largest frame size planned for.
-        clock, tokens, reanchorings, seconds: as in `Runner`.
-        admission: what the admission remembers of the stream.
-        pond: the memory. Its tensors are views of the pond that gave it.
-    """
-
-    budget: int | None
-    grid: Grid | None
-    clock: Clock
-    tokens: int
-    reanchorings: int
-    seconds: Mapping[str, float]
-    admission: Any
-    pond: PondState
-
-
-@dataclass(frozen=True, eq=False)
-class RunnerMark:
-    """Where a step of a stream began. The attributes are those of `RunnerState`."""
-
-    clock: Clock
-    tokens: int
-    admission: Any
-    pond: Mark
+from millpond.stream.runner_state import RunnerMark, RunnerState
+from millpond.stream.stored_tokens import grid_positions
 
 
 class Runner:
@@ -437,15 +407,3 @@ class Runner:
     def memory(self) -> tuple[LayerMemory, ...]:
         """Time and grid position of every kept token, per layer and head."""
         return tuple(LayerMemory.of(*kept, self.pond.quantized_tokens) for kept in self.pond.kept())
-
-
-def dated(tokens: Tokens, time_us: int) -> Tokens:
-    """Text tokens with the stream time at which they are said."""
-    return replace(tokens, time_us=torch.full((len(tokens),), time_us, dtype=torch.long))
-
-
-def grid_positions(tokens: Tokens, *, text: bool) -> Tensor:
-    """int16 [n, 2] as the pond stores them: `TEXT` for a turn, `SEPARATOR` for a frame's tokens that lie on no grid."""
-    if text or tokens.visual.numpy().all():
-        return tokens.grid_position
-    return torch.where(tokens.visual[:, None], tokens.grid_position, torch.tensor(SEPARATOR, dtype=torch.int16))

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from millpond.positions import Clock
 from millpond.stream.ingest import Ingest
 from millpond.stream.recent_frames import Shot
-from millpond.stream.runner import Runner, dated
+from millpond.stream.runner import Runner
+from millpond.stream.stored_tokens import dated
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from millpond.stream.runner import Runner, RunnerMark
+from millpond.stream.runner import Runner
+from millpond.stream.runner_state import RunnerMark
 
 
 class Waiting(Protocol):

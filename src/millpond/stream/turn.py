@@ -10,9 +10,10 @@ from typing import ClassVar
 from millpond.positions import Clock
 from millpond.stream.generate import Generated, generate
 from millpond.stream.ingest import Ingest
-from millpond.stream.runner import Runner, dated
+from millpond.stream.runner import Runner
 from millpond.stream.shown import Shown
 from millpond.stream.step import Step
+from millpond.stream.stored_tokens import dated
 
 
 class Turn:
