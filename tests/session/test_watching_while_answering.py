@@ -14,9 +14,11 @@ import torch
 from millpond import Answer, BudgetError, MillpondError, PendingAnswer, Session
 from millpond.frames import Frame
 from millpond.models.base import Family
+from millpond.stream.answering import answer
 from millpond.stream.exclusive import Exclusive
 from millpond.stream.generate import TextPieces
 from millpond.stream.holding import _waits
+from millpond.stream.runner import Runner
 from tests.models.tiny import tiny
 from tests.nightly import nightly
 from tests.session.frames import moving
@@ -135,12 +137,14 @@ class Gate:
     """Lets the answers of a session go on token by token, whichever thread they run in; nothing is held meanwhile."""
 
     def __init__(self, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._passes, self._generate = threading.Semaphore(0), session._answer
+        self._passes, self._runner = threading.Semaphore(0), session._runner
         self.tokens = 0
-        monkeypatch.setattr(session, "_answer", self._gated)
+        monkeypatch.setattr("millpond.session.answer", self._gated)
 
-    def _gated(self, *arguments: Any) -> Generator[str, None, Answer]:
-        pieces = self._generate(*arguments)
+    def _gated(self, runner: Runner, *arguments: Any) -> Generator[str, None, Answer]:
+        pieces = answer(runner, *arguments)
+        if runner is not self._runner:
+            return (yield from pieces)
         try:
             while True:
                 try:
