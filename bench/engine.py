@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python bench/engine.py --out bench/results/engine.json --png docs/engine.png
 
-- ingest: the frames of 8 Minnow streams, taken in by 8 plain sessions one behind the other, and by an engine's 8 at once.
+- ingest: the frames of 8 Minnow streams, taken in by 8 plain sessions in turn, and by an engine's 8 at once: live (one frame after the
+  other, as cameras give them), and from films (each in one call, which runs in blocks of 8 frames).
 - answers: 8 answers of 64 tokens (the model's stop is ignored), one behind the other, and at once.
   Both in turns, several rounds, on the same cores: wall time, and processor time, which other jobs on the machine disturb less.
 - load: 1 to 32 live streams, 2 frames a second each, and a question every 4 s each: seconds from a question to its first token, and
@@ -18,6 +19,7 @@ import json
 import statistics
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from time import monotonic, perf_counter, process_time, sleep
 from typing import Any
@@ -32,6 +34,7 @@ from millpond.frames import Frame
 from millpond.models import Family
 
 QUESTION, ANSWER = "Which object appeared first?", 64
+SECTIONS = ("hibernation", "at_once", "load")
 FPS, ASK_EVERY = 2.0, 4.0
 BUDGET, SMALL = 512 << 10, 192 << 10
 
@@ -74,56 +77,72 @@ def compared(
     return result
 
 
+def one_by_one(sessions: Sequence[Any], films: Sequence[Sequence[Frame]]) -> None:
+    for arriving in zip(*films, strict=True):
+        for session, frame in zip(sessions, arriving, strict=True):
+            session.feed(frame)
+
+
+def fed_live(session: Any, frames: Sequence[Frame]) -> None:
+    for frame in frames:
+        session.feed(frame)
+
+
 def ingest_and_answers(family: Family, count: int, frames: int, rounds: int) -> dict[str, Any]:
-    """8 streams at once against one behind the other."""
-    films = [film(100 + index, frames) for index in range(count)]
-    feeding: dict[str, list[tuple[float, float]]] = {"plain": [], "engine": []}
-    answering: dict[str, list[tuple[float, float]]] = {"plain": [], "engine": []}
+    """8 streams at once against as many in turn."""
+    films = [film(100 + index, 2 * frames) for index in range(count)]
+    halves = [each[:frames] for each in films], [each[frames:] for each in films]
     budget, tokens, same = 2 * BUDGET, 0, True
     arguments: dict[str, Any] = {"budget": budget, "reserve_tokens": 32 + ANSWER}
+    times: dict[str, dict[str, list[tuple[float, float]]]] = {
+        what: {"plain": [], "engine": []} for what in ("ingest_live", "ingest_films", "answers")
+    }
     together = {}
     for index in range(rounds):
         plain = [Session(family, **arguments) for _ in films]
         with Engine(family, stream_memory=count * budget + 4096, queue_memory=4096, share="fixed") as engine:
             sessions = [engine.open(str(each), **arguments) for each in range(count)]
+
+            def each(run: Callable[[Any, Any], Any], films: Any, sessions: Any = sessions) -> None:
+                at_once([partial(run, one, given) for one, given in zip(sessions, films, strict=True)])
+
+            def ask(session: Any, _: Any) -> Any:
+                return session.ask(QUESTION, max_new_tokens=ANSWER)
+
             runs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
-                "plain": (
-                    lambda plain=plain: [one.feed(each) for one, each in zip(plain, films, strict=True)],
-                    lambda plain=plain: [one.ask(QUESTION, max_new_tokens=ANSWER) for one in plain],
+                "ingest_live": (partial(one_by_one, plain, halves[0]), partial(each, fed_live, halves[0])),
+                "ingest_films": (
+                    lambda plain=plain: [one.feed(given) for one, given in zip(plain, halves[1], strict=True)],
+                    partial(each, lambda one, given: one.feed(given), halves[1]),
                 ),
-                "engine": (
-                    lambda sessions=sessions: at_once(
-                        [lambda one=one, each=each: one.feed(each) for one, each in zip(sessions, films, strict=True)]
-                    ),
-                    lambda sessions=sessions: at_once(
-                        [lambda one=one: one.ask(QUESTION, max_new_tokens=ANSWER) for one in sessions]
-                    ),
-                ),
+                "answers": (lambda plain=plain: [ask(one, None) for one in plain], partial(each, ask, films)),
             }
-            order = ("plain", "engine") if index % 2 else ("engine", "plain")
-            for name in order:
+            for what, (in_turn, at_the_same_time) in runs.items():
                 before = engine.usage
-                feeding[name].append(timed(runs[name][0]))
+                both = [("plain", in_turn), ("engine", at_the_same_time)]
+                for name, run in both if index % 2 else reversed(both):
+                    times[what][name].append(timed(run))
                 after = engine.usage
-                if name == "engine":
-                    together["frames"] = round((after.requests - before.requests) / (after.passes - before.passes), 2)
-            for name in order:
-                before = engine.usage
-                answering[name].append(timed(runs[name][1]))
-                after = engine.usage
-                if name == "engine":
-                    together["answers"] = round((after.requests - before.requests) / (after.passes - before.passes), 2)
-            mine, theirs = ([one.ask(QUESTION, max_new_tokens=ANSWER) for one in kind] for kind in (sessions, plain))
+                together[what] = round((after.requests - before.requests) / (after.passes - before.passes), 2)
+            mine, theirs = ([ask(one, None) for one in kind] for kind in (sessions, plain))
             tokens = sum(len(answer.token_ids) for answer in theirs)
             same &= [answer.token_ids for answer in mine] == [answer.token_ids for answer in theirs]
-    first = slice(1, None) if rounds > 1 else slice(None)  # the very first round warms up
+    measured = slice(1, None) if rounds > 1 else slice(None)  # the very first round warms up
+    counts = {"ingest_live": count * frames, "ingest_films": count * frames, "answers": tokens}
     return {
         "streams": count,
         "frames_a_stream": frames,
         "requests_a_pass": together,
-        "ingest": compared(feeding["plain"][first], feeding["engine"][first], count * frames, "frames"),
-        "answers": compared(answering["plain"][first], answering["engine"][first], tokens, "tokens"),
         "same_tokens": same,
+        **{
+            what: compared(
+                each["plain"][measured],
+                each["engine"][measured],
+                counts[what],
+                "tokens" if what == "answers" else "frames",
+            )
+            for what, each in times.items()
+        },
     }
 
 
@@ -253,11 +272,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the JSON goes; stdout gets it too")
     parser.add_argument("--png", type=Path, help="where waiting times by load are drawn")
     parser.add_argument("--streams", type=int, default=8, help="sessions at once, for ingest and answers")
-    parser.add_argument("--frames", type=int, default=192, help="a stream, for ingest")
+    parser.add_argument("--frames", type=int, default=96, help="a stream, for each kind of ingest")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--load", default="1,2,4,8,16,32", help="numbers of live streams")
     parser.add_argument("--seconds", type=float, default=24.0, help="of each load")
     parser.add_argument("--sessions", type=int, default=1000, help="that hibernate")
+    parser.add_argument(
+        "--sections", nargs="+", default=list(SECTIONS), choices=SECTIONS, help="the others stay as they are in --out"
+    )
     parser.add_argument("--room", type=int, default=16, help="sessions that have room in memory")
     options = parser.parse_args()
 
@@ -273,14 +295,19 @@ def main() -> None:
             "hibernation": "1,000 sessions on the bytes of 16, answers equal",
         },
     }
-    result["hibernation"] = hibernation(family, options.sessions, options.room)
-    stops, family.stop_ids = family.stop_ids, frozenset()
-    result["at_once"] = ingest_and_answers(family, options.streams, options.frames, options.rounds)
-    family.stop_ids = stops
-    result["load"] = [live(family, int(count), options.seconds) for count in options.load.split(",")]
+    if options.out and options.out.exists():
+        result |= {name: each for name, each in json.loads(options.out.read_text()).items() if name in SECTIONS}
+    if "hibernation" in options.sections:
+        result["hibernation"] = hibernation(family, options.sessions, options.room)
+    if "at_once" in options.sections:
+        stops, family.stop_ids = family.stop_ids, frozenset()
+        result["at_once"] = ingest_and_answers(family, options.streams, options.frames, options.rounds)
+        family.stop_ids = stops
+    if "load" in options.sections:
+        result["load"] = [live(family, int(count), options.seconds) for count in options.load.split(",")]
     text = json.dumps(result, indent=2)
     print(text)
-    if options.png:
+    if options.png and "load" in result:
         draw(result["load"], options.png)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
