@@ -77,7 +77,12 @@ def test_readme(run: Any, film: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     Path("models/Qwen2.5-VL-3B-Instruct").symlink_to(minnow.folder())
     session = run("README.md")["session"]
     assert session.usage.frames_seen == 260
-    assert capsys.readouterr().out.count(f"<= {256 << 20}") == 2  # after one minute and after two
+    *answers, usage = capsys.readouterr().out.splitlines()
+    # After one minute and after two; the second falls out where the first is still being answered.
+    assert len(answers) in (2, 3)
+    assert usage.endswith(f"<= {256 << 20}")
+    saved = millpond.Session.load("camera.millpond", session.family)
+    assert saved.usage.frames_seen == 260
 
 
 def test_contributing(run: Any, film: Path) -> None:
