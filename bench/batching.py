@@ -197,7 +197,7 @@ def compare(
         "ms_each_alone": round(statistics.median(spent[False]) / count * 1e3, 3),
         "ms_each_together": round(statistics.median(spent[True]) / count * 1e3, 3),
         "rounds": rounds,
-        "same": all(one == said[0] for one in said),
+        **({} if said[0] is None else {"same_tokens": all(one == said[0] for one in said)}),
     }
 
 

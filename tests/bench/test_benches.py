@@ -87,7 +87,7 @@ def test_batching(tmp_path: Path) -> None:
         for each in found.values():
             assert finite(each)
             assert each["quartiles"][0] <= each["ratio"] <= each["quartiles"][1]
-    assert result["results"]["minnow"]["decoding"]["same"]
+    assert result["results"]["minnow"]["decoding"]["same_tokens"]
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from millpond import BudgetError, MillpondError, PondCache, Session
-from millpond.models import Family, Tokens
+from millpond.models import Family, Tokens, batching
 from millpond.models.batching import Request, encode_batch, forward_batch, logits_batch
 from millpond.models.query_recorder import See
 from millpond.precision.linear import NestedLinear
@@ -189,6 +189,44 @@ def test_answers_of_several_are_the_tokens_of_each(name: str, dtype: str) -> Non
     close = {"float32": 1e-5, "bfloat16": 5e-2}[dtype]
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=close)
+
+
+def test_large_linear_layers_of_a_few_rows_are_ours_within_a_batch_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    family, taken = tiny("qwen2_5_vl"), list[int]()
+
+    def counted(x: Tensor, *others: Tensor) -> Tensor:
+        taken.append(x.numel() // x.shape[-1])
+        return linear(x, *others)
+
+    monkeypatch.setattr(batching, "LARGE", 1)
+    monkeypatch.setattr(batching, "few_rows_product", counted)
+    logits_batch(family, [torch.ones(family.hidden)] * 3)
+    logits_batch(family, [torch.ones(family.hidden)] * 17)
+    family.logits(torch.ones(family.hidden))
+    assert taken == [3]
+
+
+def test_another_thread_goes_on_with_its_own_session_meanwhile() -> None:
+    family = tiny("qwen2_5_vl")
+    alone = lived(opened(family, 0, "h2o"), 0)
+    beside: list[object] = []
+    thread = threading.Thread(target=lambda: beside.append(lived(opened(family, 0, "h2o"), 0)))
+    requests = []
+    for index in range(2):
+        pond = opened(family, index, "infinipot-v")._runner.pond
+        tokens, positions = family.embed([5 + index]), torch.full((3, 1), pond.length)
+        pond.write_metadata(tokens.time_us, tokens.grid_position, positions)
+        requests.append(Request(tokens, positions, pond))
+    thread.start()
+    batches = 0
+    while thread.is_alive():
+        for request, result in zip(requests, forward_batch(family, requests), strict=True):
+            good(result)
+            request.cache.truncate(request.cache.length - 1)
+        batches += 1
+    thread.join()
+    assert batches > 1
+    assert beside == [alone]
 
 
 class Refused(Exception):
