@@ -120,6 +120,7 @@ def test_after_kill_9_it_is_the_watch_that_was_never_killed(
     while not state.exists() or contents(state)[0]["frames"]["frames"] < 16:
         assert time.monotonic() < until
         assert process.poll() is None
+        time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     reached = contents(state)[0]["frames"]["frames"]

@@ -20,11 +20,6 @@ from tests.session.measure import transient_peak
 from tests.snapshot.test_matrix import bits
 
 
-@pytest.fixture(scope="module")
-def family() -> Family:
-    return tiny("qwen2_5_vl")
-
-
 @pytest.fixture
 def session(family: Family) -> Session:
     session = Session(family, budget="300KiB", recent_frames=2)

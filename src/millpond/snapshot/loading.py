@@ -15,6 +15,7 @@ from millpond import admission, policies
 from millpond.cache.recent import RecentWindow
 from millpond.config import SessionConfig
 from millpond.errors import MillpondError, PolicyError, SnapshotError, SourceError
+from millpond.memory.budget import Budget
 from millpond.models.base import Family
 from millpond.snapshot.fingerprint import compare
 from millpond.snapshot.format import Snapshot, opened
@@ -74,6 +75,8 @@ def _config(
     Raises:
         SnapshotError: some differ; or one is needed that only the caller can give.
     """
+    if unknown := sorted(set(expected) - {*SETTINGS, "policy", "admission"}):
+        raise SnapshotError(f"a session has no argument {unknown[0]!r} that a snapshot could be held to")
     named = {name: saved[name] for name in SETTINGS}
     for name, read in (("policy", policies.read), ("admission", admission.read)):
         word, parameters = saved[name]["word"], saved[name]["is"]
@@ -91,6 +94,7 @@ def _config(
             raise SnapshotError(f"{file.name} was saved with another {name}: {_differs(parameters, here)}")
         named[name] = made
     for name, value in expected.items():
+        value = int(Budget(value)) if name == "host_budget" and value is not None else value
         if name in SETTINGS and value != saved[name]:
             raise SnapshotError(f"{file.name} was saved with {name} {saved[name]!r}, not {value!r}")
     if budget is not None:
