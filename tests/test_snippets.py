@@ -86,6 +86,16 @@ def test_contributing(run: Any, film: Path) -> None:
     assert CliRunner().invoke(commands, [str(film), "--fps", "1", "--json"]).stdout == '{"frames": 130}\n'
 
 
+def test_streams(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    session = millpond.Session(models.load("minnow"), budget="2MiB")
+    pictures = list(streams.generate(5, groups=6).frames())
+    session.feed(pictures[:8])
+    ran = run("docs/memory/streams.md", session=session, next_frames=pictures[8:])
+    told = ran["answer"].result()
+    assert capsys.readouterr().out == f"{told.text}{told.finish_reason}\n"
+    assert session.usage.frames_seen == 12
+
+
 def test_sources(run: Any, film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     camera(film, monkeypatch)
     session = millpond.Session(models.load("minnow"), budget="1MiB")

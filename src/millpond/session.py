@@ -260,7 +260,10 @@ class Session:
                             begins()
                             runner.finish_turns()
                             runner.check_model()
-                            turn = (RememberedTurn if remember else Turn)(runner, self._ingest, question, limit)
+                            at = self._ingest.at  # once: while they wait frames may come at any time
+                            self._ingest.make_room(at)
+                            turn = (RememberedTurn if remember else Turn)(runner, self._ingest, at, question, limit)
+                            del at
                         piece = turn.next_piece()
                         if piece is None:
                             turn.commit()
@@ -380,8 +383,7 @@ class Session:
     def _taking(self) -> Iterator[None]:
         """Nobody else changes the stream."""
         with _writable(), self._runner.access.stream.held():
-            with self._runner.access.instant.held():
-                self._runner.finish_roll_back()
+            self._runner.finish_roll_back()
             yield
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""The source between a source and a session: segments, holding, stopping, drops, errors."""
+"""The source between a source and a session: segments, stopping, drops, errors."""
 
 import threading
 import time
@@ -83,24 +83,6 @@ def test_stop_ends_a_stretch_of_a_silent_source() -> None:
     assert list(frames) == []
     assert frames.stopped
     silent.set()
-    frames.close()
-
-
-def test_held_twice_it_waits_for_both() -> None:
-    frames = InterruptibleSource(Source(4))
-    frames.hold()
-    frames.hold()
-    assert list(frames) == []
-    frames.release()
-    passed = threading.Event()
-    waiter = threading.Thread(target=lambda: (frames.wait(), passed.set()))
-    waiter.start()
-    time.sleep(0.1)
-    assert not passed.is_set()
-    frames.release()
-    waiter.join(timeout=5)
-    assert passed.is_set()
-    assert len(list(frames)) == 4
     frames.close()
 
 

@@ -2,6 +2,7 @@
 
 import linecache
 import sys
+import threading
 from collections.abc import Callable
 from importlib.util import find_spec
 from types import FrameType
@@ -23,6 +24,7 @@ FILES = files_of(
     "millpond.stream.turn",
     "millpond.stream.generate",
     "millpond.stream.recent_frames",
+    "millpond.stream.pending_answer",
     "millpond.stream.exclusive",
     "millpond.stream.holding",
     "millpond.cache.pond",
@@ -66,9 +68,11 @@ def _traced(run: Callable[[], Any], see: Callable[[Line], Any]) -> None:
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         return local if frame.f_code.co_filename in FILES else None
 
-    before = sys.gettrace()
+    before, elsewhere = sys.gettrace(), threading.gettrace()
+    threading.settrace(trace)  # of threads that are started meanwhile
     sys.settrace(trace)
     try:
         run()
     finally:
         sys.settrace(before)
+        threading.settrace(elsewhere)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from millpond import MillpondError, ModelError, Session
+from millpond import ModelError, Session
 from millpond.cache.pond import Mark, Pond
 from millpond.frames import Frame
 from millpond.models.base import Family

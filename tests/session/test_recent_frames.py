@@ -110,7 +110,7 @@ def test_an_answer_is_the_plain_model_s_with_the_frames_given_twice(
         session.feed(frame)
     heard: list[torch.Tensor] = []
     ask = Runner.ask
-    monkeypatch.setattr(Runner, "ask", lambda runner, question: heard.append(ask(runner, question)) or heard[-1])
+    monkeypatch.setattr(Runner, "ask", lambda *given: heard.append(ask(*given)) or heard[-1])
     answer = session.ask(QUESTION, max_new_tokens=12)
     assert torch.allclose(family.logits(heard[0]), logits, atol=1e-4)
     assert list(answer.token_ids) == ids

@@ -1,8 +1,7 @@
-"""A source that can be stopped, held and cut into segments, so that a session can answer between two of them.
+"""A source that can be stopped and cut into segments, so that a session can answer between two of them.
 
-A session belongs to `feed` until the source it was given ends. This source stands between: it waits for the real source in a thread
-of its own, and ends a segment when a moment of the stream is reached, when somebody wants to ask, or when it is stopped,
-also while the source itself is silent. A frame is taken when it is wanted and not before, so that a live source can go on
+A `feed` goes on until the source it was given ends. This source stands between: it waits for the real source in a thread
+of its own, and ends a segment when a moment of the stream is reached or when it is stopped, also while the source itself is silent. A frame is taken when it is wanted and not before, so that a live source can go on
 replacing it by a newer one. Knows nothing about sessions.
 """
 
@@ -57,10 +56,6 @@ class InterruptibleSource:
         self._wanted = threading.Semaphore(0)
         self._waiting = False
         self._closed = False
-        self._free = threading.Event()
-        self._free.set()
-        self._holds = 0
-        self._lock = threading.Lock()
         self.dropped = 0
         self.seconds = seconds
         self.until_seconds = seconds or 0.0
@@ -76,7 +71,7 @@ class InterruptibleSource:
         return self
 
     def __iter__(self) -> Iterator[Any]:
-        while not self.stopped and not self.ended and self._free.is_set():
+        while not self.stopped and not self.ended:
             self._tick()
             if self._next is None:
                 if not self._waiting:
@@ -106,24 +101,6 @@ class InterruptibleSource:
             if self._limit is not None and frame.seconds >= self._limit - _TOLERANCE_SECONDS:
                 self.reached = True
                 return
-
-    def hold(self) -> None:
-        """End the running segment soon and keep the next from beginning, until `release`."""
-        with self._lock:
-            self._holds += 1
-            self._free.clear()
-
-    def release(self) -> None:
-        """Undo one `hold`."""
-        with self._lock:
-            self._holds -= 1
-            if self._holds == 0:
-                self._free.set()
-
-    def wait(self) -> None:
-        """Return when nobody holds it, or it is stopped."""
-        while not self.stopped and not self._free.wait(_POLL_SECONDS):
-            continue
 
     def stop(self) -> None:
         """End the segment and all further ones. Safe in a signal handler."""

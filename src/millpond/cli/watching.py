@@ -154,14 +154,14 @@ class Watch:
 
     def _feed(self, until: float | None) -> None:
         self._frames.until(until)
-        while not (self._frames.ended or self._frames.stopped or self._frames.reached):
-            self._frames.wait()
-            try:
-                self._session.feed(self._frames)
-            except MillpondError as error:
-                self._frames.stop()
-                self._tell_connection()  # what led to it
-                self._fault(error)
+        if self._frames.ended or self._frames.stopped:
+            return
+        try:
+            self._session.feed(self._frames)
+        except MillpondError as error:
+            self._frames.stop()
+            self._tell_connection()  # what led to it
+            self._fault(error)
 
     def _fault(self, error: MillpondError) -> None:
         """Tell an error and go on; the first one decides the exit code."""
@@ -263,7 +263,7 @@ class Watch:
     # --- the prompt ---------------------------------------------------------------------------------------------
 
     def _at_a_prompt(self, moments: list[Moment]) -> None:
-        """Stream in a thread of its own and ask at a prompt here; returns when both have ended."""
+        """Stream in a thread of its own, which goes on while an answer is printed, and ask at a prompt here; returns when both have ended."""
         crash: list[BaseException] = []
 
         def stream() -> None:
@@ -279,13 +279,10 @@ class Watch:
         while (question := self._read_question()) is not None:
             if not question:
                 continue
-            self._frames.hold()
             try:
                 self._ask(question)
             except MillpondError as error:
                 self._note(f"error: {one_line(error)}")
-            finally:
-                self._frames.release()
         while worker.is_alive():
             worker.join(timeout=0.1)  # in slices, so that Ctrl-C is heard
         if crash:

@@ -6,6 +6,7 @@ or what the lines grant its account, is refused before it is made. Tests measure
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -32,6 +33,7 @@ class Ledger:
         self._granted = _granted(lines)
         self._moving = False
         self._accounts = dict.fromkeys(self._granted, 0)
+        self._entering = threading.Lock()
 
     def move(self, limit: int | None) -> None:
         """From here on, while storage is exchanged for that of another plan, only the total is bounded, by `limit`."""
@@ -72,14 +74,15 @@ class Ledger:
                 entered then.
         """
         self._know(name)
-        total = self.held - self._accounts[name] + size
-        if self.limit is not None and total > self.limit:
-            over = f"which makes {total} bytes in all, over the budget of {self.limit}"
-            raise BudgetError(f"{name} would need {format_bytes(size)}, {over}", minimum=total)
-        if not self._moving and size > self._granted[name]:
-            raise BudgetError(f"{name} would need {size} bytes, and the plan grants it {self._granted[name]}")
-        self.peak = max(self.peak, total)
-        self._accounts[name] = size
+        with self._entering:  # frames that wait are entered while a turn runs
+            total = self.held - self._accounts[name] + size
+            if self.limit is not None and total > self.limit:
+                over = f"which makes {total} bytes in all, over the budget of {self.limit}"
+                raise BudgetError(f"{name} would need {format_bytes(size)}, {over}", minimum=total)
+            if not self._moving and size > self._granted[name]:
+                raise BudgetError(f"{name} would need {size} bytes, and the plan grants it {self._granted[name]}")
+            self.peak = max(self.peak, total)
+            self._accounts[name] = size
 
     def _know(self, name: str) -> None:
         if name not in self._granted:

@@ -25,6 +25,14 @@ class _Place:
         self.present = threading.Lock()
         self.before: _Place | None = None
 
+    @property
+    def waits(self) -> bool:
+        """Whether somebody is in front."""
+        before = self.before
+        while before is not None and not before.present.locked():
+            before = before.before  # of one that gave up
+        return before is not None
+
     def wait(self) -> None:
         """Until all have left that came before."""
         while (before := self.before) is not None:
@@ -62,10 +70,8 @@ class Exclusive:
         with place.present:
             with self._joining:
                 place.before, self._last = self._last, place
-            before = place.before
-            if waiting is not None and before is not None and before.present.locked():
+            if waiting is not None and place.waits:
                 waiting()
-            del before
             place.wait()
             try:
                 self._holder = place

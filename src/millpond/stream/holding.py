@@ -10,17 +10,13 @@ from millpond.stream.runner import Runner
 
 
 @contextmanager
-def held_block(runner: Runner, tokens: int, clock: int | None = None) -> Iterator[None]:
-    """Hold the memory for a block, prepared by `Runner.prepare_block`, within a `with` block."""
+def held_block(runner: Runner, most: int) -> Iterator[None]:
+    """Hold the memory within a `with` block, for a block of frames of at most so many tokens that is prepared and run in it."""
     with runner.access.instant.held():
-        if not _waits(runner, tokens, tokens if clock is None else clock):
-            if runner.pond.turn is None:
-                runner.prepare_block(tokens, clock)
-            runner.pond.bring_stream()
+        if not _waits(runner, most):
             yield
             return
     with runner.alone():
-        runner.prepare_block(tokens, clock)
         yield
 
 
@@ -35,10 +31,10 @@ def make_room(runner: Runner, tokens: int) -> None:
         runner.ensure_capacity(tokens)
 
 
-def _waits(runner: Runner, tokens: int, clock: int) -> bool:
+def _waits(runner: Runner, tokens: int) -> bool:
     """Whether a block has to wait for a running turn: it would take the turn's slots, or the memory has to move for it."""
     pond = runner.pond
     if pond.turn is None:
         return False
-    due = pond.overrun(tokens) > 0 or leaves_range(runner.family.rope, runner.clock, runner.ahead(clock))
+    due = pond.overrun(tokens) > 0 or leaves_range(runner.family.rope, runner.clock, runner.ahead(tokens))
     return due or not pond.fits_beside_turn(tokens)

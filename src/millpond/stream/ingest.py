@@ -101,7 +101,7 @@ class Ingest:
                 self.update_ledger()
                 self.at = replace(self.at, dropped=self.at.dropped + getattr(opened, "dropped", 0) - dropped)
                 self._digest(partial=False)
-                self._ensure_capacity_for_waiting()
+                self.make_room(self.at)
         return taken
 
     def _offset(self, frame: Any, offset: int | None) -> int:
@@ -150,9 +150,8 @@ class Ingest:
             interval_us=0 if last is None else time_us - last,
             frames=self.at.frames + 1,
         )
-        with runner.access.instant.held():
-            runner.pond.ledger.hold("waiting frames", _nbytes(at.waiting))
-            self.at = at
+        runner.pond.ledger.hold("waiting frames", _nbytes(at.waiting))
+        self.at = at
         if len(at.waiting) >= runner.pond.plan.block_groups * runner.family.frames_per_group:
             self._digest(partial=False)
 
@@ -179,6 +178,7 @@ class Ingest:
         runner = self._runner
         tokens = dated(runner.family.embed(runner.family.reopening()), time_us)
         with held_block(runner, len(tokens)):
+            runner.prepare_block(len(tokens))
             step = Step(runner, self)
             try:
                 runner.put(tokens, text=True)
@@ -192,9 +192,11 @@ class Ingest:
     def _run(self, block: tuple[Shot, ...]) -> None:
         """Take a block of waiting frames into the memory."""
         runner, size = self._runner, self._runner.family.frames_per_group
-        tokens = self.encode(block)
-        admitted, verdicts, seen = runner.judge(tokens)
-        with held_block(runner, len(tokens) if admitted is None else len(admitted), len(tokens)):
+        assert self.at.grid is not None
+        with held_block(runner, -(-len(block) // size) * self.at.grid.tokens):
+            tokens = self.encode(block)
+            admitted, verdicts, seen = runner.judge(tokens)
+            runner.prepare_block(len(tokens) if admitted is None else len(admitted), len(tokens))
             step = Step(runner, self, accumulated_attention=runner.policy.needs.accumulated_attention)
             try:
                 runner.put(tokens, text=False, admitted=admitted)
@@ -221,24 +223,26 @@ class Ingest:
         with self._runner.timed("vision"):
             return self._runner.family.encode([frame for _, frame in shots], [time for time, _ in shots])
 
-    def _ensure_capacity_for_waiting(self) -> None:
-        """Ensure capacity for an incomplete group now, so that a question can show it without touching the memory."""
-        if self.at.grid is not None:
-            reopening = 0 if self.at.video_open else len(self._runner.family.reopening())
-            make_room(self._runner, reopening + self.at.grid.tokens)
+    def make_room(self, at: Standing) -> None:
+        """Ensure capacity for the frames that wait, so that a question can show them: an incomplete group when its feed has ended, and so
+        before anybody asks; in the middle of a feed, when somebody does."""
+        if at.grid is not None:
+            reopening = 0 if at.video_open else len(self._runner.family.reopening())
+            groups = -(-len(at.waiting) // self._runner.family.frames_per_group)
+            make_room(self._runner, reopening + groups * at.grid.tokens)
 
-    def shown(self) -> tuple[list[int], list[Sequence[Shot]]]:
-        """What a question sees of the latest frames; nothing is taken in.
+    def shown(self, at: Standing) -> tuple[list[int], list[Sequence[Shot]]]:
+        """What a question sees of the latest frames, asked when they stand so; nothing is taken in.
 
         Returns:
             The ids that reopen the video, where that is needed; and blocks of frames to `encode`: the recent ones, and last the waiting
             ones, which may be none.
         """
-        runner, size, waiting = self._runner, self._runner.family.frames_per_group, self.at.waiting
+        runner, size, waiting = self._runner, self._runner.family.frames_per_group, at.waiting
         count = -(-max(0, runner.recent_frames - len(waiting)) // size)
-        recent = blocks_of(self.at.recent, count, size, runner.pond.plan.block_groups)
+        recent = blocks_of(at.recent, count, size, runner.pond.plan.block_groups)
         blocks: list[Sequence[Shot]] = [*recent, waiting]
-        reopening = runner.family.reopening() if any(blocks) and not self.at.video_open else []
+        reopening = runner.family.reopening() if any(blocks) and not at.video_open else []
         return reopening, blocks
 
     def close_video(self) -> None:
@@ -248,13 +252,11 @@ class Ingest:
 
     def update_ledger(self) -> None:
         """Enter in the ledger what the waiting frames and the recent ones take."""
-        with self._runner.access.instant.held():
-            # The frames of a block go from one account to the other, so the one that shrinks comes first.
-            recent = sum(map(_nbytes, self.at.recent))
-            ledger = self._runner.pond.ledger
-            sizes = {"waiting frames": _nbytes(self.at.waiting), "recent pixels": recent}
-            for name in sorted(sizes, key=lambda name: sizes[name] - ledger.account(name)):
-                ledger.hold(name, sizes[name])
+        # The frames of a block go from one account to the other, so the one that shrinks comes first.
+        recent = sum(map(_nbytes, self.at.recent))
+        ledger, sizes = self._runner.pond.ledger, {"waiting frames": _nbytes(self.at.waiting), "recent pixels": recent}
+        for name in sorted(sizes, key=lambda name: sizes[name] - ledger.account(name)):
+            ledger.hold(name, sizes[name])
 
     def state(self) -> Standing:
         """Everything that frames on their way in go on with."""

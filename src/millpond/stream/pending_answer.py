@@ -7,7 +7,6 @@ import threading
 import traceback
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from contextlib import suppress
 
 from millpond.answer import Answer
 from millpond.errors import MillpondError
@@ -86,9 +85,7 @@ class _Work:
 
     def start(self) -> None:
         """Return when the turn has begun, or waits for others, or has failed."""
-        thread = threading.Thread(target=self._run, name="millpond-answer", daemon=True)
-        _running[thread] = self
-        thread.start()
+        threading.Thread(target=self._run, name="millpond-answer", daemon=True).start()
         with self._changed:
             self._changed.wait_for(lambda: self._placed or self.done)
 
@@ -139,13 +136,17 @@ class _Work:
 
     def _run(self) -> None:
         try:
-            assert self._answering is not None
-            pieces, self._answering = self._answering(self._place, self._begin), None
-            self._end(answer=self._generate(pieces))
-        except BaseException as error:
-            traceback.clear_frames(error.__traceback__)  # what they worked on goes
-            self._end(error=error)
+            _running[threading.current_thread()] = self
+            try:
+                assert self._answering is not None
+                pieces, self._answering = self._answering(self._place, self._begin), None
+                self._end(answer=self._generate(pieces))
+            except BaseException as error:
+                traceback.clear_frames(error.__traceback__)  # what they worked on goes
+                self._end(error=error)
         finally:
+            # Whatever happened, nobody waits for ever.
+            self._end(error=MillpondError("the answer ended before its time"))
             _running.pop(threading.current_thread(), None)
 
     def _generate(self, pieces: Generator[str, None, Answer]) -> Answer:
@@ -174,7 +175,8 @@ _running: dict[threading.Thread, _Work] = {}
 @atexit.register
 def _end_all() -> None:
     """No thread may be inside the model when the interpreter goes."""
-    for thread, work in list(_running.items()):
-        with suppress(MillpondError):
-            work.cancel()
+    running = list(_running.items())
+    for _, work in running:
+        work.cancel()
+    for thread, _ in running:
         thread.join()

@@ -110,7 +110,12 @@ class Runner:
     @property
     def pond(self) -> Pond:
         """The memory; made, with the prompt pinned in it, when it is first needed."""
-        return self._pond or self._open()
+        if self._pond is None:
+            with (
+                self.access.instant.held()
+            ):  # which the caller need not hold, just to have a look at the plan or the ledger
+                return self._pond or self._open()
+        return self._pond
 
     def _open(self) -> Pond:
         plan = self.plan_for(self.grid)
@@ -174,10 +179,12 @@ class Runner:
             yield
 
     def prepare_block(self, tokens: int, clock: int | None = None) -> None:
-        """Compact and re-anchor, if need be, in front of a block of `tokens` tokens that takes `clock` positions, by default as many."""
+        """Compact and re-anchor, if need be, in front of a block of `tokens` tokens that takes `clock` positions, by default as many; and
+        bring the stream to the front."""
         with self.timed("compaction"):
             self.ensure_capacity(tokens)
             self._stay_in_range(tokens if clock is None else clock)
+            self.pond.bring_stream()
 
     def put(self, tokens: Tokens, *, text: bool, admitted: Tensor | None = None) -> None:
         """Run stream tokens, for which there is capacity, through the decoder and keep them; a `Step` takes back what a fault leaves.
@@ -283,9 +290,10 @@ class Runner:
         self.clock = clock
 
     def finish_roll_back(self) -> None:
-        """Put back a step whose taking back was interrupted."""
+        """Put back a step whose taking back was interrupted; for whoever holds the stream or the turn, so that none is being made."""
         if self.roll_back_open_step is not None:
-            self.roll_back_open_step()
+            with self.access.instant.held():
+                self.roll_back_open_step()
 
     def finish_turns(self) -> None:
         """The same, and end a turn whose end was interrupted; for whoever has come by its slots."""

@@ -10,7 +10,7 @@ from typing import ClassVar
 from millpond.models.base import Tokens
 from millpond.positions import Clock
 from millpond.stream.generate import Generated, generate
-from millpond.stream.ingest import Ingest
+from millpond.stream.ingest import Ingest, Standing
 from millpond.stream.recent_frames import Shot
 from millpond.stream.runner import Runner, dated
 from millpond.stream.step import Step
@@ -24,7 +24,9 @@ class Turn:
     its slots.
 
     Args:
-        runner: the stream, whose `turn` the caller holds. ingest: what waits in front of it. question, limit: as in `Session.ask`.
+        runner: the stream, whose `turn` the caller holds. ingest: what waits in front of it.
+        at: how far its frames have come: those that the question is shown, for which room has been made.
+        question, limit: as in `Session.ask`.
 
     Attributes:
         time_us: stream time at which it is asked. done: the answer, once it has been run.
@@ -32,11 +34,11 @@ class Turn:
 
     _remember: ClassVar[bool] = False
 
-    def __init__(self, runner: Runner, ingest: Ingest, question: str, limit: int) -> None:
+    def __init__(self, runner: Runner, ingest: Ingest, at: Standing, question: str, limit: int) -> None:
         self._runner, self._ingest = runner, ingest
         self.done = Generated()
-        self.time_us = ingest.at.last_us or 0
-        self._pieces = self._run(question, limit)
+        self.time_us = at.last_us or 0
+        self._pieces = self._run(at, question, limit)
 
     def next_piece(self) -> str | None:
         """What the next token adds to the answer, perhaps nothing; None when it has ended. The caller holds the memory.
@@ -69,10 +71,10 @@ class Turn:
         """Take slots, which are there."""
         self._runner.pond.begin_turn()
 
-    def _run(self, question: str, limit: int) -> Iterator[str]:
+    def _run(self, at: Standing, question: str, limit: int) -> Iterator[str]:
         runner, ingest, pond = self._runner, self._ingest, self._runner.pond
-        reopening, (*recent, waiting) = ingest.shown()
-        after_video = any((*recent, waiting)) or ingest.at.video_open
+        reopening, (*recent, waiting) = ingest.shown(at)
+        after_video = any((*recent, waiting)) or at.video_open
         if self._remember:
             runner.ask_proxy()  # while its reserve is free, and before it could see the question
         retrieved = runner.retrievable_tokens
@@ -91,7 +93,7 @@ class Turn:
         if waiting:
             runner.run(ingest.encode(waiting), clock)
         behind = pond.length
-        del recent, waiting, reopening  # frames that the stream may let go of before the answer ends
+        del at, recent, waiting  # frames that the stream may let go of before the answer ends
         hidden = runner.ask(self._asked(question, after_video), clock)
         if not self._remember:
             pond.claim_turn(limit - 1)  # the last token is not run
@@ -119,8 +121,8 @@ class RememberedTurn(Step, Turn):
     _remember = True
     _ingest: Ingest
 
-    def __init__(self, runner: Runner, ingest: Ingest, question: str, limit: int) -> None:
-        Turn.__init__(self, runner, ingest, question, limit)
+    def __init__(self, runner: Runner, ingest: Ingest, at: Standing, question: str, limit: int) -> None:
+        Turn.__init__(self, runner, ingest, at, question, limit)
         # It may have the proxy asked anew.
         Step.__init__(self, runner, ingest, queries=runner.policy.needs.proxy == "prompt")
 
