@@ -68,12 +68,6 @@ def frame(index: int) -> Frame:
     return Frame(index / FPS, pixels)
 
 
-def stream(first: int) -> Iterator[Frame]:
-    while True:
-        yield frame(first)
-        first += 1
-
-
 def digest(session: Session) -> str:
     """Everything that a session goes on with, in one number; without wall time and the most that it ever held."""
     values, tensors = values_of(session._runner, session._ingest)
@@ -84,8 +78,8 @@ def digest(session: Session) -> str:
     return found.hexdigest()
 
 
-def work(family: Family, path: Path, phase: mmap.mmap, acknowledged: int) -> None:
-    """What is killed: feed a frame, save, note it; without end."""
+def work(family: Family, path: Path, phase: mmap.mmap, acknowledged: int, frames: int) -> None:
+    """What is killed: feed a frame, save, note it; up to so many `frames` of the stream, and then wait for the kill."""
     session = Session.load(path, family) if path.exists() else Session(family, **ARGUMENTS)
     phase[0] = 1
 
@@ -97,7 +91,8 @@ def work(family: Family, path: Path, phase: mmap.mmap, acknowledged: int) -> Non
             os.write(acknowledged, session.usage.frames_seen.to_bytes(4, "little"))
             phase[0] = 1
 
-    session.feed(saving(stream(session.usage.frames_seen)))
+    session.feed(saving(map(frame, range(session.usage.frames_seen, frames))))
+    signal.pause()
 
 
 def uninterrupted(family: Family, frames: int) -> list[str]:
@@ -154,7 +149,7 @@ class Bench:
         if child == 0:
             try:
                 os.close(readable)
-                work(self.family, self.path, self.phase, writable)
+                work(self.family, self.path, self.phase, writable, len(self.expected))
             finally:
                 os._exit(1)
         os.close(writable)

@@ -229,7 +229,12 @@ class Scheduler:
                 hidden if isinstance(hidden, Exception) else (hidden, None)
                 for hidden in _forward_each(self._family, what)
             ]
-            asked = [at for at, one in enumerate(batch) if one.urgent and not isinstance(outcomes[at], Exception)]
+            # A cache that is only filled gives no hidden state.
+            asked = [
+                at
+                for at, one in enumerate(batch)
+                if one.urgent and not isinstance(outcomes[at], Exception) and len(outcomes[at][0])
+            ]
             scored = logits_batch(self._family, [outcomes[at][0][-1] for at in asked])
             for at, scores in zip(asked, scored, strict=True):
                 outcomes[at] = scores if isinstance(scores, Exception) else (outcomes[at][0], scores)
