@@ -272,6 +272,15 @@ class Session:
             self._standing.add(standing, self._ingest.at.last_us)
         return standing
 
+    @property
+    def standing(self) -> StandingQuestions:
+        """Its standing questions, all together: for who loads a session in place of one that it saved, and sets them there."""
+        return self._standing
+
+    @standing.setter
+    def standing(self, questions: StandingQuestions) -> None:
+        self._standing = questions
+
     def _ask_standing(self, live: bool) -> None:
         """What the frame that was taken in has made due. Frames of a live source do not wait for the answer."""
 

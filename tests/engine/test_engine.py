@@ -425,3 +425,18 @@ def test_a_session_keeps_its_engine_and_an_engine_that_is_forgotten_ends(family:
     session = None
     gc.collect()
     assert set(threading.enumerate()) <= before
+
+
+def test_standing_questions_go_on_when_the_session_has_been_hibernated(made: Made, family: Family, least: int) -> None:
+    engine = made(3 * least, share="fixed")
+    session, alone = engine.open("one", budget=2 * least), Session(family, budget=2 * least)
+    asked = [each.every(2, QUESTION, max_new_tokens=3) for each in (session, alone)]
+    pictures = list(moving(40))
+    for part in (pictures[:15], pictures[15:]):
+        session.feed(part)
+        alone.feed(part)
+        session.hibernate()
+        assert not session.status.in_memory
+    told = [[(event.at_seconds, event.text) for event in each.events(0)] for each in asked]
+    assert told[0] == told[1]
+    assert len(told[0]) == asked[0].counts.answered > 4

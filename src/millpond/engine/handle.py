@@ -24,6 +24,7 @@ from millpond.engine.scheduler import Scheduler
 from millpond.errors import MillpondError, SourceError
 from millpond.frames import Frame
 from millpond.memory.budget import Budget
+from millpond.standing import OnAnswer, StandingQuestion
 from millpond.stream.pending_answer import Answering, PendingAnswer
 
 
@@ -191,6 +192,16 @@ class EngineSession:
                 raise MillpondError(f"the answer took longer than {timeout:g} s") from None
 
         return in_time
+
+    def every(
+        self, seconds: float, question: str, *, max_new_tokens: int = 128, on_answer: OnAnswer | None = None
+    ) -> StandingQuestion:
+        """Ask a question again and again on stream time, in whatever thread takes the frames in; see `millpond.Session.every`.
+
+        It goes on when the session has been hibernated. A `fork` has none.
+        """
+        with self._turn(), self._shared.residency.used(self._resident) as session:
+            return session.every(seconds, question, max_new_tokens=max_new_tokens, on_answer=on_answer)
 
     # --- the session itself -------------------------------------------------------------------------------------
 

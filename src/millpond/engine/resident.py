@@ -11,6 +11,7 @@ from millpond.errors import SnapshotError
 from millpond.frames import Source
 from millpond.models.base import Family
 from millpond.session import Session
+from millpond.standing.questions import StandingQuestions
 
 
 class Resident:
@@ -34,6 +35,7 @@ class Resident:
         self.last_used = self.hibernations = 0
         self.usage: Usage | None = None
         self.asleep_bytes = 0  # that it had, and needs to wake up
+        self._standing: StandingQuestions | None = None  # of a hibernated one: no file holds them
         self.sources: set[Source] = set()  # that threads are feeding it
         self.sizing = threading.Lock()  # while its budget changes
         own_file = config.host_path is not None
@@ -55,6 +57,7 @@ class Resident:
             self.session.save(self.path)
         except OSError as error:
             raise SnapshotError(f"the session {self.name!r} cannot be hibernated: {error}") from error
+        self._standing = self.session.standing
         return self.session.usage
 
     def load(self, family: Family) -> Session:
@@ -64,6 +67,9 @@ class Resident:
             SnapshotError: it cannot be read.
         """
         config = self.config
-        return Session.load(
+        session = Session.load(
             self.path, family, policy=config.policy, admission=config.admission, host_path=config.host_path
         )
+        if self._standing is not None:
+            session.standing = self._standing
+        return session
