@@ -30,7 +30,7 @@ class VideoLevel:
     events_a_minute: int = 8
     together: int = 2
     longest_seconds: int = 60
-    sizes: tuple[tuple[int, int], ...] = ((1, 1), (1, 2), (2, 1), (2, 2), (2, 2))
+    sizes: tuple[tuple[int, int], ...] = ((1, 1), (2, 2))
     digits: tuple[int, int] = (1, 2)
     shake: int = 1
     pan_pixels: int = 24
@@ -66,7 +66,7 @@ VIDEO_LEVELS = {
         events_a_minute=12,
         together=3,
         longest_seconds=120,
-        sizes=((1, 1), (1, 2), (2, 2), (2, 3), (3, 2)),
+        sizes=((1, 1), (2, 2), (2, 3), (3, 2)),
         digits=(2, 4),
         shake=2,
         pan_pixels=40,

@@ -11,14 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from millpond.errors import SourceError
+from millpond.eval.streams.splits import FPS, FRAMES_A_GROUP, SPLITS
 from millpond.eval.streams.video.drawing import Camera
 from millpond.eval.streams.video.events import QUARTERS, VideoEvent, plan
 from millpond.eval.streams.video.levels import VIDEO_LEVELS
 from millpond.eval.streams.video.questions import VideoQuestion, questions_of
 
-FPS = 2.0
-SPLITS = {"train": 0, "validation": 1, "test": 2}
-_FRAMES_A_GROUP = 2
 _THIS_KIND = 14
 """Keeps the random numbers apart from those of drawn streams."""
 
@@ -42,11 +40,11 @@ class VideoStream:
 
     @property
     def seconds(self) -> float:
-        return self.groups * _FRAMES_A_GROUP / FPS
+        return self.groups * FRAMES_A_GROUP / FPS
 
     @property
     def frame_count(self) -> int:
-        return self.groups * _FRAMES_A_GROUP
+        return self.groups * FRAMES_A_GROUP
 
     def showing(self, frame: int) -> list[VideoEvent]:
         """The events that show in that frame."""
@@ -117,4 +115,4 @@ def generate_video(seed: int, *, groups: int = 64, level: str = "video", split: 
         raise SourceError(f"no split is called {split!r}; there are: {', '.join(SPLITS)}")
     rng = np.random.default_rng([SPLITS[split], seed, _THIS_KIND, 0])
     events = plan(rng, groups, VIDEO_LEVELS[level], split)
-    return VideoStream(seed, groups, level, split, events, questions_of(rng, events, groups * _FRAMES_A_GROUP))
+    return VideoStream(seed, groups, level, split, events, questions_of(rng, events, groups * FRAMES_A_GROUP))
