@@ -18,6 +18,8 @@ from millpond.eval.streams.video.events import QUARTERS, VideoEvent
 COUNTS = ("once", "twice", "3", "4")
 THIRDS = ("early", "middle", "late")
 _FRAMES_A_SECOND = 2
+_ONE_IN = {("now", "nothing"): 8, ("count", "once"): 4}
+"""What would be the answer too often, where it is the only one that can be had, is asked for once in so many times."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,8 @@ def ask(rng: np.random.Generator, events: Sequence[VideoEvent], now: int, kind: 
     if not drafts:
         return None
     answers = sorted({draft.answer for draft in drafts})
+    if len(answers) == 1 and rng.integers(_ONE_IN.get((kind, answers[0]), 1)):
+        return None
     answer = answers[int(rng.integers(len(answers)))]
     having = [draft for draft in drafts if draft.answer == answer]
     draft = having[int(rng.integers(len(having)))]
