@@ -59,7 +59,9 @@ class Outcome:
         return cls(**{**row, "marks": [Mark(**mark) for mark in row["marks"]]})
 
 
-def watch(family: Family, stream: Stream | VideoStream, cells: Iterable[Cell], questions: Sequence[str]) -> list[Outcome]:
+def watch(
+    family: Family, stream: Stream | VideoStream, cells: Iterable[Cell], questions: Sequence[str]
+) -> list[Outcome]:
     """Run the stream through each cell.
 
     Args:
@@ -71,7 +73,11 @@ def watch(family: Family, stream: Stream | VideoStream, cells: Iterable[Cell], q
 
 
 def _run(
-    shared: SharedStream, stream: Stream | VideoStream, frames: list[tuple[float, np.ndarray]], cell: Cell, questions: Sequence[str]
+    shared: SharedStream,
+    stream: Stream | VideoStream,
+    frames: list[tuple[float, np.ndarray]],
+    cell: Cell,
+    questions: Sequence[str],
 ) -> Outcome:
     family, shared.spared = shared.family, 0.0
     grid = family.grid(*frames[0][1].shape[:2])

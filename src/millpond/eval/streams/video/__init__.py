@@ -1,6 +1,6 @@
 """Streams of real pixels: photographs and clips as grounds, pictures of named things as objects (the extra `streams`).
 
-    assets -> events -> questions, drawing -> stream -> baselines
+assets -> events -> questions, drawing -> stream -> baselines
 """
 
 from millpond.eval.streams.video.levels import VIDEO_LEVELS, VideoLevel

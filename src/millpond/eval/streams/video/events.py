@@ -137,9 +137,7 @@ def _length(rng: np.random.Generator, longest: int) -> int:
     return min(longest, scale + int(rng.integers(scale)))
 
 
-def _traits(
-    rng: np.random.Generator, level: VideoLevel, *, long: bool, room: bool
-) -> tuple[tuple[int, int], set[str]]:
+def _traits(rng: np.random.Generator, level: VideoLevel, *, long: bool, room: bool) -> tuple[tuple[int, int], set[str]]:
     """Size in tokens, and at most one of what an event may do; it does not move or change in less than two seconds."""
     chances = [("moves", level.moves), ("changes", level.changes), ("pairs", level.pairs), ("numbers", level.numbers)]
     dice, trait = int(rng.integers(100)), ""

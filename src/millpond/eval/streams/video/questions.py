@@ -63,9 +63,7 @@ def _span(event: VideoEvent) -> tuple[tuple[int, int], ...]:
 
 
 def _where(past: _Past) -> list[_Draft]:
-    return [
-        _Draft(f"Where was the {e.name}?", QUARTERS[e.quarters[0]], e, _span(e)) for e in past.once if not e.moves
-    ]
+    return [_Draft(f"Where was the {e.name}?", QUARTERS[e.quarters[0]], e, _span(e)) for e in past.once if not e.moves]
 
 
 def _went(past: _Past) -> list[_Draft]:
@@ -77,9 +75,7 @@ def _went(past: _Past) -> list[_Draft]:
 
 
 def _number(past: _Past) -> list[_Draft]:
-    return [
-        _Draft(f"What number was under the {e.name}?", e.number_text, e, _span(e)) for e in past.once if e.number
-    ]
+    return [_Draft(f"What number was under the {e.name}?", e.number_text, e, _span(e)) for e in past.once if e.number]
 
 
 def _beside(past: _Past) -> list[_Draft]:
@@ -98,9 +94,7 @@ def _changed(past: _Past) -> list[_Draft]:
 
 def _appear(past: _Past) -> list[_Draft]:
     yes = [_Draft(f"Did a picture of a {e.name} appear?", "yes", e, _span(e)) for e in past.once]
-    no = [
-        _Draft(f"Did a picture of a {name} appear?", "no", None, None) for name in names() if name not in past.shown
-    ]
+    no = [_Draft(f"Did a picture of a {name} appear?", "no", None, None) for name in names() if name not in past.shown]
     return yes + no
 
 

@@ -56,7 +56,9 @@ class VideoStream:
         Raises:
             SourceError: a package of the extra `streams` is missing, or ships other pixels.
         """
-        camera = Camera((SPLITS[self.split], self.seed, _THIS_KIND, 1), VIDEO_LEVELS[self.level], self.split, self.frame_count)
+        camera = Camera(
+            (SPLITS[self.split], self.seed, _THIS_KIND, 1), VIDEO_LEVELS[self.level], self.split, self.frame_count
+        )
         for frame in range(self.frame_count):
             yield frame / FPS, camera.draw(frame, self.showing(frame))
 
