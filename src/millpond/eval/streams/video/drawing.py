@@ -55,12 +55,12 @@ class Camera:
     def __init__(self, seed: tuple[int, ...], level: VideoLevel, split: str, frames: int) -> None:
         self._seed, self._level = seed, level
         rng = np.random.default_rng([*seed, 0])
-        self._sources = ground_sources(split)
+        self.sources = ground_sources(split)
         cuts = int(rng.integers(2 * frames // (level.ground_seconds * 2) + 1))
         self._cuts = np.sort(rng.integers(0, frames, cuts))
         # Clips as often as photographs, which are more.
-        clips = [index for index, source in enumerate(self._sources) if source.file.endswith(".mp4")]
-        stills = [index for index in range(len(self._sources)) if index not in clips]
+        clips = [index for index, source in enumerate(self.sources) if source.file.endswith(".mp4")]
+        stills = [index for index in range(len(self.sources)) if index not in clips]
         self._shots = [
             int(pool[int(rng.integers(len(pool)))])
             for pool in ((clips if rng.integers(2) else stills) for _ in range(cuts + 1))
@@ -93,7 +93,7 @@ class Camera:
     def _view(self, frame: int, shake: NDArray[np.int64]) -> NDArray[np.int32]:
         """The ground in view, between its pixels where the camera has zoomed in: int32 [edge, edge, 3]."""
         shot = int(np.searchsorted(self._cuts, frame, side="right"))
-        pixels = ground(self._sources[self._shots[shot]])
+        pixels = ground(self.sources[self._shots[shot]])
         at = frame * self._pace % max(1, 2 * len(pixels) - 2)  # there and back again
         still = pixels[min(at, max(0, 2 * len(pixels) - 2 - at))]
         *corner, side = (int(value) for value in _between(self._waypoint, frame, self._waypoint_frames))
@@ -112,8 +112,8 @@ class Camera:
         down, across = (y & 255)[:, None, None], (x & 255)[None, :, None]
         source = still.astype(np.int32)
         lines = source[rows] * (256 - down) + source[rows + 1] * down
-        view = (lines[:, columns] * (256 - across) + lines[:, columns + 1] * across) >> 16
-        return view.astype(np.int32)
+        view: NDArray[np.int32] = (lines[:, columns] * (256 - across) + lines[:, columns + 1] * across) >> 16
+        return view
 
     def _corner(self, frame: int) -> NDArray[np.int64]:
         return _between(self._waypoint, frame, self._waypoint_frames)[:2]
@@ -137,7 +137,7 @@ class Camera:
         things = []
         if rng.integers(100) < self._level.clutter:
             for _ in range(int(rng.integers(1, 4))):
-                pixels = ground(self._sources[int(rng.integers(len(self._sources)))])
+                pixels = ground(self.sources[int(rng.integers(len(self.sources)))])
                 still = pixels[int(rng.integers(len(pixels)))]
                 height, width = rng.integers(6, 20, 2) * self._level.edge // 64
                 top, left = rng.integers(still.shape[0] - height), rng.integers(still.shape[1] - width)

@@ -11,7 +11,7 @@ class VideoLevel:
 
     Attributes:
         edge: of a frame in pixels; 64 is 16 tokens a group of two frames, 128 is 64 tokens, at 16 pixels a token.
-        events_a_minute: events on average; half a second (one frame) to `longest_seconds` long.
+        events_a_minute: events that are tried; those that find no room are left out. Half a second (one frame) to `longest_seconds` long.
         together: most events that show at once (each in a quarter of its own).
         sizes: heights and widths of objects in tokens.
         digits: least and most digits of a number under an object.
