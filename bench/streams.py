@@ -1,6 +1,6 @@
 """Streams of real pixels: what guessing is worth, how separable events are in a model's keys and values, how fast frames are drawn.
 
-    OMP_NUM_THREADS=1 python bench/streams.py --out bench/results/streams.json
+    OMP_NUM_THREADS=1 python bench/streams.py --out bench/results/streams.json --png docs/accuracy/streams.png
 
 Per level (today's drawn ones too, for the separability):
 
@@ -27,6 +27,7 @@ from time import process_time
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -151,6 +152,16 @@ def separability(family: Family, level: str, groups: int, streams: int) -> dict[
     }
 
 
+def picture(path: Path) -> None:
+    """A row of frames for each level of real pixels, out of the training split, four seconds apart; frames of 64 pixels twice as large."""
+    rows = []
+    for level in VIDEO_LEVELS:
+        frames = [pixels for _, pixels in generate_video(3, groups=64, level=level, split="train").frames()][4:68:8]
+        scale = 128 // frames[0].shape[0]
+        rows.append(np.concatenate([frame.repeat(scale, 0).repeat(scale, 1) for frame in frames], axis=1))
+    Image.fromarray(np.concatenate(rows)).quantize(128).save(path, optimize=True)
+
+
 def speed(level: str, frames: int) -> float:
     """Frames a second of processor time on one core, the median of five streams, grounds loaded before."""
     rates = []
@@ -173,7 +184,10 @@ def main() -> None:
     parser.add_argument("--watched", type=int, default=12, help="streams that the model watches")
     parser.add_argument("--groups", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--levels", nargs="+", default=[*LEVELS, *VIDEO_LEVELS])
+    parser.add_argument("--png", type=Path, help="also draw frames of each level of real pixels")
     options = parser.parse_args()
+    if options.png:
+        picture(options.png)
     torch.set_num_threads(1)
     family = models.load(options.model)
     rows: dict[str, dict[str, object]] = {}
@@ -188,7 +202,7 @@ def main() -> None:
         "what": "streams of each level: guessing, separability of events in keys and values, drawing speed",
         "machine": describe(),
         "noise": "a shared machine with other jobs running; frames a second are of processor time",
-        "command": "OMP_NUM_THREADS=1 python bench/streams.py --out bench/results/streams.json",
+        "command": "OMP_NUM_THREADS=1 python bench/streams.py --out bench/results/streams.json --png docs/accuracy/streams.png",
         "streams": options.streams,
         "watched": options.watched,
         "groups": options.groups,

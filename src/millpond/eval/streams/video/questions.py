@@ -80,7 +80,9 @@ def _number(past: _Past) -> list[_Draft]:
 
 def _beside(past: _Past) -> list[_Draft]:
     return [
-        _Draft(f"What was beside the {e.name}?", e.beside.name, e, _span(e)) for e in past.once if e.beside is not None
+        _Draft(f"What came together with the {e.name}?", e.beside.name, e, _span(e))
+        for e in past.once
+        if e.beside is not None
     ]
 
 
