@@ -21,6 +21,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from time import process_time
 
@@ -153,13 +154,20 @@ def separability(family: Family, level: str, groups: int, streams: int) -> dict[
 
 
 def picture(path: Path) -> None:
-    """A row of frames for each level of real pixels, out of the training split, four seconds apart; frames of 64 pixels twice as large."""
+    """A row for each level of real pixels: of eight streams of the training split the frame in which most shows, 64 pixels doubled."""
     rows = []
     for level in VIDEO_LEVELS:
-        frames = [pixels for _, pixels in generate_video(3, groups=64, level=level, split="train").frames()][4:68:8]
-        scale = 128 // frames[0].shape[0]
-        rows.append(np.concatenate([frame.repeat(scale, 0).repeat(scale, 1) for frame in frames], axis=1))
-    Image.fromarray(np.concatenate(rows)).quantize(128).save(path, optimize=True)
+        tiles = []
+        for seed in range(8):
+            stream = generate_video(seed, groups=64, level=level, split="train")
+            fullest = max(
+                range(stream.frame_count), key=lambda frame: sum(e.box[0] * e.box[1] for e in stream.showing(frame))
+            )
+            _, frame = next(islice(stream.frames(), fullest, None))
+            scale = 128 // frame.shape[0]
+            tiles.append(frame.repeat(scale, 0).repeat(scale, 1))
+        rows.append(np.concatenate(tiles, axis=1))
+    Image.fromarray(np.concatenate(rows)).quantize(256, method=Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
 
 
 def speed(level: str, frames: int) -> float:
