@@ -122,3 +122,17 @@ def test_overhead(tmp_path: Path) -> None:
         assert 0 < found[name] < 1
     for name in ("decoder_ms_a_block", "compaction_ms_a_block"):
         assert 0 < found[name]["least"] <= found[name]["median"] <= found[name]["most"]
+
+
+@pytest.mark.slow
+def test_streams(tmp_path: Path) -> None:
+    small = ("--streams", "4", "--watched", "1", "--groups", "16", "--levels", "plain", "video-fine")
+    result = run("streams.py", tmp_path / "streams.json", *small)
+    assert set(result["levels"]) == {"plain", "video-fine"}
+    for row in result["levels"].values():
+        assert finite(row)
+        assert row["frames_a_second"] > 0
+        assert 0 < row["separability"]["event_tokens"] < 1
+    found = result["levels"]["video-fine"]["blind"]["16"]
+    assert found["derivable"] == 1
+    assert 0 <= found["types"]["all"]["most_frequent"] <= found["types"]["all"]["last_frames"] <= 1

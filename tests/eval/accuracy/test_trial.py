@@ -1,7 +1,7 @@
 """A trial is what a session does: the same answers, one look at each frame group, a refusal where the budget is too small."""
 
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -160,3 +160,22 @@ def test_shared_blocks_leave_the_same_memory_bit_for_bit(minnow: Family, stream:
             for ours, plain in zip(mine.tensors(), theirs.tensors(), strict=True):
                 assert torch.equal(ours[:, : mine.length], plain[:, : theirs.length])
         assert torch.equal(ponds[0].queries.rows, ponds[1].queries.rows)
+
+
+def test_a_question_in_mid_stream_is_asked_when_it_is_due(minnow: Family, stream: Stream) -> None:
+    early = stream.questions[0]
+    middle = replace(stream, questions=(replace(early, ask_seconds=20.0), *stream.questions))
+    names = sorted({question.type for question in stream.questions})
+    (full, last) = watch(minnow, middle, read_cells(["full", "last-4-frames"], [], "contiguous"), names)
+    frames = list(stream.frames())
+    session = Session(minnow, policy="full")
+    session.feed(frames[:40])
+    right = session.ask(early.text, max_new_tokens=4).text.strip() == early.answer
+    assert full.marks[0].right == right
+    assert full.marks[0].age == (None if early.event_seconds is None else 20.0 - early.event_seconds)
+    newest = Session(minnow, policy="full")
+    newest.feed(frames[36:40])
+    assert last.marks[0].right == (newest.ask(early.text, max_new_tokens=4).text.strip() == early.answer)
+    # What comes later is as if nothing had been asked before.
+    plain = watch(minnow, stream, read_cells(["full", "last-4-frames"], [], "contiguous"), names)
+    assert [outcome.marks[1:] for outcome in (full, last)] == [outcome.marks for outcome in plain]

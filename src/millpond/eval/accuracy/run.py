@@ -20,7 +20,7 @@ from millpond import models
 from millpond.errors import MillpondError
 from millpond.eval.accuracy.cell import Cell
 from millpond.eval.accuracy.trial import Outcome, watch
-from millpond.eval.streams import generate
+from millpond.eval.streams import generate_any
 
 _SETTINGS, _OUTCOMES = "study.json", "outcomes.jsonl"
 
@@ -32,7 +32,7 @@ class Study:
     Attributes:
         model: as `millpond.models.load` takes it.
         streams: how many, seeds 0 ... streams - 1.
-        groups, level, split: as in `millpond.eval.streams.generate`.
+        groups, level, split: as in `millpond.eval.streams.generate_any`.
         questions: question types to ask.
     """
 
@@ -131,5 +131,5 @@ def _trial(study: Study, seed: int, cells: list[Cell]) -> list[Outcome]:
         torch.set_num_threads(1)
         logging.disable_progress_bar()
         _family = models.load(study.model)
-    stream = generate(seed, groups=study.groups, level=study.level, split=study.split)
+    stream = generate_any(seed, groups=study.groups, level=study.level, split=study.split)
     return watch(_family, stream, cells, study.questions)

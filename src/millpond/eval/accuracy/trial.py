@@ -1,7 +1,8 @@
-"""One stream through every cell: fed and compacted block by block, questions at its end. Knows nothing about tables."""
+"""One stream through every cell: fed and compacted block by block, each question when it is to be asked. Knows nothing about tables."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from millpond import policies
 from millpond.errors import BudgetError, PolicyError
 from millpond.eval.accuracy.cell import LAST_FRAMES, Cell
 from millpond.eval.accuracy.sharing import SharedStream
-from millpond.eval.streams import Stream
+from millpond.eval.streams import Stream, VideoStream
 from millpond.models.base import Family
 from millpond.session import Session
 
@@ -58,7 +59,9 @@ class Outcome:
         return cls(**{**row, "marks": [Mark(**mark) for mark in row["marks"]]})
 
 
-def watch(family: Family, stream: Stream, cells: Iterable[Cell], questions: Sequence[str]) -> list[Outcome]:
+def watch(
+    family: Family, stream: Stream | VideoStream, cells: Iterable[Cell], questions: Sequence[str]
+) -> list[Outcome]:
     """Run the stream through each cell.
 
     Args:
@@ -70,34 +73,49 @@ def watch(family: Family, stream: Stream, cells: Iterable[Cell], questions: Sequ
 
 
 def _run(
-    shared: SharedStream, stream: Stream, frames: list[tuple[float, np.ndarray]], cell: Cell, questions: Sequence[str]
+    shared: SharedStream,
+    stream: Stream | VideoStream,
+    frames: list[tuple[float, np.ndarray]],
+    cell: Cell,
+    questions: Sequence[str],
 ) -> Outcome:
     family, shared.spared = shared.family, 0.0
     grid = family.grid(*frames[0][1].shape[:2])
     full = len(frames) // family.frames_per_group * grid.tokens * family.geometry.kv_bytes_per_token
     last = cell.policy == LAST_FRAMES
     policy = policies.read("full" if last else cell.policy)
-    try:
-        host = full if policy.needs.retrieved_frames else None
+
+    def opened() -> Session:
         session = Session(
             family,
             budget=cell.bytes_of(full),
             policy=policy,
             positions=cell.positions,
             recent_frames=cell.recent_frames,
-            host_budget=host,
+            host_budget=full if policy.needs.retrieved_frames else None,
         )
         session.plan_for(*frames[0][1].shape[:2])
-        session.feed(frames[-4:] if last else frames)
+        return session
+
+    asked = [question for question in stream.questions if question.type in questions and question.earlier is None]
+    moments = sorted({question.ask_seconds for question in asked} | {stream.seconds})
+    marks, fed = [], 0
+    try:
+        session = opened()
+        for index, moment in enumerate(moments):
+            until = bisect_left(frames, moment, key=lambda frame: frame[0])
+            if last and index:
+                session = opened()
+            session.feed(frames[max(0, until - 4) if last else fed : until])
+            fed = until
+            for question in asked:
+                if question.ask_seconds == moment:
+                    answer = session.ask(question.text, max_new_tokens=4)
+                    age = None if question.event_seconds is None else question.ask_seconds - question.event_seconds
+                    marks.append(Mark(question.type, age, answer.text.strip().lower() == question.answer.lower()))
     except (BudgetError, PolicyError) as error:  # a policy too may need more than this budget has room for
         return Outcome(stream.seed, cell.name, refused=str(error))
-    spared, marks = shared.spared, []
-    for question in stream.questions:
-        if question.type not in questions or question.earlier is not None:
-            continue
-        answer = session.ask(question.text, max_new_tokens=4)
-        age = None if question.event_seconds is None else question.ask_seconds - question.event_seconds
-        marks.append(Mark(question.type, age, answer.text.strip().lower() == question.answer.lower()))
+    spared = shared.spared
     usage = session.usage
     return Outcome(
         seed=stream.seed,

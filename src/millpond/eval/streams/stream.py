@@ -18,12 +18,7 @@ from millpond.eval.streams.digits import digit_value
 from millpond.eval.streams.drawing import DIGIT, Scene, level_named
 from millpond.eval.streams.events import Event, plan
 from millpond.eval.streams.questions import Question, questions_of
-
-FPS = 2.0
-"""Frames per second; a temporal group is two frames, one second."""
-SPLITS = {"train": 0, "validation": 1, "test": 2}
-"""Splits share no stream (the split is part of every seed) and no image of a handwritten digit."""
-_FRAMES_A_GROUP = 2
+from millpond.eval.streams.splits import FPS, FRAMES_A_GROUP, SPLITS
 
 
 @dataclass(frozen=True)
@@ -45,14 +40,14 @@ class Stream:
 
     @property
     def seconds(self) -> float:
-        return self.groups * _FRAMES_A_GROUP / FPS
+        return self.groups * FRAMES_A_GROUP / FPS
 
     def frames(self) -> Iterator[tuple[float, NDArray[np.uint8]]]:
         """Frames as they come: (seconds, uint8 [64, 64, 3]), two a second, drawn when taken."""
-        count = self.groups * _FRAMES_A_GROUP
+        count = self.groups * FRAMES_A_GROUP
         scene = Scene((SPLITS[self.split], self.seed, 1), level_named(self.level), count)
         for index in range(count):
-            group = index // _FRAMES_A_GROUP
+            group = index // FRAMES_A_GROUP
             sights = [sight for event in self.events if (sight := event.sight(group)) is not None]
             yield index / FPS, scene.draw(index, sights)
 
@@ -77,8 +72,8 @@ class Stream:
                 "object": event.name,
                 "colour": event.colour_name,
                 "digit": digit_value(event.image) if event.kind == DIGIT else None,
-                "start_seconds": event.start * _FRAMES_A_GROUP / FPS,
-                "stop_seconds": event.stop * _FRAMES_A_GROUP / FPS,
+                "start_seconds": event.start * FRAMES_A_GROUP / FPS,
+                "stop_seconds": event.stop * FRAMES_A_GROUP / FPS,
                 "cells": list(event.cells),
             }
             for event in self.events
