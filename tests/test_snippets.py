@@ -85,6 +85,11 @@ def test_readme(run: Any, film: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert saved.usage.frames_seen == 260
 
 
+def test_streams_of_real_pixels(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    stream = run("docs/accuracy/streams.md")["stream"]
+    assert len(capsys.readouterr().out.splitlines()) == len(stream.questions) > 10
+
+
 def test_contributing(run: Any, film: Path) -> None:
     commands = typer.Typer()
     commands.command()(run("CONTRIBUTING.md")["count"])
