@@ -13,6 +13,7 @@ from transformers import CohereConfig, CohereForCausalLM
 
 from millpond import ModelError, PolicyError, PondCache
 from tests.cache.text_model import Newest, text_model
+from tests.nightly import nightly
 
 IDS = torch.randint(0, 97, (1, 90), generator=torch.Generator().manual_seed(3))
 
@@ -63,9 +64,16 @@ def test_the_attention_summed_up_is_that_of_the_model() -> None:
         torch.testing.assert_close(layer.accumulated_attention[:, :51], received, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+PAST_THE_CAP = [
+    (policy, attn)
+    for policy in ("snapkv", "cake", "h2o", "infinite-vggt", "keydiff+diversity", "kvmerger", "mikv:base=snapkv")
+    for attn in ("sdpa", "eager")
+]
+
+
 @pytest.mark.parametrize(
-    "policy", ["snapkv", "cake", "h2o", "infinite-vggt", "keydiff+diversity", "kvmerger", "mikv:base=snapkv"]
+    ("policy", "attn"),
+    nightly(PAST_THE_CAP, but=[("snapkv", "sdpa"), ("h2o", "eager"), ("infinite-vggt", "sdpa"), ("kvmerger", "sdpa")]),
 )
 def test_generation_goes_on_past_the_cap(policy: str, attn: str) -> None:
     model = text_model(attn=attn)
@@ -160,7 +168,10 @@ def test_a_proxy_text_is_a_matter_of_sessions(policy: str) -> None:
         PondCache(text_model(), "1MiB", policy)
 
 
-@pytest.mark.parametrize("policy", ["full", "h2o", "snapkv", "infinite-vggt", "mikv:base=snapkv"])
+@pytest.mark.parametrize(
+    "policy",
+    nightly(["full", "h2o", "snapkv", "infinite-vggt", "mikv:base=snapkv"], but=["full", "infinite-vggt", "h2o"]),
+)
 def test_a_fork_goes_on_as_the_cache_would_have_and_leaves_it_alone(policy: str) -> None:
     model = text_model()
     cache = PondCache(model, None if policy == "full" else 170_000, policy)
