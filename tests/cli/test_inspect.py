@@ -164,7 +164,7 @@ def test_what_the_system_refuses_is_one_line(error: Exception, monkeypatch: pyte
     def full(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(streams, "generate", full)
+    monkeypatch.setattr(streams, "generate_any", full)
     result = millpond("bench", "accuracy", "--streams", 1)
     assert result.exit_code == 1
     assert result.stderr in (
