@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -17,6 +18,7 @@ from millpond import BudgetError, MillpondError, PondCache, Session
 from millpond.models import Family, Tokens, batching
 from millpond.models.batching import Request, encode_batch, forward_batch, logits_batch
 from millpond.models.query_recorder import See
+from millpond.models.transformers_insides import LAST_TESTED
 from millpond.precision.linear import NestedLinear
 from millpond.precision.nested import nest
 from millpond.stream.stored_tokens import dated
@@ -26,6 +28,9 @@ from tests.session.frames import moving
 QUESTION = "what is there now"
 # One of every kind of storage and of what is done with queries: none, summed up, of a proxy, before the attention.
 POLICIES = ("infinipot-v", "h2o", "streammem", "keydiff+diversity", "mikv:base=keydiff:bits=4", "rekv")
+
+
+RELEASE = tuple(map(int, transformers.__version__.split(".")[:2]))
 
 
 class Lockstep:
@@ -149,7 +154,13 @@ def test_but_for_linear_layers_a_life_is_as_alone_bit_for_bit(name: str) -> None
     lockstep = Lockstep(family)
     sessions = [opened(lockstep.gateway(), index, policy) for index, policy in enumerate(of(name))]
     together = lockstep.run(*(partial(lived, session, index) for index, session in enumerate(sessions)))
-    assert together == alone
+    for (*said, held), (*expected, kept) in zip(together, alone, strict=True):
+        assert said == expected
+        differ = [(one, other) for one, other in zip(held, kept, strict=True) if one != other]
+        # Older versions of transformers hand one session's attention over in another form than ours, and the last bits may differ.
+        assert not differ or RELEASE < LAST_TESTED
+        for one, other in differ:
+            np.testing.assert_allclose(np.frombuffer(one, np.float32), np.frombuffer(other, np.float32), atol=1e-6)
     assert max(lockstep.sizes) == len(sessions)
 
 

@@ -12,7 +12,7 @@ it left in its memory is for its own step to take back, and the others go on.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -29,7 +29,7 @@ from millpond.errors import MillpondError
 from millpond.models.base import Family, Tokens
 from millpond.models.decoder import DecoderFamily
 from millpond.models.query_recorder import See
-from millpond.models.transformers_insides import attends_by_sdpa, attention_by, causal_mask, lower_right_mask
+from millpond.models.transformers_insides import Filled, attends_by_sdpa, attention_by, causal_mask, lower_right_mask
 from millpond.ops import attend_step, few_rows_product
 from millpond.ops.few_rows import FEW, LARGE
 from millpond.precision.linear import NestedLinear
@@ -227,6 +227,13 @@ class _Run:
             self.error = error
             return self.nothing(query)
 
+    def fill(self, index: int, key: Tensor, value: Tensor) -> None:
+        """Append keys and values [1, KV heads, n, D], and no more."""
+        try:
+            self.layers[index].update(key, value)
+        except Exception as error:
+            self.error = error
+
     def nothing(self, query: Tensor) -> Tensor:
         """In the place of what a request gathers that has raised."""
         return torch.zeros_like(query).transpose(1, 2)
@@ -245,6 +252,7 @@ class _Batch:
         self._counts = [run.count for run in self._runs]
         self._starts = [0, *accumulate(self._counts)][:-1]
         self._steps = max(self._counts) == 1 and not any(request.tokens.deepstack for request in requests)
+        self._filling = not self._steps and all(getattr(request.cache, "filling", False) for request in requests)
         self._looked_at = [run for run in self._runs if run.see is not None]
         self._queries: Sequence[Tensor] = ()
         self._index = 0
@@ -263,8 +271,11 @@ class _Batch:
             attention_by(family.decoder, self._attend),
             _few_rows(family, sum(self._counts)),
             torch.inference_mode(),
+            suppress(Filled),
         ):
             hidden = family.decode(tokens, embeds, positions, self, embeds.new_zeros(1, 1, 1, 1))
+        if self._filling:
+            return [tokens.embeds[:0] if run.error is None else run.error for run in self._runs]
         rows = hidden.flatten(0, 1).split(self._counts)
         return [each.clone() if run.error is None else run.error for run, each in zip(self._runs, rows, strict=True)]
 
@@ -273,8 +284,14 @@ class _Batch:
         return 0
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Leave keys and values to `_attend`, which is called next."""
+        """Leave keys and values to `_attend`, which is called next; at the end of a forward that only fills, take them in."""
         self._index = layer
+        if self._filling and layer == len(self._runs[0].layers) - 1:
+            parts = keys.split(self._counts, dim=2), values.split(self._counts, dim=2)
+            for run, own_keys, own_values in zip(self._runs, *parts, strict=True):
+                if run.error is None:
+                    run.fill(layer, own_keys, own_values)
+            raise Filled
         return keys, values
 
     def _catch(self, index: int, queries: Tensor) -> None:

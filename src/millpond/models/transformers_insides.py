@@ -110,8 +110,8 @@ def causal_mask(decoder: Any, cache: Any, embeds: Tensor) -> Tensor | None:
 # --- a forward whose output nobody reads --------------------------------------------------------------------------
 
 
-class _Filled(Exception):
-    """The last layer has its keys and values."""
+class Filled(Exception):
+    """The last layer has its keys and values, and nobody needs what follows."""
 
 
 class _EndsFilled(Cache):
@@ -124,7 +124,7 @@ class _EndsFilled(Cache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         shown = self._cache.update(key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx == len(self.layers) - 1:
-            raise _Filled
+            raise Filled
         return shown
 
 
@@ -133,7 +133,7 @@ def fill(run: Callable[[Any], Any], cache: Any) -> None:
 
     That is the last layer's attention and MLP: what a cache remembers does not depend on them.
     """
-    with suppress(_Filled):
+    with suppress(Filled):
         run(_EndsFilled(cache))
 
 
