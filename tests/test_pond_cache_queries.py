@@ -71,6 +71,7 @@ PAST_THE_CAP = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "attn"),
     nightly(PAST_THE_CAP, but=[("snapkv", "sdpa"), ("h2o", "eager"), ("infinite-vggt", "sdpa"), ("kvmerger", "sdpa")]),
@@ -168,6 +169,7 @@ def test_a_proxy_text_is_a_matter_of_sessions(policy: str) -> None:
         PondCache(text_model(), "1MiB", policy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy",
     nightly(["full", "h2o", "snapkv", "infinite-vggt", "mikv:base=snapkv"], but=["full", "infinite-vggt", "h2o"]),
